@@ -1,0 +1,107 @@
+"""What can go wrong, each with the exit code the command line gives it.
+
+``InputError`` and its children are the user's to mend (exit code 2); every other ``DemeError`` is a
+failure of the run (exit code 1). Every message is one sentence that names the cause and the mend.
+"""
+
+from collections.abc import Sequence
+
+
+class DemeError(Exception):
+    """A failure that DeMe foresaw."""
+
+    exit_code = 1
+
+
+class InputError(DemeError, ValueError):
+    """Something the user gave cannot be used."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe or an override is unknown or invalid."""
+
+
+class DatasetError(InputError):
+    """A data set is missing, empty, broken or too small for what was asked."""
+
+
+class ModelFolderError(InputError):
+    """A model folder is incomplete, damaged, pickled, or does not match its own config."""
+
+
+class ExtractorUnavailableError(InputError):
+    """The weights of a feature extractor cannot be had."""
+
+
+class StoreUnavailableError(InputError):
+    """The object store cannot be reached, refuses the credentials, or has no space left."""
+
+
+class IncompatibleCheckpointsError(InputError):
+    """Checkpoints that should hold the same tensors do not.
+
+    Attributes:
+        missing: names the checkpoint lacks.
+        extra: names only the checkpoint has.
+        mismatched: names whose shapes differ, each as ``name: (shape) != (shape)``.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        *,
+        missing: Sequence[str] = (),
+        extra: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        self.missing, self.extra, self.mismatched = tuple(missing), tuple(extra), tuple(mismatched)
+        parts = [
+            f"{label} {', '.join(names)}"
+            for label, names in (
+                ("missing tensors:", self.missing),
+                ("extra tensors:", self.extra),
+                ("mis-shaped tensors:", self.mismatched),
+            )
+            if names
+        ]
+        super().__init__(
+            f"{checkpoint} does not hold the same tensors as the pretrained model; {'; '.join(parts)}."
+        )
+
+
+class ArtifactNotFoundError(DemeError):
+    """An object or artifact is not in the store."""
+
+
+class ChecksumMismatchError(DemeError):
+    """A stored object does not hold the bytes its manifest promises."""
+
+
+class NonFiniteLossError(DemeError):
+    """The training loss became NaN or infinite.
+
+    Attributes:
+        run: what was being trained, e.g. ``segment 2 [500, 750)``.
+        global_step: the optimizer step at which it happened.
+    """
+
+    def __init__(self, run: str, global_step: int) -> None:
+        self.run, self.global_step = run, global_step
+        super().__init__(
+            f"The loss of {run} is not finite at step {global_step}; lower finetune.learning_rate or use "
+            "mixed_precision: fp32."
+        )
+
+
+class FrozenModelChangedError(DemeError):
+    """The frozen pretrained model was modified while a copy of it was finetuned."""
+
+
+class TimestepHistogramError(DemeError):
+    """The timesteps that were drawn contradict the settings of the run."""
+
+
+class WorkerDiedError(DemeError):
+    """A worker process ended without finishing its job."""

@@ -1,0 +1,226 @@
+"""The recipe: everything that decides the result of a run, as one frozen model.
+
+Defaults live here and nowhere else. Secrets and endpoints never appear in a recipe; they come from the
+environment (`deme_core.settings`).
+"""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TrainingSpec(_Spec):
+    """How one model is trained: shared by pretraining and finetuning."""
+
+    num_steps: int = Field(ge=1, description="Optimizer steps (of each segment; the control takes N times as many).")
+    batch_size: int = Field(16, ge=1, description="Images per forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    lr_scheduler: str = Field("constant", description="A name diffusers' get_scheduler knows, e.g. cosine.")
+    lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
+    adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW.")
+    weight_decay: float = Field(1e-6, ge=0, description="Weight decay of AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this L2 norm.")
+    ema_decay: Probability = Field(0.9999, description="Largest decay of the moving average that is kept.")
+    ema_inv_gamma: float = Field(1.0, gt=0, description="EMA warm-up: decay = 1 - (1 + step/inv_gamma)^-power.")
+    ema_power: float = Field(0.75, gt=0, description="EMA warm-up: see ema_inv_gamma.")
+    mixed_precision: Precision = Field("fp32", description="Autocast type of the forward pass.")
+    checkpoint_every: int = Field(1000, ge=1, description="Optimizer steps between resumable checkpoints.")
+    seed: int = Field(0, ge=0, description="Seeds data order, augmentation, noise, timesteps and dropout.")
+
+
+class FinetuneSpec(TrainingSpec):
+    """How the copies, and the control, are finetuned (METHOD section 1)."""
+
+    global_sampling_probability: Probability = Field(
+        0.3, description="Chance that a timestep is drawn from all of [0, T) and not from the copy's segment."
+    )
+    timestep_sampling: Literal["per_sample", "per_batch_mirrored"] = Field(
+        "per_sample",
+        description="Draw the range for each sample, or once per batch with mirrored pairs as the paper's code does.",
+    )
+    consistency_weight: float = Field(1.0, ge=0, description="Weight of the consistency loss (lambda).")
+    channel_projection: bool = Field(True, description="Train channel-wise projections and fold them after merging.")
+
+
+class PretrainedSpec(_Spec):
+    """Where the pretrained model comes from."""
+
+    source: str = Field(description="'pretrain', a diffusers folder, an object-store URI, or a hub id.")
+    revision: str | None = Field(None, description="Git revision of a hub id.")
+    allow_pickle: bool = Field(False, description="Accept pickled weights (read with weights_only=True).")
+    unet: dict[str, Any] = Field(
+        default_factory=dict, description="UNet2DModel config, for source 'pretrain'; size and channels are the data's."
+    )
+    noise_scheduler: dict[str, Any] = Field(
+        default_factory=dict, description="DDPMScheduler config, for source 'pretrain'."
+    )
+    training: TrainingSpec | None = Field(None, description="How to pretrain, for source 'pretrain'.")
+
+    @model_validator(mode="after")
+    def _training_belongs_to_pretrain(self) -> Self:
+        if self.source == "pretrain" and self.training is None:
+            raise ValueError("source 'pretrain' needs pretrained.training (at least num_steps)")
+        if self.source != "pretrain" and (self.training or self.unet or self.noise_scheduler):
+            raise ValueError("training, unet and noise_scheduler apply to source 'pretrain' only")
+        return self
+
+
+class DatasetSpec(_Spec):
+    """Which images, and how they are brought to one size."""
+
+    source: Literal["digits", "imagefolder", "hub"] = Field(description="Where the images come from.")
+    path: str | None = Field(None, description="A folder, a zip, an object-store prefix (imagefolder), or a datasets name.")
+    name: str | None = Field(None, description="Configuration of a datasets name.")
+    split: str = Field("train", description="Split of a datasets name.")
+    image_column: str = Field("image", description="Column of a datasets name that holds the images.")
+    caption_column: str | None = Field(None, description="Column that holds captions, for text-conditional models.")
+    label_column: str | None = Field(None, description="Column that holds class labels.")
+    resolution: int | None = Field(None, ge=4, description="Side of the square images, in pixels; digits are 8.")
+    channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
+    crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
+    random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
+    num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
+    skip_broken: bool = Field(False, description="Leave out images that cannot be decoded; otherwise they are an error.")
+
+    @model_validator(mode="after")
+    def _path_and_resolution(self) -> Self:
+        if self.source != "digits" and self.path is None:
+            raise ValueError(f"source '{self.source}' needs a path")
+        if self.source != "digits" and self.resolution is None:
+            raise ValueError(f"source '{self.source}' needs a resolution")
+        return self
+
+
+class SegmentsSpec(_Spec):
+    """How [0, T) is divided: N equal segments, or explicit edges."""
+
+    count: int | None = Field(None, ge=1, description="Number of equal segments.")
+    edges: tuple[int, ...] | None = Field(None, description="0, inner edges, T: strictly increasing.")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.count is None) == (self.edges is None):
+            raise ValueError("give either count or edges")
+        if self.edges is not None:
+            if len(self.edges) < 2 or self.edges[0] != 0:
+                raise ValueError(f"edges {list(self.edges)} must start at 0 and end at num_train_timesteps")
+            if any(low >= high for low, high in zip(self.edges, self.edges[1:], strict=False)):
+                raise ValueError(f"edges {list(self.edges)} must increase strictly")
+        return self
+
+    @property
+    def num_segments(self) -> int:
+        """Number of segments N."""
+        return self.count if self.count is not None else len(self.edges or ()) - 1
+
+
+class SearchSpec(_Spec):
+    """How merge weights are searched; the control's scale is searched the same way (METHOD section 5.1)."""
+
+    strategy: Literal["grid", "coordinate"] = Field(
+        "coordinate", description="Every combination of values, or one weight at a time around the best so far."
+    )
+    values: tuple[float, ...] = Field(
+        (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
+    )
+    initial_weight: float | None = Field(None, description="coordinate: where every weight starts; default 1/N, control 1.")
+    step_size: float = Field(0.25, gt=0, description="coordinate: first step, halved when no step helps.")
+    max_candidates: int = Field(24, ge=2, description="Score at most so many candidates (of each search).")
+    num_images: int = Field(500, ge=2, description="Images generated per candidate and seed.")
+    seeds: tuple[int, ...] = Field((1001,), min_length=1, description="Sampling seeds; none may be a seed of the report.")
+    num_reference_images: int | None = Field(
+        None, ge=2, description="Real images set aside for the search alone; default half of the data set."
+    )
+
+
+class MergeSpec(_Spec):
+    """How the copies become one model (METHOD section 2)."""
+
+    method: Literal["task_arithmetic"] = Field("task_arithmetic", description="theta_0 + sum of w_i tau_i.")
+    weights: tuple[float, ...] | None = Field(None, description="Fixed merge weights, lowest timesteps first.")
+    search: SearchSpec | None = Field(None, description="Search the weights instead.")
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.weights is None) == (self.search is None):
+            raise ValueError("give either weights or search")
+        return self
+
+
+class EvaluateSpec(_Spec):
+    """How every row is sampled and scored: the same for all rows (METHOD section 5.3)."""
+
+    num_images: int = Field(ge=2, description="Images generated per row and seed.")
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval.")
+    sampler: Literal["ddim", "ddpm"] = Field("ddim", description="Sampler of the reverse process.")
+    num_inference_steps: int = Field(50, ge=1, description="Sampling steps.")
+    eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
+        None, description="Spacing of the sampling timesteps; default the model's own scheduler config."
+    )
+    batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
+    extractor: Literal["inception", "efficientnet_lite0"] = Field("inception", description="Feature extractor.")
+    extractor_weights: str | None = Field(
+        None, description="Path or object-store URI of the extractor's weights; default the library's own."
+    )
+    extractor_resolution: int | None = Field(
+        None, ge=32, description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299."
+    )
+    metrics: tuple[Literal["fid", "kid"], ...] = Field(("fid", "kid"), min_length=1, description="What is computed.")
+    kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")
+    num_reference_images: int | None = Field(
+        None, ge=2, description="Real images in the reference; default all that the search does not set aside."
+    )
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must differ from one another")
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metrics must differ from one another")
+        if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
+            raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
+        return self
+
+
+class ExecutionSpec(_Spec):
+    """Where work runs. Changes the speed of a run, never its result."""
+
+    runner: Literal["local"] = Field("local", description="local: supervised worker processes on this machine.")
+    num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
+
+
+class Recipe(_Spec):
+    """One run, completely described."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the MLflow experiment.")
+    pretrained: PretrainedSpec
+    dataset: DatasetSpec
+    segments: SegmentsSpec
+    finetune: FinetuneSpec
+    merge: MergeSpec
+    evaluate: EvaluateSpec
+    execution: ExecutionSpec = ExecutionSpec()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        num_segments = self.segments.num_segments
+        if self.merge.weights is not None and len(self.merge.weights) != num_segments:
+            raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
+        if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
+            raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
+        return self
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return sorted(set(left) & set(right))

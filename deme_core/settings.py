@@ -1,0 +1,36 @@
+"""Secrets, endpoints and folders: all that comes from the environment and none that changes a result."""
+
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """The environment of a run. AWS_* credentials are read by boto3 itself."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    home: Path = Field(Path(".deme"), alias="DEME_HOME")
+    store_uri_override: str | None = Field(None, alias="DEME_STORE_URI")
+    tracking_uri_override: str | None = Field(None, alias="MLFLOW_TRACKING_URI")
+
+    @property
+    def state_folder(self) -> Path:
+        """Absolute folder of all local state."""
+        return self.home.expanduser().resolve()
+
+    @property
+    def cache_folder(self) -> Path:
+        """Verified copies of artifacts; may be deleted at any time."""
+        return self.state_folder / "cache"
+
+    @property
+    def store_uri(self) -> str:
+        """URI of the object store, ``file://…`` or ``s3://bucket/prefix``."""
+        return self.store_uri_override or (self.state_folder / "store").as_uri()
+
+    @property
+    def tracking_uri(self) -> str:
+        """MLflow tracking URI."""
+        return self.tracking_uri_override or f"sqlite:///{self.state_folder / 'mlflow.db'}"
