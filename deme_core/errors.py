@@ -52,6 +52,7 @@ class IncompatibleCheckpointsError(InputError):
         self,
         checkpoint: str,
         *,
+        reference: str,
         missing: Sequence[str] = (),
         extra: Sequence[str] = (),
         mismatched: Sequence[str] = (),
@@ -66,9 +67,7 @@ class IncompatibleCheckpointsError(InputError):
             )
             if names
         ]
-        super().__init__(
-            f"{checkpoint} does not hold the same tensors as the pretrained model; {'; '.join(parts)}."
-        )
+        super().__init__(f"{checkpoint} does not hold the tensors of {reference}; {'; '.join(parts)}.")
 
 
 class ArtifactNotFoundError(DemeError):

@@ -78,7 +78,9 @@ class DatasetSpec(_Spec):
     """Which images, and how they are brought to one size."""
 
     source: Literal["digits", "imagefolder", "hub"] = Field(description="Where the images come from.")
-    path: str | None = Field(None, description="A folder, a zip, an object-store prefix (imagefolder), or a datasets name.")
+    path: str | None = Field(
+        None, description="A folder, a zip, an object-store prefix (imagefolder), or a datasets name."
+    )
     name: str | None = Field(None, description="Configuration of a datasets name.")
     split: str = Field("train", description="Split of a datasets name.")
     image_column: str = Field("image", description="Column of a datasets name that holds the images.")
@@ -89,7 +91,9 @@ class DatasetSpec(_Spec):
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
     random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
-    skip_broken: bool = Field(False, description="Leave out images that cannot be decoded; otherwise they are an error.")
+    skip_broken: bool = Field(
+        False, description="Leave out images that cannot be decoded; otherwise they are an error."
+    )
 
     @model_validator(mode="after")
     def _path_and_resolution(self) -> Self:
@@ -132,11 +136,15 @@ class SearchSpec(_Spec):
     values: tuple[float, ...] = Field(
         (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
     )
-    initial_weight: float | None = Field(None, description="coordinate: where every weight starts; default 1/N, control 1.")
+    initial_weight: float | None = Field(
+        None, description="coordinate: where every weight starts; default 1/N, control 1."
+    )
     step_size: float = Field(0.25, gt=0, description="coordinate: first step, halved when no step helps.")
     max_candidates: int = Field(24, ge=2, description="Score at most so many candidates (of each search).")
     num_images: int = Field(500, ge=2, description="Images generated per candidate and seed.")
-    seeds: tuple[int, ...] = Field((1001,), min_length=1, description="Sampling seeds; none may be a seed of the report.")
+    seeds: tuple[int, ...] = Field(
+        (1001,), min_length=1, description="Sampling seeds; none may be a seed of the report."
+    )
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
     )
@@ -160,7 +168,9 @@ class EvaluateSpec(_Spec):
     """How every row is sampled and scored: the same for all rows (METHOD section 5.3)."""
 
     num_images: int = Field(ge=2, description="Images generated per row and seed.")
-    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval.")
+    seeds: tuple[int, ...] = Field(
+        (1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval."
+    )
     sampler: Literal["ddim", "ddpm"] = Field("ddim", description="Sampler of the reverse process.")
     num_inference_steps: int = Field(50, ge=1, description="Sampling steps.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
@@ -173,7 +183,9 @@ class EvaluateSpec(_Spec):
         None, description="Path or object-store URI of the extractor's weights; default the library's own."
     )
     extractor_resolution: int | None = Field(
-        None, ge=32, description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299."
+        None,
+        ge=32,
+        description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299.",
     )
     metrics: tuple[Literal["fid", "kid"], ...] = Field(("fid", "kid"), min_length=1, description="What is computed.")
     kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")

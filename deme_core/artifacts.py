@@ -1,0 +1,332 @@
+"""Artifacts: what a stage made, whole and verified, under a digest of everything that decided it.
+
+In the store::
+
+    <stage>/<digest>/upload-<random>/<name>    the files, in a folder of their own for every writer
+    <stage>/<digest>/manifest.json             written last, and once: with it the artifact comes to exist
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import uuid4
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from deme_core.digests import sha256_file
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, DemeError, InputError
+from deme_core.store import FileStore, ObjectStore, check_key, local_errors, temporary_beside
+
+_HEX = "[0-9a-f]"
+# A word, then digests: only so can the stage be told from the store's own path in the URI of an artifact.
+_STAGE = rf"[a-z][a-z0-9_-]*(?:/{_HEX}{{64}})*"
+_DIGEST = r"(?!upload-)[A-Za-z0-9_-][A-Za-z0-9._-]*"
+_UPLOADED = re.compile(rf"(?P<artifact>{_STAGE}/{_DIGEST})/upload-{_HEX}{{32}}/.+")
+
+
+@dataclass(frozen=True)
+class ArtifactRef:
+    """A small reference to an artifact: all that tasks pass to one another.
+
+    Attributes:
+        uri: ``<store>/<stage>/<digest>``.
+        digest: the last part of it.
+    """
+
+    uri: str
+    digest: str
+
+    @property
+    def stage(self) -> str:
+        """The stage that made it, e.g. ``finetune``, or ``checkpoints/<finetune digest>``."""
+        match = re.search(rf"/({_STAGE})/{_DIGEST}\Z", self.uri)
+        if match is None:
+            raise ValueError(f"{self.uri} is no URI of an artifact.")
+        return match[1]
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of an artifact.
+
+    Attributes:
+        name: POSIX path within the artifact.
+        key: key of the object that holds it.
+        size: bytes.
+        sha256: hexadecimal SHA-256.
+    """
+
+    name: Annotated[str, AfterValidator(check_key)]
+    key: str
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=rf"^{_HEX}{{64}}$")]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, and how it came to be.
+
+    Attributes:
+        stage: name of the stage.
+        digest: digest of the work.
+        settings: resolved settings of the stage.
+        inputs: digests of the input artifacts, by role.
+        dataset: fingerprint of the data set, if the stage read one.
+        metrics: what the stage measured.
+        files: its files.
+        code_version: version of DeMe that made it.
+        created: ISO 8601, UTC.
+    """
+
+    stage: str
+    digest: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    dataset: str | None
+    metrics: dict[str, Any]
+    files: tuple[StoredFile, ...]
+    code_version: str
+    created: str
+
+    def to_json(self) -> str:
+        """Write as indented JSON; NaN or infinity among settings or metrics is a ValueError."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str | bytes, *, uri: str = "manifest.json") -> "Manifest":
+        """Read and validate.
+
+        Text that is no manifest, or names a file outside its artifact, is a ChecksumMismatchError that says ``uri``.
+        """
+        try:
+            manifest = _ADAPTER.validate_json(text)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"])) or "text"
+            raise _malformed(uri, f"{where}: {problem['msg']}") from error
+        for file in manifest.files:
+            home = _UPLOADED.fullmatch(file.key)
+            if home is None or home["artifact"] != f"{manifest.stage}/{manifest.digest}":
+                raise _malformed(uri, f"{file.key!r} is not an object of this artifact")
+        return manifest
+
+
+_ADAPTER = TypeAdapter(Manifest)
+
+
+class ArtifactStore:
+    """Publishes, finds and fetches artifacts; safe for many processes on many machines at once.
+
+    Args:
+        store: where they are kept.
+        cache: folder for verified copies; may be deleted at any time.
+    """
+
+    def __init__(self, store: ObjectStore, cache: Path) -> None:
+        self.store, self.cache = store, cache
+
+    def find(self, stage: str, digest: str) -> ArtifactRef | None:
+        """Return the artifact if there is one."""
+        return self._ref(stage, digest) if self.store.exists(_manifest_key(stage, digest)) else None
+
+    def list_refs(self, stage: str) -> list[ArtifactRef]:
+        """All artifacts of a stage, sorted by digest."""
+        pattern = re.compile(rf"{re.escape(stage)}/({_DIGEST})/manifest\.json")
+        matches = (pattern.fullmatch(found.key) for found in self.store.list(f"{stage}/"))
+        return [self._ref(stage, digest) for digest in sorted(match[1] for match in matches if match)]
+
+    def newest(self, stage: str) -> ArtifactRef | None:
+        """The last one by digest, for stages whose digests count up (checkpoints)."""
+        return next(reversed(self.list_refs(stage)), None)
+
+    def manifest(self, ref: ArtifactRef) -> Manifest:
+        """Read the manifest.
+
+        Without one there is no artifact (ArtifactNotFoundError); a malformed one, or that of another artifact, is a
+        ChecksumMismatchError.
+        """
+        stage, digest = self._locate(ref)
+        uri = f"{ref.uri}/manifest.json"
+        manifest = Manifest.from_json(self.store.get_bytes(_manifest_key(stage, digest)), uri=uri)
+        if (manifest.stage, manifest.digest) != (stage, digest):
+            raise _malformed(uri, f"it belongs to {manifest.stage}/{manifest.digest}")
+        return manifest
+
+    def publish(
+        self,
+        stage: str,
+        digest: str,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        dataset: str | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> ArtifactRef:
+        """Upload all files of a folder as an artifact; of several writers of one digest the first wins.
+
+        Args:
+            stage: name of the stage: a word, or a word and digests joined by slashes.
+            digest: name of the work, unique within the stage.
+            folder: what the stage made.
+            settings: resolved settings.
+            inputs: digests of the input artifacts, by role.
+            dataset: fingerprint of the data set.
+            metrics: what was measured.
+
+        Returns:
+            The artifact: this one, or the one that was there first.
+        """
+        key = _manifest_key(stage, digest)
+        if existing := self.find(stage, digest):
+            return existing
+        files = _describe(folder, f"{stage}/{digest}/upload-{uuid4().hex}")
+        manifest = Manifest(
+            stage=stage,
+            digest=digest,
+            settings=dict(settings),
+            inputs=dict(inputs),
+            dataset=dataset,
+            metrics=dict(metrics or {}),
+            files=files,
+            code_version=version("deme"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        text = manifest.to_json().encode()
+        self._upload(files, folder)
+        # A retry after a lost answer finds our own manifest: then we have won all the same.
+        if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
+            self._delete_files(files)
+        return self._ref(stage, digest)
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """Return a verified local copy, downloading it the first time. Treat it as read-only.
+
+        A missing artifact or file is an ArtifactNotFoundError; a file that is not what the manifest promises is a
+        ChecksumMismatchError. Either names the object.
+        """
+        folder = self.cache.joinpath(*self._locate(ref))
+        if folder.is_dir():
+            return folder
+        manifest = self.manifest(ref)
+        with local_errors(folder), temporary_beside(folder) as temporary:
+            temporary.mkdir()
+            for file in manifest.files:
+                self._download(file, temporary / file.name)
+            try:
+                temporary.rename(folder)
+            except OSError:
+                # Another process may have finished first; its copy is as good.
+                if not folder.is_dir():
+                    raise
+        return folder
+
+    def remove(self, ref: ArtifactRef) -> None:
+        """Remove an artifact and its local copy; a missing one is fine.
+
+        The manifest goes first, so that no reader finds a part of the artifact.
+        """
+        stage, digest = self._locate(ref)
+        try:
+            files = self.manifest(ref).files
+        except (ArtifactNotFoundError, ChecksumMismatchError):
+            # What nobody can name any more is left to sweep.
+            files = ()
+        self.store.delete(_manifest_key(stage, digest))
+        self._delete_files(files)
+        folder = self.cache / stage / digest
+        with local_errors(folder), suppress(FileNotFoundError), temporary_beside(folder) as doomed:
+            # Renamed first: if this is interrupted, no part may stay that a later fetch would trust.
+            folder.rename(doomed)
+
+    def sweep(self, older_than: timedelta) -> int:
+        """Delete what interrupted uploads and downloads left behind.
+
+        Args:
+            older_than: spare anything younger; must exceed the longest transfer and the skew of clocks.
+
+        Returns:
+            Number of objects deleted.
+        """
+        before = datetime.now(UTC) - older_than
+        suspects: dict[str, set[str]] = {}
+        for found in self.store.list(""):
+            if found.modified < before and (match := _UPLOADED.fullmatch(found.key)):
+                suspects.setdefault(match["artifact"], set()).add(found.key)
+        # Manifests are read only now: one written during the listing must protect its files.
+        orphans = [key for artifact, keys in suspects.items() for key in keys - self._named_keys(artifact)]
+        for key in orphans:
+            self.store.delete(key)
+        for place in (self.store, FileStore(self.cache)):
+            place.discard_unfinished(before)
+        return len(orphans)
+
+    def _named_keys(self, artifact: str) -> set[str]:
+        stage, _, digest = artifact.rpartition("/")
+        try:
+            return {file.key for file in self.manifest(self._ref(stage, digest)).files}
+        except ArtifactNotFoundError:
+            return set()
+
+    def _upload(self, files: tuple[StoredFile, ...], folder: Path) -> None:
+        try:
+            for file in files:
+                self.store.put_file(file.key, folder / file.name)
+        except BaseException:
+            # Above all on a full disk; if it fails too, sweep will do it.
+            with suppress(DemeError):
+                self._delete_files(files)
+            raise
+
+    def _download(self, file: StoredFile, path: Path) -> None:
+        self.store.get_file(file.key, path)
+        size, sha256 = path.stat().st_size, sha256_file(path)
+        if (size, sha256) != (file.size, file.sha256):
+            raise ChecksumMismatchError(
+                f"{self.store.uri}/{file.key} holds {size} bytes with SHA-256 {sha256}, but its manifest promises "
+                f"{file.size} bytes with {file.sha256}; remove the artifact and run its stage again."
+            )
+
+    def _delete_files(self, files: tuple[StoredFile, ...]) -> None:
+        for file in files:
+            self.store.delete(file.key)
+
+    def _ref(self, stage: str, digest: str) -> ArtifactRef:
+        return ArtifactRef(f"{self.store.uri}/{stage}/{digest}", digest)
+
+    def _locate(self, ref: ArtifactRef) -> tuple[str, str]:
+        """Stage and digest of a reference into this store."""
+        located = ref.stage, ref.digest
+        if self._ref(*located) != ref:
+            raise InputError(f"{ref.uri} is not in the object store {self.store.uri}; correct DEME_STORE_URI.")
+        return located
+
+
+def _manifest_key(stage: str, digest: str) -> str:
+    if not re.fullmatch(_STAGE, stage) or not re.fullmatch(_DIGEST, digest):
+        raise ValueError(
+            f"Stage {stage!r} and digest {digest!r} cannot name an artifact: a stage is a lower-case word, or one and "
+            "SHA-256 digests joined by slashes; a digest is one plain file name."
+        )
+    return f"{stage}/{digest}/manifest.json"
+
+
+def _describe(folder: Path, prefix: str) -> tuple[StoredFile, ...]:
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder to publish.")
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [check_key(path.relative_to(folder).as_posix()) for path in paths]
+    return tuple(
+        StoredFile(name, f"{prefix}/{name}", path.stat().st_size, sha256_file(path))
+        for name, path in zip(names, paths, strict=True)
+    )
+
+
+def _malformed(uri: str, problem: str) -> ChecksumMismatchError:
+    return ChecksumMismatchError(f"{uri} is malformed ({problem}); remove it and run its stage again.")

@@ -1,0 +1,151 @@
+"""Checkpoint: named tensors in safetensors files, read and written one tensor at a time."""
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the tensor's data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Checkpoint:
+    """The tensors of one or several safetensors files, memory-mapped.
+
+    Args:
+        files: the files; a tensor name may occur in one of them only.
+
+    Raises:
+        ModelFolderError: a file is truncated, is not safetensors, or repeats a tensor of another.
+    """
+
+    def __init__(self, *files: Path) -> None:
+        self.files = files
+        self._handles: dict[str, Any] = {}
+        for file in files:
+            handle = _open(file)
+            names = set(handle.keys())
+            if repeated := names & self._handles.keys():
+                raise ModelFolderError(f"{file} repeats tensors of another file: {', '.join(sorted(repeated))}.")
+            self._handles.update(dict.fromkeys(names, handle))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._handles))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Returns the tensor, backed by the file until it is written to."""
+        return self._handles[name].get_tensor(name)
+
+    @cached_property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Shape and dtype of every tensor, read from the headers alone."""
+        infos = {}
+        for name in self:
+            piece = self._handles[name].get_slice(name)
+            infos[name] = TensorInfo(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+        return infos
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all tensors."""
+        return {name: self[name] for name in self}
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ModelFolderError(f"{file} is not a whole safetensors file ({error}); fetch it again.") from error
+
+
+def check_same_tensors(
+    name: str, actual: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], *, reference: str
+) -> None:
+    """Raises IncompatibleCheckpointsError, listing every difference in names and shapes."""
+    mismatched = [
+        f"{key} {actual[key].shape} for {expected[key].shape}"
+        for key in sorted(actual.keys() & expected.keys())
+        if actual[key].shape != expected[key].shape
+    ]
+    missing, extra = sorted(expected.keys() - actual.keys()), sorted(actual.keys() - expected.keys())
+    if missing or extra or mismatched:
+        raise IncompatibleCheckpointsError(
+            name, reference=reference, missing=missing, extra=extra, mismatched=mismatched
+        )
+
+
+def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Writes a safetensors file while holding one tensor at a time.
+
+    safetensors' own ``save_file`` wants every tensor at once. The file appears under its name when it is whole.
+
+    Args:
+        path: the file to write.
+        infos: shape and dtype of every tensor, in the order in which ``tensors`` yields them.
+        tensors: names and values; values are cast to the announced dtype.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, info in infos.items():
+        end = offset + info.num_bytes
+        header[name] = {
+            "dtype": _DTYPE_NAMES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little"))
+            file.write(encoded)
+            for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
+                assert name == expected, (name, expected)
+                assert tensor.shape == info.shape, (name, tensor.shape, info.shape)
+                flat = tensor.to("cpu", info.dtype).contiguous().view(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes ``tensors`` as a safetensors file, sorted by name."""
+    names = sorted(tensors)
+    infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in names}
+    write_tensors(path, infos, ((name, tensors[name].detach()) for name in names))

@@ -1,0 +1,114 @@
+"""Evaluation: one denoiser's images, scored against a reference, under settings all rows share."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.features import FeatureExtractor
+from deme_core.generate import Denoiser, Sampling, generate
+from deme_core.metrics import Metric, Reference, score
+from deme_core.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every row shares, so that scores can be compared (METHOD section 5.3).
+
+    Attributes:
+        scheduler_config: the model's scheduler_config.json.
+        sampling: sampler and its settings.
+        shape: (C, H, W) of an image.
+        num_images: images per seed, exactly.
+        extractor: turns images into features.
+        reference: features of the real images.
+        metrics: what is computed.
+        kid_subset_size: images per subset of the kernel distance.
+        device: where the denoiser is.
+    """
+
+    scheduler_config: Mapping[str, Any]
+    sampling: Sampling
+    shape: Sequence[int]
+    num_images: int
+    extractor: FeatureExtractor
+    reference: Reference
+    metrics: Sequence[Metric]
+    kid_subset_size: int
+    device: torch.device | str
+
+    def fingerprint(self, seeds: Sequence[int]) -> str:
+        """Returns a digest of all that scores must share to be compared; batch size is not among it."""
+        return sha256_bytes(canonical_json(self.conditions(seeds)).encode())
+
+    def conditions(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """Returns what `fingerprint` digests, by name."""
+        scheduler = self.sampling.build_scheduler(self.scheduler_config)
+        return {
+            "sampler": self.sampling.sampler,
+            "num_inference_steps": self.sampling.num_inference_steps,
+            "eta": self.sampling.eta,
+            "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+            "dtype": "float32",
+            "shape": list(self.shape),
+            "num_images": self.num_images,
+            "seeds": list(seeds),
+            "extractor": self.extractor.digest,
+            "reference": {"images": self.reference.images_digest, "num_images": self.reference.num_images},
+            "metrics": list(self.metrics),
+            "kid_subset_size": self.kid_subset_size,
+        }
+
+    def score(
+        self, denoiser: Denoiser, seed: int, *, keep: int = 0, report: Callable[[int], None] = lambda _: None
+    ) -> tuple[dict[str, float], torch.Tensor]:
+        """Generates and scores the images of one seed, holding one batch of them at a time.
+
+        Args:
+            denoiser: what is evaluated.
+            seed: names the set of images.
+            keep: return the first so many images.
+            report: called with the number of images done after every batch.
+
+        Returns:
+            The scores by metric name, lower being better, and uint8 images (keep, C, H, W).
+        """
+        features, kept, done = [], [], 0
+        for images in self._images(denoiser, seed):
+            features.append(self.extractor(images))
+            kept.append(images[: max(keep - done, 0)])
+            done += len(images)
+            report(done)
+        assert done == self.num_images, (done, self.num_images)
+        scores = score(
+            np.concatenate(features), self.reference, metrics=self.metrics, kid_subset_size=self.kid_subset_size
+        )
+        return scores, torch.cat(kept)
+
+    def _images(self, denoiser: Denoiser, seed: int) -> Iterator[torch.Tensor]:
+        return generate(
+            denoiser,
+            self.scheduler_config,
+            self.sampling,
+            shape=self.shape,
+            seed=seed,
+            indices=range(self.num_images),
+            device=self.device,
+        )
+
+
+def split_reference(num_images: int, num_for_search: int) -> tuple[list[int], list[int]]:
+    """Divides the real images into those a search may see and those the report uses, disjoint.
+
+    Args:
+        num_images: images in the data set.
+        num_for_search: images set aside for the search; 0 without one.
+
+    Returns:
+        Sorted indices for the search and for the report.
+    """
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed("reference", num_images)))
+    return sorted(order[:num_for_search].tolist()), sorted(order[num_for_search:].tolist())

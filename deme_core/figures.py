@@ -1,0 +1,80 @@
+"""Figures: grids of generated images and loss curves, as PNG files."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+_SMALLEST_TILE = 32  # Pixels; smaller images are enlarged by a whole factor so that a person can see them.
+_MARGIN = 2
+
+
+def save_image_grid(images: "torch.Tensor", path: Path) -> None:
+    """Writes uint8 images (B, C, H, W), C = 1 or 3, as one PNG, about as wide as high."""
+    from PIL import Image
+
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    factor = max(1, math.ceil(_SMALLEST_TILE / height))
+    columns = math.ceil(math.sqrt(len(pixels)))
+    rows = math.ceil(len(pixels) / columns)
+    step_x, step_y = width * factor + _MARGIN, height * factor + _MARGIN
+    grid = Image.new("RGB", (columns * step_x + _MARGIN, rows * step_y + _MARGIN), "white")
+    for index, image in enumerate(pixels):
+        tile = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+        tile = tile.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        row, column = divmod(index, columns)
+        grid.paste(tile, (_MARGIN + column * step_x, _MARGIN + row * step_y))
+    grid.save(path)
+
+
+def save_sample_comparison(grids: Mapping[str, Path], path: Path, *, title: str) -> None:
+    """Writes the grids of all rows beside one another, each under its row's name.
+
+    Args:
+        grids: a PNG per row; all show the same images of the same seed, so tiles can be compared one by one.
+        path: the PNG to write.
+        title: what the rows share.
+    """
+    from matplotlib.figure import Figure
+
+    pictures = {row: _read_png(file) for row, file in grids.items()}
+    figure = Figure(figsize=(3.6 * len(pictures), 4.3), layout="constrained")
+    for axes, (row, picture) in zip(figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items(), strict=True):
+        axes.imshow(picture, interpolation="nearest")
+        axes.set_title(row)
+        axes.set_axis_off()
+    figure.suptitle(title, fontsize="medium")
+    figure.savefig(path, dpi=150)
+
+
+def save_loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Writes diffusion and consistency loss over optimizer steps, one line per training run.
+
+    Args:
+        histories: progress records by run, e.g. ``segment 0 [0, 250)``.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    panels = ["diffusion_loss", "consistency_loss"]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, 2), panels, strict=True):
+        for run, history in histories.items():
+            axes.plot([r["global_step"] for r in history], [r[name] for r in history], label=run, linewidth=1.2)
+        axes.set_xlabel("optimizer step")
+        axes.set_title(name.replace("_", " "))
+        if any(record[name] > 0 for history in histories.values() for record in history):
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _read_png(file: Path) -> Any:
+    from matplotlib.image import imread
+
+    return imread(file)

@@ -1,0 +1,69 @@
+"""A zip of image files, read in place: nothing is unpacked, so nothing can be written where it should not be."""
+
+import os
+import zipfile
+import zlib
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from deme_core.errors import DatasetError
+from deme_core.images.pixels import BrokenImageError
+from deme_core.images.source import is_image_name, stat_listing
+
+
+class ZipSource:
+    """All images of a zip, sorted by their path."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.description = f"the zip {path}"
+        self._open()
+        self._names = sorted({name for name in self._zip.namelist() if is_image_name(name)})
+        self._refuse_unusable()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ZipSource, (self._path,)
+
+    @cached_property
+    def listing(self) -> str | None:
+        """Digest of the zip's own path, size and times."""
+        return stat_listing([(str(self._path.resolve()), self._path.stat())])
+
+    def name(self, index: int) -> str:
+        """Path within the zip."""
+        return self._names[index]
+
+    def read(self, index: int) -> bytes:
+        """Read one member and check its CRC."""
+        if self._process != os.getpid():
+            self._open()  # Processes that share a file handle move each other's position.
+        try:
+            return self._zip.read(self._names[index])
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise BrokenImageError("damaged in the zip") from error
+        except OSError as error:
+            raise DatasetError(f"Cannot read {self.description} ({error.strerror or error}).") from error
+
+    def _open(self) -> None:
+        try:
+            self._zip = zipfile.ZipFile(self._path)
+        except (OSError, zipfile.BadZipFile) as error:
+            reason = getattr(error, "strerror", None) or "it is damaged or no zip"
+            raise DatasetError(f"Cannot read {self.description} ({reason}); check dataset.path.") from error
+        self._process = os.getpid()
+
+    def _refuse_unusable(self) -> None:
+        for member in self._zip.infolist():
+            path = PurePosixPath(member.filename.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts:
+                raise DatasetError(
+                    f"{self._path} has the unsafe member {member.filename!r}; pack it with relative paths."
+                )
+            if member.flag_bits & 1:
+                raise DatasetError(f"{self._path} is encrypted; pack it without a password.")
+            if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise DatasetError(f"{self._path} uses another compression than deflate; pack it with deflate.")

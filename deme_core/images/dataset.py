@@ -1,0 +1,162 @@
+"""Image data sets: square uint8 images under a fingerprint."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.errors import DatasetError
+from deme_core.images.archive import ZipSource
+from deme_core.images.digits import DigitsSource
+from deme_core.images.folder import FolderSource
+from deme_core.images.hub import HubSource
+from deme_core.images.inspection import Inspection, inspect
+from deme_core.images.pixels import PIXELS_VERSION, BrokenImageError, center_crop, decode, resize
+from deme_core.images.remote import fetch_images
+from deme_core.images.source import ImageSource
+from deme_core.recipe import DatasetSpec
+
+DIGITS_RESOLUTION = 8
+
+
+class ImageDataset(Protocol):
+    """Square images, numbered from 0."""
+
+    @property
+    def resolution(self) -> int:
+        """Side, in pixels."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        ...
+
+    @property
+    def num_images(self) -> int:
+        """How many there are; the same as ``len``."""
+        ...
+
+    @property
+    def num_skipped(self) -> int:
+        """How many broken images were left out."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over all that decides what a model is trained on: the images, their order, and the augmentation."""
+        ...
+
+    @property
+    def reference_fingerprint(self) -> str:
+        """Sha256 over what ``image`` returns, in order: unlike ``fingerprint`` it leaves out the augmentation."""
+        ...
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def image(self, index: int) -> torch.Tensor:
+        """One image, centre-cropped: uint8 (C, resolution, resolution), 0..255."""
+        ...
+
+    def resized(self, index: int) -> torch.Tensor:
+        """One image before it is cropped: uint8 (C, H, W), 0..255, its shorter side ``resolution``."""
+        ...
+
+
+class SquareImages:
+    """The inspected images of a source, decoded when they are asked for."""
+
+    def __init__(
+        self, source: ImageSource, inspection: Inspection, spec: DatasetSpec, *, resolution: int, channels: int
+    ):
+        self.resolution, self.channels = resolution, channels
+        self.num_images, self.num_skipped = len(inspection.indices), inspection.num_skipped
+        self._source, self._inspection, self._spec = source, inspection, spec
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the images and of their augmentation."""
+        augmentation = {"crop": self._spec.crop, "random_flip": self._spec.random_flip}
+        return sha256_bytes(canonical_json([self.reference_fingerprint, augmentation]).encode())
+
+    @cached_property
+    def reference_fingerprint(self) -> str:
+        """Identity of what ``image`` returns. Names of files are no part of it, so a copy or a zip has the same."""
+        pixels = {"version": PIXELS_VERSION, "resolution": self.resolution, "channels": self.channels}
+        return sha256_bytes(canonical_json([pixels, self._inspection.content]).encode())
+
+    def image(self, index: int) -> torch.Tensor:
+        """One image, centre-cropped: uint8 (C, resolution, resolution)."""
+        return center_crop(self.resized(index), self.resolution)
+
+    def resized(self, index: int) -> torch.Tensor:
+        """One image before it is cropped: uint8 (C, H, W)."""
+        position = self._inspection.indices[index]
+        try:
+            return resize(decode(self._source.read(position), channels=self.channels), self.resolution)
+        except BrokenImageError as error:
+            raise DatasetError(
+                f"{self._source.name(position)} in {self._source.description} was sound and now is not ({error}); "
+                "leave the images as they are while a run uses them."
+            ) from error
+
+
+def load_images(
+    spec: DatasetSpec, *, cache: Path, fetch_prefix: Callable[[str, Path], Path] | None = None
+) -> ImageDataset:
+    """Open a data set and verify that each of its images can be decoded.
+
+    Args:
+        spec: which images.
+        cache: folder for downloads and for the results of the verification; may be deleted at any time.
+        fetch_prefix: brings an object-store URI to a local folder or zip below ``cache``; default ``fetch_images``.
+
+    Raises:
+        DatasetError: the images are missing, broken, too few, or cannot be loaded.
+        StoreUnavailableError: their object store cannot be reached.
+    """
+    channels = spec.channels or (1 if spec.source == "digits" else 3)
+    source = _open_source(spec, cache / "images", fetch_prefix or fetch_images)
+    inspection = inspect(
+        source,
+        num_images=spec.num_images,
+        skip_broken=spec.skip_broken,
+        channels=channels,
+        cache=cache / "images",
+    )
+    resolution = spec.resolution or DIGITS_RESOLUTION
+    return SquareImages(source, inspection, spec, resolution=resolution, channels=channels)
+
+
+def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path], Path]) -> ImageSource:
+    if spec.source == "digits":
+        return DigitsSource()
+    if spec.source == "hub":
+        return HubSource(spec)
+    path = _local_path(str(spec.path), cache, fetch_prefix)
+    if path.is_dir():
+        return FolderSource(path)
+    if path.suffix.lower() == ".zip" and path.is_file():
+        return ZipSource(path)
+    if path.exists():
+        raise DatasetError(f"{path} is neither a folder nor a zip; unpack it, and set dataset.path to the folder.")
+    raise DatasetError(f"There is no folder or zip {path}; check dataset.path.")
+
+
+def _local_path(path: str, cache: Path, fetch_prefix: Callable[[str, Path], Path]) -> Path:
+    if path.startswith("file:///"):
+        return Path(unquote(urlsplit(path).path))
+    if path.startswith("s3://"):
+        return fetch_prefix(path, cache)
+    if "://" in path:
+        raise DatasetError("dataset.path must be a folder, a zip, file:///PATH or s3://BUCKET/PREFIX.")
+    return Path(path).expanduser()

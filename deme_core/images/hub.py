@@ -1,0 +1,94 @@
+"""A data set of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` understands."""
+
+from pathlib import Path
+from typing import Any
+
+from deme_core.errors import DatasetError
+from deme_core.images.pixels import BrokenImageError
+from deme_core.images.source import stat_listing
+from deme_core.recipe import DatasetSpec
+
+
+class HubSource:
+    """The images of one column of one split, in the order of its rows."""
+
+    def __init__(self, spec: DatasetSpec) -> None:
+        self.description = f"split '{spec.split}' of the data set {spec.path}"
+        self._column = spec.image_column
+        self._images = _undecoded(_load(spec), self._column, self.description)
+        self.listing = _listing(self._images, spec)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, index: int) -> str:
+        """Number of the row, from 0."""
+        return f"row {index}"
+
+    def read(self, index: int) -> bytes:
+        """Encoded image, from the table or from the file it refers to."""
+        value = self._images[index][self._column] or {}
+        encoded, path = value.get("bytes"), value.get("path")
+        if encoded is not None:
+            return encoded
+        if path is None:
+            raise BrokenImageError("no image in this row")
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise DatasetError(
+                f"Row {index} of {self.description} refers to {path}, which cannot be read ({error.strerror}); "
+                "load the data set anew."
+            ) from error
+
+
+def _load(spec: DatasetSpec) -> Any:
+    import datasets
+
+    path = str(spec.path)
+    folder = Path(path).expanduser()
+    try:
+        return datasets.load_dataset(str(folder) if folder.is_dir() else path, name=spec.name, split=spec.split)
+    except Exception as error:  # Builders, file systems and HTTP clients each raise their own.
+        raise DatasetError(
+            f"Cannot load split '{spec.split}' of the data set {path} ({_first_line(error)}); check dataset.path, name "
+            "and split, and the network."
+        ) from error
+
+
+def _undecoded(table: Any, column: str, description: str) -> Any:
+    """Return the column alone, its images as encoded bytes."""
+    import datasets
+
+    if column not in table.column_names:
+        raise DatasetError(
+            f"Column '{column}' is not in {description}, which has {', '.join(table.column_names)}; "
+            "set dataset.image_column."
+        )
+    try:
+        return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except Exception as error:  # Arrow and datasets each have their own families of errors.
+        raise DatasetError(
+            f"Column '{column}' of {description} holds no images ({_first_line(error)}); set dataset.image_column."
+        ) from error
+
+
+def _listing(images: Any, spec: DatasetSpec) -> str | None:
+    """Digest of the table's files; None when images lie outside of them, or there are none.
+
+    The fingerprint that ``datasets`` has differs between machines, and stays when a file it refers to changes.
+    """
+    paths = [Path(file["filename"]) for file in images.cache_files]
+    if not paths or any(map(_refers_to_files, images.data.column(spec.image_column).chunks)):
+        return None
+    return stat_listing(((str(path), path.stat()) for path in paths), spec.split, spec.image_column, str(len(images)))
+
+
+def _refers_to_files(chunk: Any) -> bool:
+    """Whether an Arrow array of images has some that are only named."""
+    without_bytes = chunk.field("bytes").is_null().to_numpy(zero_copy_only=False)
+    return bool((without_bytes & chunk.field("path").is_valid().to_numpy(zero_copy_only=False)).any())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

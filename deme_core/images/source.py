@@ -1,0 +1,55 @@
+"""Where encoded images lie: the one interface of folders, zips, data sets of the hub and the digits."""
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+from typing import Protocol
+
+from deme_core.digests import canonical_json, sha256_bytes
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
+SETTLED_AFTER_SEC = 2.0
+
+
+class ImageSource(Protocol):
+    """Encoded images in a fixed order. Must survive fork and pickling, for the workers of a DataLoader."""
+
+    @property
+    def description(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def listing(self) -> str | None:
+        """Digest that changes when any image may have changed, had without reading them; None: not to be had."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of images, broken ones included."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What messages call the image."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """Encoded image; DatasetError if it cannot be read, BrokenImageError if it is damaged."""
+        ...
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a relative POSIX path names an image: not hidden, nor one of macOS's ``__MACOSX`` companions."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+
+
+def stat_listing(files: Iterable[tuple[str, os.stat_result]], *extra: str) -> str | None:
+    """Digest names, sizes and times of files; None while one of them is too new to tell its next change by its time."""
+    # ctime beside mtime: copying tools restore mtime, none can set ctime.
+    rows = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in files]
+    newest_ns = max((max(row[2:]) for row in rows), default=0)
+    if time.time_ns() - newest_ns < SETTLED_AFTER_SEC * 1e9:
+        return None
+    return sha256_bytes(canonical_json([rows, extra]).encode())

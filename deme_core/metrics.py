@@ -1,0 +1,272 @@
+"""Fréchet and kernel distance between the features of generated and of real images.
+
+Scores are comparable only among rows with equal counts of images and one extractor; `metric_name` keeps the
+scales of different extractors apart.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from deme_core.errors import ArtifactNotFoundError, InputError
+
+Metric = Literal["fid", "kid"]
+Features = npt.NDArray[np.floating[Any]]
+Float64Array = npt.NDArray[np.float64]
+
+REFERENCE_FILE = "reference.safetensors"
+_METADATA_KEY = "deme"  # one key only: safetensors does not keep the order of several, and so not the bytes
+_NAMES = {
+    "inception": {"fid": "fid", "kid": "kid"},
+    "efficientnet_lite0": {"fid": "fd_efficientnet_lite0", "kid": "kd_efficientnet_lite0"},
+}
+
+
+def metric_name(metric: Metric, extractor_name: str) -> str:
+    """Name a score is reported under: 'fid' and 'kid' belong to the Inception features alone.
+
+    Args:
+        metric: 'fid' (Fréchet distance) or 'kid' (kernel distance).
+        extractor_name: name of a feature extractor.
+
+    Returns:
+        For example ``fid`` or ``fd_efficientnet_lite0``.
+
+    Raises:
+        ValueError: for an unknown metric or extractor.
+    """
+    try:
+        return _NAMES[extractor_name][metric]
+    except KeyError:
+        raise ValueError(f"There is no metric {metric!r} of extractor {extractor_name!r}.") from None
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureStatistics:
+    """The Gaussian that the Fréchet distance sees.
+
+    Attributes:
+        mean: mean feature vector, (D,) float64.
+        covariance: covariance with n - 1 in the denominator, (D, D) float64.
+        num_images: the number n of images; the rank of the covariance is below it.
+    """
+
+    mean: Float64Array
+    covariance: Float64Array
+    num_images: int
+
+    @classmethod
+    def from_features(cls, features: Features) -> Self:
+        """Mean and covariance of features (n, D), n >= 2, which must be finite (else ValueError)."""
+        mean, rows = _mean_and_factor(_checked(features))
+        return cls(mean=mean, covariance=rows.T @ rows, num_images=len(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """The features of the real images, with what every comparison needs computed once.
+
+    Attributes:
+        features: (m, D), m >= 2; kept as float32, so that a saved reference scores as an unsaved one does.
+        extractor_name: the extractor that made them; names the metrics.
+        extractor_digest: digest of that extractor's weights and preprocessing.
+        images_digest: digest of the real images.
+    """
+
+    features: Features
+    extractor_name: str
+    extractor_digest: str = ""
+    images_digest: str = ""
+
+    def __post_init__(self) -> None:
+        features = _checked(self.features).astype(np.float32)
+        features.flags.writeable = False
+        object.__setattr__(self, "features", features)
+
+    @property
+    def num_images(self) -> int:
+        """Number m of real images."""
+        return len(self.features)
+
+    @cached_property
+    def statistics(self) -> FeatureStatistics:
+        """Mean and covariance of the features."""
+        return FeatureStatistics.from_features(self.features)
+
+    @cached_property
+    def factor(self) -> Float64Array:
+        """F (min(m, D), D) float64, or of fewer rows, with FᵀF the covariance."""
+        if self.num_images <= self.features.shape[1]:
+            return _mean_and_factor(self.features)[1]
+        return _factor(self.statistics.covariance)
+
+    def save(self, folder: Path) -> Path:
+        """Write ``reference.safetensors`` into a folder, which is created, and return its path."""
+        from safetensors.numpy import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        names = ("extractor_name", "extractor_digest", "images_digest")
+        metadata = {_METADATA_KEY: json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)}
+        save_file({"features": self.features}, folder / REFERENCE_FILE, metadata=metadata)
+        return folder / REFERENCE_FILE
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote; a folder without it is an ArtifactNotFoundError."""
+        from safetensors import safe_open
+
+        path = folder / REFERENCE_FILE
+        if not path.is_file():
+            raise ArtifactNotFoundError(f"{folder} holds no {REFERENCE_FILE}.")
+        with safe_open(path, framework="numpy") as file:
+            return cls(file.get_tensor("features"), **json.loads(file.metadata()[_METADATA_KEY]))
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Fréchet distance of two Gaussians (Heusel et al., 2017, equation 6).
+
+        d² = |μ_a − μ_b|² + tr Σ_a + tr Σ_b − 2 tr (Σ_a Σ_b)^½
+
+    The last trace is the sum of the roots of the eigenvalues of F Σ_a Fᵀ, where FᵀF = Σ_b: exact for
+    singular covariances also, unlike a matrix square root of the product.
+
+    Args:
+        a: statistics of one set of images.
+        b: statistics of the other, with the same number of features (else ValueError).
+
+    Returns:
+        d², 0 or greater.
+    """
+    _check_same_width(len(a.mean), len(b.mean))
+    fewer, more = sorted((a, b), key=lambda statistics: statistics.num_images)
+    trace_of_root = _trace_of_root(_factor(fewer.covariance), more.covariance)
+    return _assemble(a.mean - b.mean, np.trace(a.covariance) + np.trace(b.covariance), trace_of_root)
+
+
+def frechet_distance_to(reference: Reference, features: Features) -> float:
+    """`frechet_distance` of features from a reference, by the fastest exact way.
+
+    With no more images than features, tr (Σ_a Σ_b)^½ is the nuclear norm of A Fᵀ, where AᵀA = Σ_a are the
+    centred features over √(n − 1) and FᵀF = Σ_b: no covariance of the n images is ever formed.
+
+    Args:
+        reference: features of the real images.
+        features: features of the generated images, (n, D), n >= 2; must be finite (else ValueError).
+
+    Returns:
+        d², 0 or greater.
+    """
+    features = _checked(features)
+    _check_same_width(features.shape[1], reference.features.shape[1])
+    mean, rows = _mean_and_factor(features)
+    real = reference.statistics
+    if len(rows) <= features.shape[1]:
+        trace_of_root = float(np.linalg.svd(rows @ reference.factor.T, compute_uv=False).sum())
+    else:
+        trace_of_root = _trace_of_root(reference.factor, rows.T @ rows)
+    return _assemble(mean - real.mean, np.square(rows).sum() + np.trace(real.covariance), trace_of_root)
+
+
+def kernel_distance(
+    features: Features, reference_features: Features, *, subset_size: int, num_subsets: int = 100, seed: int
+) -> float:
+    """Kernel distance: unbiased squared MMD with k(x, y) = (x·y/D + 1)³, mean over random subsets.
+
+    This is clean-fid's own function with its draws made reproducible; NumPy's global generator is left as it was.
+
+    Args:
+        features: features of the generated images, (n, D).
+        reference_features: features of the real images, (m, D).
+        subset_size: images per subset; both counts, where smaller, cap it.
+        num_subsets: how many subsets are averaged.
+        seed: decides which images the subsets hold; scores to be compared must share it.
+
+    Returns:
+        The distance; as an unbiased estimate it may be slightly negative.
+
+    Raises:
+        ValueError: for subsets of fewer than two images, wrong shapes, or features that are not finite.
+    """
+    from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
+
+    features, reference_features = _checked(features), _checked(reference_features)
+    _check_same_width(features.shape[1], reference_features.shape[1])
+    if subset_size < 2 or num_subsets < 1:
+        raise ValueError(f"KID needs subsets of at least 2 images, not {num_subsets} subsets of {subset_size}.")
+    state = np.random.get_state()
+    np.random.seed(seed)
+    try:
+        distance = cleanfid_kernel_distance(reference_features, features, num_subsets, subset_size)
+    finally:
+        np.random.set_state(state)
+    return float(distance)
+
+
+def score(
+    features: Features, reference: Reference, *, metrics: Sequence[Metric], kid_subset_size: int, kid_seed: int = 0
+) -> dict[str, float]:
+    """All metrics of one set of generated images.
+
+    Args:
+        features: features of the generated images, (n, D), n >= 2; must be finite (else ValueError).
+        reference: features of the real images, by the same extractor.
+        metrics: which metrics to compute.
+        kid_subset_size: images per subset of the kernel distance.
+        kid_seed: seed of those subsets: one constant for all that is compared.
+
+    Returns:
+        Scores by `metric_name`, in the order of metrics; lower is better.
+    """
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        name = metric_name(metric, reference.extractor_name)
+        if metric == "fid":
+            scores[name] = frechet_distance_to(reference, features)
+        else:
+            scores[name] = kernel_distance(features, reference.features, subset_size=kid_subset_size, seed=kid_seed)
+    return scores
+
+
+def _checked(features: Features) -> Features:
+    if features.ndim != 2 or len(features) < 2:
+        raise InputError(f"Features must be of shape (at least 2 images, features), not {features.shape}.")
+    if num_bad := int((~np.isfinite(features).all(axis=1)).sum()):
+        raise InputError(
+            f"The features of {num_bad} of {len(features)} images are NaN or infinite; check the extractor's weights."
+        )
+    return features
+
+
+def _check_same_width(width: int, other: int) -> None:
+    if width != other:
+        raise ValueError(f"Images with {width} features each cannot be compared with images that have {other}.")
+
+
+def _mean_and_factor(features: Features) -> tuple[Float64Array, Float64Array]:
+    """Mean (D,) and A (n, D), the centred features over √(n − 1), so that AᵀA is the covariance."""
+    rows = features.astype(np.float64)
+    mean = rows.mean(axis=0)
+    return mean, (rows - mean) / np.sqrt(len(rows) - 1)
+
+
+def _factor(covariance: Float64Array) -> Float64Array:
+    """F (rank, D) with FᵀF = covariance, from its eigenvalues above rounding error."""
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    kept = eigenvalues > max(eigenvalues[-1], 0.0) * len(eigenvalues) * np.finfo(np.float64).eps
+    return np.sqrt(eigenvalues[kept])[:, None] * vectors[:, kept].T
+
+
+def _trace_of_root(factor: Float64Array, covariance: Float64Array) -> float:
+    """Trace of (FᵀF Σ)^½ for a factor F (k, D) and a covariance Σ (D, D)."""
+    eigenvalues = np.linalg.eigvalsh(factor @ covariance @ factor.T)
+    return float(np.sqrt(eigenvalues.clip(min=0)).sum())
+
+
+def _assemble(mean_difference: Float64Array, sum_of_traces: float, trace_of_root: float) -> float:
+    return max(float(mean_difference @ mean_difference + sum_of_traces - 2 * trace_of_root), 0.0)

@@ -1,0 +1,66 @@
+"""What a finetuned copy minimises (METHOD section 1)."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from deme_core.errors import InputError
+
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+
+
+class NoiseScheduler(Protocol):
+    """The part of a diffusers scheduler that training uses."""
+
+    @property
+    def config(self) -> "NoiseSchedulerConfig":
+        """The scheduler's settings."""
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns the noisy images x_t."""
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """Returns the v-prediction target."""
+
+
+class NoiseSchedulerConfig(Protocol):
+    """The part of a diffusers scheduler config that training uses."""
+
+    prediction_type: str
+    num_train_timesteps: int
+
+
+def training_target(
+    noise_scheduler: NoiseScheduler, clean_images: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """Returns what the model should predict, by the scheduler's ``prediction_type``.
+
+    Args:
+        noise_scheduler: a diffusers scheduler.
+        clean_images: x_0, (B, C, H, W), in [-1, 1].
+        noise: epsilon, (B, C, H, W), standard normal.
+        timesteps: t, int64 (B,).
+
+    Raises:
+        InputError: the prediction type is none of epsilon, sample and v_prediction.
+    """
+    match noise_scheduler.config.prediction_type:
+        case "epsilon":
+            return noise
+        case "sample":
+            return clean_images
+        case "v_prediction":
+            return noise_scheduler.get_velocity(clean_images, noise, timesteps)
+        case other:
+            raise InputError(f"prediction_type '{other}' is not one of {', '.join(PREDICTION_TYPES)}.")
+
+
+def diffusion_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of (f_theta(x_t, t) - target)^2 over all elements, in float32."""
+    return F.mse_loss(prediction.float(), target.float())
+
+
+def consistency_loss(prediction: torch.Tensor, pretrained_prediction: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of (f_theta(x_t, t) - f_theta0(x_t, t))^2 over all elements, in float32."""
+    return F.mse_loss(prediction.float(), pretrained_prediction.detach().float())

@@ -1,0 +1,126 @@
+"""Recipe files: found by name or path, overridden from the command line, checked, and written out resolved."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from deme_core.errors import RecipeError
+from deme_core.recipe import Recipe
+
+RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """Returns the names of the recipes that come with DeMe."""
+    return sorted(path.stem for path in RECIPES_FOLDER.glob("*.yaml"))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Returns the file of a recipe.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    path = Path(name_or_path).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return path
+        raise RecipeError(f"There is no recipe file {name_or_path}.")
+    if name_or_path in recipe_names():
+        return RECIPES_FOLDER / f"{name_or_path}.yaml"
+    raise RecipeError(
+        f"There is no recipe '{name_or_path}'; there are {', '.join(recipe_names())}, or give a .yaml file."
+    )
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads, overrides and validates a recipe.
+
+    Args:
+        name_or_path: a name from `recipe_names`, or a YAML file.
+        overrides: settings such as ``finetune.num_steps=50``; values are YAML.
+
+    Raises:
+        RecipeError: the recipe or an override is unknown or invalid; one sentence per problem.
+    """
+    path = find_recipe(name_or_path)
+    content = _parse_yaml(path.read_text(), str(path))
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path} does not hold a mapping of recipe keys.")
+    for override in overrides:
+        _apply(content, override)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{path.name}: {'; '.join(_sentence(details) for details in error.errors())}.") from error
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Returns the resolved recipe, every default filled in, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def flatten(recipe: Recipe) -> dict[str, Any]:
+    """Returns every setting under its dotted name, e.g. ``finetune.num_steps``."""
+    return dict(_leaves("", recipe.model_dump(mode="json")))
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, child in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else key, child)
+    else:
+        yield prefix, value
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    dotted, separator, value = override.partition("=")
+    if not separator or not dotted:
+        raise RecipeError(f"The override '{override}' is not of the form key.subkey=value.")
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = content.get(parent)
+        if child is not None and not isinstance(child, dict):
+            raise RecipeError(f"The override '{override}' goes below {parent}, which is a plain value.")
+        if child is None:  # Absent, or an explicit null.
+            child = content[parent] = {}
+        content = child
+    content[last] = _parse_yaml(value, f"The value of --set {dotted}")
+
+
+def _sentence(details: ErrorDetails) -> str:
+    location = [str(part) for part in details["loc"]]
+    key = ".".join(location) or "the recipe"
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known there are {', '.join(known)}"
+        return f"{key} is no recipe key ({hint})"
+    if details["type"] == "missing":
+        return f"{key} is missing"
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{key}: {message[0].lower()}{message[1:]} (got {details['input']!r})" if location else message
+
+
+def _known_keys(location: Sequence[str]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    for part in location:
+        field = model.model_fields.get(part)
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not found:
+            return []
+        model = found[0]
+    return sorted(model.model_fields)

@@ -1,0 +1,236 @@
+"""Training: one model trained over one range of timesteps, resumable at every optimizer step.
+
+Pretraining, the N copies and the control are all this, with other settings. Every random draw is seeded by
+(seed, number of the forward pass), so a resumed run equals an uninterrupted one without saving any RNG.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
+from deme_core.model_digest import model_digest
+from deme_core.objectives import consistency_loss, diffusion_loss, training_target
+from deme_core.recipe import TrainingSpec
+from deme_core.seeds import derive_seed, generator
+from deme_core.timesteps import TimestepSampler, check_histogram
+
+BatchSource = Callable[[int], Iterable[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class TrainingProgress:
+    """Means over the optimizer steps since the record before.
+
+    Attributes:
+        global_step: optimizer steps done.
+        num_steps: optimizer steps in all.
+        loss: diffusion loss + consistency_weight * consistency loss.
+        diffusion_loss: mean squared error against the training target.
+        consistency_loss: mean squared error against the pretrained model's prediction; 0 without one.
+        learning_rate: of the last step.
+        grad_norm: L2 norm before clipping.
+        images_per_sec: training images per second.
+        gpu_memory_gb: peak of allocated GPU memory, 10^9 bytes; 0 on CPU.
+    """
+
+    global_step: int
+    num_steps: int
+    loss: float
+    diffusion_loss: float
+    consistency_loss: float
+    learning_rate: float
+    grad_norm: float
+    images_per_sec: float
+    gpu_memory_gb: float
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained, apart from how (`TrainingSpec`).
+
+    Attributes:
+        label: name for messages, e.g. ``segment 2 [500, 750)``.
+        sampler: draws the timesteps.
+        num_steps: optimizer steps.
+        consistency_weight: lambda; 0 switches the consistency loss off.
+        draws_per_decision: see `timesteps.histogram_p_value`.
+    """
+
+    label: str
+    sampler: TimestepSampler
+    num_steps: int
+    consistency_weight: float = 0.0
+
+
+@dataclass
+class _Sums:
+    """Losses and norms since the last record, kept on the device to avoid a wait per step."""
+
+    steps: list[torch.Tensor] = field(default_factory=list)
+    num_images: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+
+class Training:
+    """A training run: build it, optionally ``restore`` a checkpoint, iterate ``progress``, take ``averaged``.
+
+    Args:
+        model: the model to train, on the CPU or already on ``device``; it is changed.
+        noise_scheduler: adds the noise and names the prediction type.
+        batches: from the number of the first batch, an endless stream of float32 (B, C, H, W) in [-1, 1].
+        spec: optimizer, precision, EMA and the like.
+        plan: timesteps, number of steps, consistency.
+        pretrained: frozen theta_0; needed if the plan has a consistency weight.
+        device: where to train.
+        record_every: optimizer steps between progress records.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        noise_scheduler: Any,
+        batches: BatchSource,
+        *,
+        spec: TrainingSpec,
+        plan: TrainingPlan,
+        pretrained: nn.Module | None = None,
+        device: torch.device | str = "cpu",
+        record_every: int = 10,
+    ) -> None:
+        if (pretrained is None) == (plan.consistency_weight > 0):
+            raise ValueError("the frozen pretrained model and a consistency weight go together")
+        AcceleratorState._reset_state(reset_partial_state=True)  # A worker process trains several models in turn.
+        self.accelerator = Accelerator(
+            mixed_precision="no" if spec.mixed_precision == "fp32" else spec.mixed_precision,
+            gradient_accumulation_steps=spec.gradient_accumulation_steps,
+            cpu=torch.device(device).type == "cpu",
+        )
+        self.spec, self.plan, self.batches, self.record_every = spec, plan, batches, record_every
+        self.noise_scheduler = noise_scheduler
+        self.device = self.accelerator.device
+        self.pretrained = pretrained.eval().requires_grad_(False).to(self.device) if pretrained is not None else None
+        optimizer = torch.optim.AdamW(
+            model.to(self.device).train().parameters(),
+            lr=spec.learning_rate,
+            betas=spec.adam_betas,
+            weight_decay=spec.weight_decay,
+            fused=True,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.lr_scheduler = get_scheduler(
+            spec.lr_scheduler,
+            optimizer=optimizer,
+            num_warmup_steps=spec.lr_warmup_steps,
+            num_training_steps=plan.num_steps,
+        )
+        self.ema = EMAModel(
+            model.parameters(),
+            decay=spec.ema_decay,
+            use_ema_warmup=True,
+            inv_gamma=spec.ema_inv_gamma,
+            power=spec.ema_power,
+            foreach=True,
+        )
+        self.global_step = 0
+        self.timestep_counts = torch.zeros(plan.sampler.num_train_timesteps, dtype=torch.int64)
+
+    def progress(self) -> Iterator[TrainingProgress]:
+        """Trains to the end, yielding a record every ``record_every`` steps, at checkpoints and at the end.
+
+        Raises:
+            NonFiniteLossError: a loss was NaN or infinite; raised before such a state could be saved.
+            TimestepHistogramError: the timesteps drawn contradict the sampler.
+            FrozenModelChangedError: the pretrained model is not what it was at the start.
+        """
+        frozen_digest = model_digest(self.pretrained) if self.pretrained is not None else None
+        first_batch = self.global_step * self.spec.gradient_accumulation_steps
+        batches = enumerate(self.batches(first_batch), start=first_batch)
+        sums = _Sums()
+        while self.global_step < self.plan.num_steps:
+            sums.steps.append(self._optimizer_step(batches, sums))
+            self.global_step += 1
+            if self._record_is_due():
+                yield self._record(sums)
+                sums = _Sums()
+        draws_per_decision = self.spec.batch_size if self.plan.sampler.per_batch_mirrored else 1
+        check_histogram(self.timestep_counts, self.plan.sampler, draws_per_decision=draws_per_decision)
+        if self.pretrained is not None and model_digest(self.pretrained) != frozen_digest:
+            raise FrozenModelChangedError(f"The frozen pretrained model changed while {self.plan.label} was trained.")
+
+    def _record_is_due(self) -> bool:
+        step = self.global_step
+        return step % self.record_every == 0 or step % self.spec.checkpoint_every == 0 or step == self.plan.num_steps
+
+    def _optimizer_step(self, batches: Iterator[tuple[int, torch.Tensor]], sums: _Sums) -> torch.Tensor:
+        """Returns diffusion loss, consistency loss and gradient norm, float32 (3,), on the device."""
+        losses = torch.zeros(2, device=self.device)
+        grad_norm = torch.zeros((), device=self.device)
+        accumulation = self.spec.gradient_accumulation_steps
+        for _ in range(accumulation):
+            number, clean_images = next(batches)
+            with self.accelerator.accumulate(self.model):
+                diffusion, consistency = self._losses(number, clean_images.to(self.device))
+                self.accelerator.backward(diffusion + self.plan.consistency_weight * consistency)
+                if self.accelerator.sync_gradients:
+                    grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
+            sums.num_images += len(clean_images)
+        self.lr_scheduler.step()
+        self.ema.step(self.model.parameters())
+        return torch.cat([losses, grad_norm[None]])
+
+    def _losses(self, number: int, clean_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        rng = generator("training", self.spec.seed, number, device=self.device)
+        torch.manual_seed(derive_seed("dropout", self.spec.seed, number))
+        noise = torch.randn(clean_images.shape, generator=rng, device=self.device)
+        timesteps = self.plan.sampler(len(clean_images), rng)
+        self.timestep_counts += torch.bincount(timesteps.cpu(), minlength=len(self.timestep_counts))
+        noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
+        target = training_target(self.noise_scheduler, clean_images, noise, timesteps)
+        prediction = self.model(noisy_images, timesteps).sample
+        diffusion = diffusion_loss(prediction, target)
+        if self.pretrained is None:
+            return diffusion, torch.zeros_like(diffusion)
+        with torch.no_grad(), self.accelerator.autocast():
+            pretrained_prediction = self.pretrained(noisy_images, timesteps).sample
+        return diffusion, consistency_loss(prediction, pretrained_prediction)
+
+    def _record(self, sums: _Sums) -> TrainingProgress:
+        values = torch.stack(sums.steps).cpu()
+        finite = values[:, :2].isfinite().all(dim=1)
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise NonFiniteLossError(self.plan.label, self.global_step - len(values) + first + 1)
+        diffusion, consistency, grad_norm = values.mean(dim=0).tolist()
+        on_gpu = self.device.type == "cuda"
+        return TrainingProgress(
+            global_step=self.global_step,
+            num_steps=self.plan.num_steps,
+            loss=diffusion + self.plan.consistency_weight * consistency,
+            diffusion_loss=diffusion,
+            consistency_loss=consistency,
+            learning_rate=self.lr_scheduler.get_last_lr()[0],
+            grad_norm=grad_norm,
+            images_per_sec=sums.num_images / (time.perf_counter() - sums.started),
+            gpu_memory_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else 0.0,
+        )
+
+    def averaged_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the EMA of every parameter, and the buffers, by name: what is merged."""
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        names = [name for name, _ in model.named_parameters()]
+        return tensors | {
+            name: shadow.detach().clone() for name, shadow in zip(names, self.ema.shadow_params, strict=True)
+        }

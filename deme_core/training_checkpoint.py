@@ -1,0 +1,67 @@
+"""Training checkpoints: the whole state of a `Training` as safetensors and JSON, never pickled."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deme_core.checkpoint import Checkpoint, save_tensors
+from deme_core.training import Training
+
+_STATE_NAME, _TENSORS_NAME = "state.json", "tensors.safetensors"
+
+
+def save_checkpoint(training: Training, folder: Path) -> None:
+    """Writes model, EMA, optimizer, learning-rate schedule, gradient scaler and step number into ``folder``."""
+    model = training.accelerator.unwrap_model(training.model)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    names = [name for name, _ in model.named_parameters()]
+    for name, shadow in zip(names, training.ema.shadow_params, strict=True):
+        tensors[f"ema.{name}"] = shadow
+    for index, moments in training.optimizer.state_dict()["state"].items():
+        for moment, value in moments.items():
+            tensors[f"optimizer.{moment}.{names[index]}"] = value
+    tensors["timestep_counts"] = training.timestep_counts
+    scaler = training.accelerator.scaler
+    state: dict[str, Any] = {
+        "global_step": training.global_step,
+        "ema_step": training.ema.optimization_step,
+        "lr_scheduler": training.lr_scheduler.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / _TENSORS_NAME, tensors)
+    (folder / _STATE_NAME).write_text(json.dumps(state))
+
+
+def restore_checkpoint(training: Training, folder: Path) -> None:
+    """Puts ``training``, built with the same settings, into the state that ``save_checkpoint`` wrote."""
+    state = json.loads((folder / _STATE_NAME).read_text())
+    checkpoint = Checkpoint(folder / _TENSORS_NAME)
+    model = training.accelerator.unwrap_model(training.model)
+    model.load_state_dict({name: checkpoint[f"model.{name}"] for name in model.state_dict()})
+    names = [name for name, _ in model.named_parameters()]
+    for name, shadow in zip(names, training.ema.shadow_params, strict=True):
+        shadow.copy_(checkpoint[f"ema.{name}"])
+    training.ema.optimization_step = state["ema_step"]
+    optimizer_state = training.optimizer.state_dict()
+    moments = sorted({key.split(".")[1] for key in checkpoint if key.startswith("optimizer.")})
+    optimizer_state["state"] = {
+        index: {moment: _load_moment(checkpoint, moment, name) for moment in moments}
+        for index, name in enumerate(names)
+    }
+    training.optimizer.load_state_dict(optimizer_state)
+    training.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for group, rate in zip(
+        training.optimizer.param_groups, training.lr_scheduler.get_last_lr(), strict=True
+    ):
+        group["lr"] = rate
+    if state["scaler"] is not None and training.accelerator.scaler is not None:
+        training.accelerator.scaler.load_state_dict(state["scaler"])
+    training.timestep_counts = checkpoint["timestep_counts"].clone()
+    training.global_step = state["global_step"]
+
+
+def _load_moment(checkpoint: Checkpoint, moment: str, name: str) -> torch.Tensor:
+    return checkpoint[f"optimizer.{moment}.{name}"].clone()

@@ -1,0 +1,101 @@
+"""Verdicts: is one row's score really lower than another's, or too close to call (METHOD section 5.2)?
+
+Every row is sampled from the same initial noise per seed, so the rows' scores are paired by seed, and what
+the seeds share cancels in their differences.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Verdict = Literal["better", "worse", "too close to call"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its confidence interval, low <= mean <= high."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student t interval of the mean over sampling seeds.
+
+    With n values of mean m and standard deviation s (n - 1 in the denominator):
+
+        m ± t(n - 1, (1 + confidence) / 2) · s / √n
+
+    It covers the choice of the sampling seed alone, not that of the training seed.
+
+    Args:
+        values: one score per seed, at least two.
+        confidence: the interval's coverage, in (0, 1).
+
+    Returns:
+        The mean and the interval around it.
+
+    Raises:
+        ValueError: for fewer than two values, a value that is not finite, or a confidence outside (0, 1).
+    """
+    from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to import
+
+    samples = np.asarray(values, dtype=np.float64)
+    if samples.ndim != 1 or samples.size < 2:
+        raise ValueError(f"An interval needs the scores of at least 2 seeds, not {samples.size}.")
+    if not np.isfinite(samples).all():
+        raise ValueError(f"An interval needs finite scores, not {samples.tolist()}.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), not {confidence}.")
+    mean = float(samples.mean())
+    quantile = float(stdtrit(samples.size - 1, (1 + confidence) / 2))
+    half_width = quantile * float(samples.std(ddof=1)) / math.sqrt(samples.size)
+    return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
+
+
+def paired_difference(candidate: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Interval of the mean of candidate − baseline, paired by seed.
+
+    Args:
+        candidate: one score per seed.
+        baseline: the other row's scores, of the same seeds in the same order.
+        confidence: the interval's coverage, in (0, 1).
+
+    Returns:
+        The t interval of d_s = candidate_s − baseline_s over the seeds s.
+
+    Raises:
+        ValueError: when the numbers of seeds differ, or as `interval` raises.
+    """
+    if len(candidate) != len(baseline):
+        raise ValueError(f"{len(candidate)} scores cannot be paired by seed with {len(baseline)}.")
+    return interval([float(c) - float(b) for c, b in zip(candidate, baseline, strict=True)], confidence)
+
+
+def compare(candidate: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Verdict:
+    """Judge a candidate row against a baseline row, for scores of which lower is better.
+
+    With d_s = candidate_s − baseline_s over the n sampling seeds s, of mean d̄ and standard deviation s_d:
+
+        d̄ + t(n - 1, (1 + confidence) / 2) · s_d / √n < 0   better
+        d̄ − t(n - 1, (1 + confidence) / 2) · s_d / √n > 0   worse
+        otherwise                                            too close to call
+
+    Args:
+        candidate: one score per seed.
+        baseline: the other row's scores, of the same seeds in the same order (else ValueError).
+        confidence: the interval's coverage, in (0, 1).
+
+    Returns:
+        The verdict on the candidate.
+    """
+    difference = paired_difference(candidate, baseline, confidence)
+    if difference.high < 0:
+        return "better"
+    if difference.low > 0:
+        return "worse"
+    return "too close to call"

@@ -1,0 +1,30 @@
+"""Environment defaults: state under DEME_HOME, no telemetry, no connection nobody asked for."""
+
+import os
+from pathlib import Path
+
+from deme_core.settings import Settings
+from deme_core.store import local_errors
+
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "GIT_PYTHON_REFRESH": "quiet",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    # A two-core machine that is busy takes longer than the default 20 seconds.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
+}
+
+
+def set_defaults() -> None:
+    """Sets what the environment does not set already."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("PREFECT_HOME", str(Settings().state_folder / "prefect"))
+
+
+def make_folders() -> None:
+    """Makes the folders whose absence would stop a local Prefect server."""
+    with local_errors(Settings().state_folder):
+        Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,156 @@
+"""Jobs: the work of each stage as plain data, which a worker process can be sent.
+
+How a job is done is in the module of `tasks.work` that it names; only workers import that, since it needs torch.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, SearchSpec, TrainingSpec
+
+
+class Job(BaseModel):
+    """The work of one stage.
+
+    Attributes:
+        stage: first part of the artifact's key.
+        work: module of `tasks.work` that does the job.
+        version: part of the digest; raised when the work starts to give another result.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    stage: ClassVar[str]
+    work: ClassVar[str]
+    version: ClassVar[int] = 1
+
+
+class PretrainJob(Job):
+    """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
+
+    stage: ClassVar[str] = "pretrained"
+    work: ClassVar[str] = "pretrain"
+    dataset: DatasetSpec
+    unet: dict[str, Any]
+    noise_scheduler: dict[str, Any]
+    training: TrainingSpec
+
+
+class ImportJob(Job):
+    """Bring a pretrained diffusers folder into the store, checked, as safetensors."""
+
+    stage: ClassVar[str] = "pretrained"
+    work: ClassVar[str] = "import_model"
+    source: str
+    revision: str | None = None
+    allow_pickle: bool = False
+
+
+class FinetuneJob(Job):
+    """Finetune a copy of theta_0 on the timesteps [low, high).
+
+    Attributes:
+        label: name for messages; no part of the result.
+        num_steps: optimizer steps; N times ``finetune.num_steps`` for the control.
+    """
+
+    stage: ClassVar[str] = "finetune"
+    work: ClassVar[str] = "finetune"
+    label: str
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    finetune: FinetuneSpec
+    low: int
+    high: int
+    num_steps: int
+
+
+class ReferenceJob(Job):
+    """Extract features of the real images set aside for the search, or of those the report uses.
+
+    Attributes:
+        num_for_search: images set aside for a search; None for half of the data set, 0 without a search.
+    """
+
+    stage: ClassVar[str] = "reference"
+    work: ClassVar[str] = "reference"
+    dataset: DatasetSpec
+    evaluate: EvaluateSpec
+    part: Literal["search", "report"]
+    num_for_search: int | None
+
+
+class SearchJob(Job):
+    """Find the weights whose merge scores best on the search's own seeds and real images."""
+
+    stage: ClassVar[str] = "search"
+    work: ClassVar[str] = "search"
+    pretrained: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    num_segments: int
+    search: SearchSpec
+    evaluate: EvaluateSpec
+    reference: ArtifactRef
+
+
+class MergeJob(Job):
+    """Merge experts into theta_0; with one expert, scale its task vector."""
+
+    stage: ClassVar[str] = "merged"
+    work: ClassVar[str] = "merge"
+    pretrained: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    weights: tuple[float, ...]
+
+
+class EvaluateJob(Job):
+    """Score one model, or the ensemble of experts, under one sampling seed.
+
+    Attributes:
+        models: one model; or the experts, with ``edges``.
+        edges: 0, inner edges, T of the experts' segments; None for one model.
+    """
+
+    stage: ClassVar[str] = "evaluate"
+    work: ClassVar[str] = "evaluate"
+    models: tuple[ArtifactRef, ...]
+    edges: tuple[int, ...] | None
+    seed: int
+    evaluate: EvaluateSpec
+    reference: ArtifactRef
+
+
+JOBS: dict[str, type[Job]] = {
+    job.__name__: job for job in (PretrainJob, ImportJob, FinetuneJob, ReferenceJob, SearchJob, MergeJob, EvaluateJob)
+}
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What a job leaves behind.
+
+    Attributes:
+        ref: the artifact.
+        metrics: numbers and names that later stages and the tracking need; the manifest holds them too.
+        cached: whether the artifact existed already.
+        seconds: time the job took.
+        storage_seconds: the part of it spent on the object store and the local cache.
+    """
+
+    ref: ArtifactRef
+    metrics: dict[str, Any]
+    cached: bool
+    seconds: float
+    storage_seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """Reads what `to_dict` returned."""
+        return cls(**{**content, "ref": ArtifactRef(**content["ref"])})

@@ -1,0 +1,42 @@
+"""Progress: what tasks tell whoever watches, in this process, while they run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a task tells.
+
+    Attributes:
+        task: name of the task, e.g. ``finetune segment 2 [500, 750)``.
+        kind: started, progress, finished, cached or failed.
+        record: the progress record, for kind progress.
+    """
+
+    task: str
+    kind: Literal["started", "progress", "finished", "cached", "failed"]
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+class Listener(Protocol):
+    """Whoever watches; called from many threads."""
+
+    def __call__(self, event: Event) -> None:
+        """Takes an event."""
+
+
+_listeners: list[Listener] = []
+
+
+def subscribe(listener: Listener) -> Callable[[], None]:
+    """Lets ``listener`` hear every event in this process; returns what ends that."""
+    _listeners.append(listener)
+    return lambda: _listeners.remove(listener)
+
+
+def tell(event: Event) -> None:
+    """Passes ``event`` to every listener."""
+    for listener in tuple(_listeners):
+        listener(event)

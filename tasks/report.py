@@ -1,0 +1,126 @@
+"""The report: what the rows say, as one JSON object, two figures and MLflow metrics."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.errors import DemeError
+from deme_core.figures import save_loss_curves, save_sample_comparison
+from deme_core.metrics import metric_name
+from deme_core.verdict import compare, interval, paired_difference
+from tasks.jobs import JobResult
+from tasks.runtime import Runtime, current_runtime
+
+Rows = Mapping[str, Sequence[JobResult]]
+
+
+@task(name="report", cache_policy=NO_CACHE)
+def write_report(
+    rows: Rows, trainings: Mapping[str, JobResult], merged: JobResult, scale: float, flow_run_id: str
+) -> dict[str, Any]:
+    """Compares the rows, draws the figures, logs both, and returns what ``deme run --json`` prints."""
+    runtime = current_runtime()
+    scores = _scores(rows)
+    primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor)
+    verdict = {
+        f"vs_{row}": compare(scores["merged"][primary], scores[row][primary]) for row in ("pretrained", "finetuned")
+    }
+    report = {
+        "recipe": runtime.recipe.name,
+        "flow_run_id": flow_run_id,
+        "mlflow_run_id": runtime.tracker.run_id,
+        "fingerprint": fingerprint(rows),
+        "rows": {row: {m: asdict(interval(v)) for m, v in metrics.items()} for row, metrics in scores.items()},
+        "verdict": verdict,
+        "gain": {
+            f"vs_{row}": {m: asdict(paired_difference(scores["merged"][m], scores[row][m])) for m in scores["merged"]}
+            for row in ("pretrained", "finetuned")
+        },
+        "merged": {
+            "uri": merged.ref.uri,
+            "digest": merged.ref.digest,
+            "weights": list(merged.metrics["weights"]),
+            "weights_digest": merged.metrics["weights_digest"],
+        },
+        "finetuned": {"scale": scale},
+        "num_images": runtime.recipe.evaluate.num_images,
+        "seeds": list(runtime.recipe.evaluate.seeds),
+    }
+    _track(runtime, report, primary)
+    report["figures"] = _draw(runtime, rows, trainings)
+    report["seconds"] = runtime.timing.seconds()
+    runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(report), "report.json")
+    return report
+
+
+def _scores(rows: Rows) -> dict[str, dict[str, list[float]]]:
+    """Returns the scores of each row, by metric, one per seed."""
+    return {
+        row: {metric: [r.metrics["scores"][metric] for r in results] for metric in results[0].metrics["scores"]}
+        for row, results in rows.items()
+    }
+
+
+def fingerprint(rows: Rows) -> str:
+    """Returns the evaluation fingerprint that all rows share.
+
+    Raises:
+        DemeError: rows were evaluated under different conditions; names those that differ.
+    """
+    conditions = {row: results[0].metrics["conditions"] for row, results in rows.items()}
+    first = next(iter(conditions.values()))
+    different = sorted({key for other in conditions.values() for key in first if other.get(key) != first[key]})
+    if different:
+        raise DemeError(f"The rows cannot be compared: they differ in {', '.join(different)}.")
+    return sha256_bytes(canonical_json(first).encode())
+
+
+def _track(runtime: Runtime, report: dict[str, Any], primary: str) -> None:
+    metrics = {}
+    for row, by_metric in report["rows"].items():
+        for metric, bounds in by_metric.items():
+            metrics[f"{metric}/{row}"] = bounds["mean"]
+            metrics[f"{metric}/{row}_low"], metrics[f"{metric}/{row}_high"] = bounds["low"], bounds["high"]
+    for metric in report["rows"]["merged"]:
+        # Positive when merging helped: scores are distances, lower is better.
+        metrics[f"{metric}/gain"] = -report["gain"]["vs_pretrained"][metric]["mean"]
+        metrics[f"{metric}/gain_over_finetuned"] = -report["gain"]["vs_finetuned"][metric]["mean"]
+    run_id = runtime.tracker.run_id
+    runtime.tracker.log_metrics(run_id, metrics)
+    runtime.tracker.set_tags(
+        run_id,
+        {
+            "deme.primary_metric": primary,
+            "deme.fingerprint": report["fingerprint"],
+            "deme.verdict.vs_pretrained": report["verdict"]["vs_pretrained"],
+            "deme.verdict.vs_finetuned": report["verdict"]["vs_finetuned"],
+            "deme.merged.uri": report["merged"]["uri"],
+            "deme.merged.digest": report["merged"]["digest"],
+            "deme.merged.weights": report["merged"]["weights"],
+            "deme.finetuned.scale": report["finetuned"]["scale"],
+        },
+    )
+
+
+def _draw(runtime: Runtime, rows: Rows, trainings: Mapping[str, JobResult]) -> dict[str, str]:
+    """Draws the figures into DEME_HOME/reports/<MLflow run> and MLflow; returns their paths."""
+    folder = runtime.settings.state_folder / "reports" / runtime.tracker.run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = rows["merged"][0].metrics["seed"]
+    grids = {row: _fetch_grid(runtime, results[0].ref) for row, results in rows.items()}
+    figures = {"samples": folder / "samples.png", "losses": folder / "losses.png"}
+    save_sample_comparison(grids, figures["samples"], title=f"{runtime.recipe.name}, same initial noise (seed {seed})")
+    save_loss_curves({name: result.metrics["history"] for name, result in trainings.items()}, figures["losses"])
+    for path in figures.values():
+        runtime.tracker.log_file(runtime.tracker.run_id, path)
+    return {name: str(path) for name, path in figures.items()}
+
+
+def _fetch_grid(runtime: Runtime, ref: ArtifactRef) -> Path:
+    return runtime.artifacts.fetch(ref) / "samples.png"

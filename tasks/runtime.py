@@ -1,0 +1,127 @@
+"""The runtime of a flow run: its workers, its tracker, and how a task has a job done."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+from deme_core.artifacts import ArtifactStore
+from deme_core.recipe import Recipe
+from deme_core.settings import Settings
+from tasks.jobs import Job, JobResult
+from tasks.progress import Event, tell
+from tasks.tracking import Tracker
+from tasks.worker_pool import WorkerPool
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Timing:
+    """When the jobs of each stage ran, in seconds since the flow run began."""
+
+    started: float = field(default_factory=time.perf_counter)
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+    storage: float = 0.0
+
+    def add(self, stage: str, began: float, storage_seconds: float) -> None:
+        """Notes that a job of ``stage`` ran from ``began`` (perf_counter) till now."""
+        self.spans.append((stage, began - self.started, time.perf_counter() - self.started))
+        self.storage += storage_seconds
+
+    def seconds(self) -> dict[str, float]:
+        """Returns wall time by stage, ``total``, and what was lost: ``idle`` (no job ran) and ``storage``.
+
+        Stages that run side by side both count their whole time. ``storage`` is spent inside of jobs.
+        """
+        stages = dict.fromkeys(stage for stage, _, _ in self.spans)
+        seconds = {
+            stage: _covered([(low, high) for name, low, high in self.spans if name == stage]) for stage in stages
+        }
+        total = time.perf_counter() - self.started
+        idle = total - _covered([(low, high) for _, low, high in self.spans])
+        return {k: round(v, 2) for k, v in {**seconds, "storage": self.storage, "idle": idle, "total": total}.items()}
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Returns the length of the union of intervals."""
+    covered, reached = 0.0, float("-inf")
+    for low, high in sorted(spans):
+        covered += max(high - max(low, reached), 0.0)
+        reached = max(reached, high)
+    return covered
+
+
+@dataclass
+class Runtime:
+    """What the tasks of one flow run share."""
+
+    recipe: Recipe
+    settings: Settings
+    artifacts: ArtifactStore
+    pool: WorkerPool
+    tracker: Tracker
+    timing: Timing
+
+    def run(
+        self, job: Job, *, task: str, child: str | None = None, on_record: Callable[[Record], None] = lambda _: None
+    ) -> JobResult:
+        """Has ``job`` done, telling listeners how it goes.
+
+        Args:
+            job: what to do.
+            task: name for listeners.
+            child: id of the MLflow run to tag with the outcome.
+            on_record: called with every progress record.
+        """
+        began = time.perf_counter()
+
+        def start() -> None:
+            nonlocal began
+            began = time.perf_counter()
+            tell(Event(task, "started"))
+
+        def pass_on(record: Record) -> None:
+            tell(Event(task, "progress", record))
+            on_record(record)
+
+        try:
+            result = self.pool.run(job, pass_on, on_start=start)
+        except BaseException:
+            tell(Event(task, "failed"))
+            if child:
+                self.tracker.finish(child, failed=True)
+            raise
+        self.timing.add(job.stage, began, result.storage_seconds)
+        tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
+        if child:
+            self.tracker.set_tags(
+                child,
+                {
+                    "deme.cached": str(result.cached).lower(),
+                    "deme.uri": result.ref.uri,
+                    "deme.digest": result.ref.digest,
+                    "deme.seconds": round(result.seconds, 2),
+                },
+            )
+        return result
+
+
+_current: ContextVar[Runtime] = ContextVar("deme_runtime")
+
+
+def current_runtime() -> Runtime:
+    """Returns the runtime of the flow run this task belongs to."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def use_runtime(runtime: Runtime) -> Iterator[Runtime]:
+    """Makes ``runtime`` the current one, for this thread and the task threads Prefect starts from it."""
+    token = _current.set(runtime)
+    try:
+        yield runtime
+    finally:
+        _current.reset(token)

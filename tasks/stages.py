@@ -1,0 +1,136 @@
+"""One Prefect task per stage. Each has its job done by a worker, records the outcome, returns a small reference."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.tasks import exponential_backoff
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.errors import StoreUnavailableError, WorkerDiedError
+from tasks.jobs import EvaluateJob, FinetuneJob, ImportJob, JobResult, MergeJob, PretrainJob, ReferenceJob, SearchJob
+from tasks.runtime import Record, current_runtime
+
+
+def _is_passing(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether a failure may pass by itself: the store was away, or a worker process died."""
+    try:
+        state.result()
+    except (StoreUnavailableError, WorkerDiedError):
+        return True
+    except Exception:  # Whatever else a task raised: trying again would raise it again.
+        return False
+    return False
+
+
+# Stages find their own results by digest, in the store; Prefect's cache would be a second truth.
+_OPTIONS: dict[str, Any] = {
+    "cache_policy": NO_CACHE,
+    "retries": 2,
+    "retry_delay_seconds": exponential_backoff(2),
+    "retry_condition_fn": _is_passing,
+}
+
+
+@task(name="pretrained", task_run_name="pretrained model", **_OPTIONS)
+def obtain_pretrained() -> JobResult:
+    """Trains theta_0, or brings it into the store."""
+    runtime = current_runtime()
+    source = runtime.recipe.pretrained
+    if source.source != "pretrain":
+        job = ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
+        return runtime.run(job, task="pretrained model")
+    assert source.training is not None
+    return _train(
+        PretrainJob(
+            dataset=runtime.recipe.dataset,
+            unet=source.unet,
+            noise_scheduler=source.noise_scheduler,
+            training=source.training,
+        ),
+        task_name="pretrained model",
+        child_name="pretrain",
+    )
+
+
+@task(name="finetune", task_run_name="finetune {job.label}", **_OPTIONS)
+def finetune(job: FinetuneJob, child_name: str) -> JobResult:
+    """Finetunes one copy of theta_0."""
+    return _train(job, task_name=f"finetune {job.label}", child_name=child_name)
+
+
+def _train(job: PretrainJob | FinetuneJob, *, task_name: str, child_name: str) -> JobResult:
+    runtime = current_runtime()
+    tracker = runtime.tracker
+    child = tracker.child(child_name)
+    logged: list[Record] = []
+
+    def log(record: Record) -> None:
+        if "global_step" in record:
+            tracker.log_training(child, [record])
+            logged.append(record)
+
+    result = runtime.run(job, task=task_name, child=child, on_record=log)
+    history = result.metrics["history"]
+    if len(logged) < len(history):  # Served from the store, or resumed: the rest is in the manifest.
+        seen = {record["global_step"] for record in logged}
+        tracker.log_training(child, [record for record in history if record["global_step"] not in seen])
+    tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
+    tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
+    tracker.finish(child)
+    return result
+
+
+def _histogram_text(counts: Sequence[int]) -> str:
+    lines = [f"{index},{count}" for index, count in enumerate(counts)]
+    return "\n".join([f"bin (of {len(counts)} equal ones over all timesteps),drawn", *lines]) + "\n"
+
+
+@task(name="reference", task_run_name="reference for the {job.part}", **_OPTIONS)
+def build_reference(job: ReferenceJob) -> JobResult:
+    """Extracts the features of real images."""
+    return current_runtime().run(job, task=f"reference for the {job.part}")
+
+
+@task(name="search", task_run_name="search {what}", **_OPTIONS)
+def search(job: SearchJob, what: str) -> JobResult:
+    """Searches merge weights, or the control's scale."""
+    runtime = current_runtime()
+    child = runtime.tracker.child(f"search/{what}")
+    result = runtime.run(job, task=f"search {what}", child=child)
+    for step, candidate in enumerate(result.metrics["candidates"]):
+        weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
+        runtime.tracker.log_metrics(child, {"score": candidate["score"], **weights}, step=step)
+    runtime.tracker.finish(child)
+    return result
+
+
+@task(name="merge", task_run_name="merge {what}", **_OPTIONS)
+def merge(job: MergeJob, what: str) -> JobResult:
+    """Merges experts into one stock model."""
+    runtime = current_runtime()
+    child = runtime.tracker.child("merge" if what == "experts" else f"merge/{what}")
+    result = runtime.run(job, task=f"merge {what}", child=child)
+    weights = {f"weight/{index}": weight for index, weight in enumerate(job.weights)}
+    runtime.tracker.log_metrics(child, weights)
+    runtime.tracker.finish(child)
+    return result
+
+
+@task(name="evaluate", task_run_name="evaluate {row}", **_OPTIONS)
+def evaluate_row(
+    row: str, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None, reference: ArtifactRef
+) -> list[JobResult]:
+    """Scores one row under every seed of the report."""
+    runtime = current_runtime()
+    spec = runtime.recipe.evaluate
+    child = runtime.tracker.child(f"evaluate/{row}")
+    results = []
+    for seed in spec.seeds:
+        job = EvaluateJob(models=models, edges=edges, seed=seed, evaluate=spec, reference=reference)
+        results.append(runtime.run(job, task=f"evaluate {row} (seed {seed})", child=child))
+        runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=seed)
+    runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})
+    runtime.tracker.finish(child)
+    return results

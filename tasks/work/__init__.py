@@ -1,0 +1,1 @@
+"""How the job of each stage is done, in a worker process."""

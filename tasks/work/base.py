@@ -1,0 +1,154 @@
+"""How any job is done: look its artifact up, and otherwise do the work and publish what it wrote.
+
+A module of this package does one kind of job with two functions: ``identity(job, context)``, which says what the
+artifact's digest is made of, and ``run(job, context, out, digest)``, which writes the artifact's files into ``out``,
+yields progress records and returns the metrics. None of them knows Prefect or MLflow.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar
+
+from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.digests import stage_digest
+from deme_core.images import ImageDataset, load_images
+from deme_core.recipe import DatasetSpec
+from deme_core.settings import Settings
+from deme_core.store import local_errors, open_store
+from tasks.jobs import Job, JobResult
+
+T = TypeVar("T")
+Record = dict[str, Any]
+Work = Generator[Record, None, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What the digest of a stage's artifact is made of.
+
+    Attributes:
+        settings: resolved settings that change the result.
+        inputs: digests of input artifacts, by role.
+        dataset: fingerprint of the data set.
+    """
+
+    settings: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+    dataset: str | None = None
+
+
+def checkpoint_stage(digest: str) -> str:
+    """Returns the stage under which the training checkpoints of the artifact ``digest`` lie."""
+    return f"checkpoints/{digest}"
+
+
+class JobContext:
+    """What a job may use: settings, the artifact store, a device; and what it loaded before."""
+
+    def __init__(self, settings: Settings, device: str) -> None:
+        self.settings, self.device = settings, device
+        self.storage_seconds = 0.0
+        self._remembered: dict[str, Any] = {}
+
+    @cached_property
+    def artifacts(self) -> ArtifactStore:
+        """The artifact store of this environment."""
+        return ArtifactStore(open_store(self.settings.store_uri), self.settings.cache_folder)
+
+    @contextmanager
+    def storing(self) -> Iterator[ArtifactStore]:
+        """Gives the artifact store and adds the time it is used to ``storage_seconds``."""
+        started = time.perf_counter()
+        try:
+            yield self.artifacts
+        finally:
+            self.storage_seconds += time.perf_counter() - started
+
+    def find(self, stage: str, digest: str) -> ArtifactRef | None:
+        """Returns the artifact if it is in the store."""
+        with self.storing() as artifacts:
+            return artifacts.find(stage, digest)
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """Returns a local, verified folder with the artifact's files."""
+        with self.storing() as artifacts:
+            return artifacts.fetch(ref)
+
+    def publish(
+        self, stage: str, digest: str, folder: Path, identity: Identity, metrics: dict[str, Any]
+    ) -> ArtifactRef:
+        """Stores the files in ``folder`` as an artifact."""
+        with self.storing() as artifacts:
+            return artifacts.publish(
+                stage,
+                digest,
+                folder,
+                settings=identity.settings,
+                inputs=identity.inputs,
+                dataset=identity.dataset,
+                metrics=metrics,
+            )
+
+    def discard_checkpoints(self, digest: str) -> None:
+        """Removes the training checkpoints of an artifact that is in the store."""
+        with self.storing() as artifacts:
+            for ref in artifacts.list_refs(checkpoint_stage(digest)):
+                artifacts.remove(ref)
+
+    def images(self, spec: DatasetSpec) -> ImageDataset:
+        """Opens a data set, once per process."""
+        key = spec.model_dump_json()
+        return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
+
+    def remember(self, key: str, load: Callable[[], T]) -> T:
+        """Returns what ``load`` returned the first time ``key`` was asked for in this process."""
+        if key not in self._remembered:
+            self._remembered[key] = load()
+        return self._remembered[key]
+
+    @contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """Gives a folder under DEME_HOME, removed afterwards."""
+        parent = self.settings.state_folder / "scratch"
+        with local_errors(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=parent) as name:
+                yield Path(name)
+
+
+def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> JobResult:
+    """Returns the artifact of ``job``, doing its work only if the store does not have it."""
+    started, stored_before = time.perf_counter(), context.storage_seconds
+    work = import_module(f"tasks.work.{job.work}")
+    identity = work.identity(job, context)
+    digest = stage_digest(
+        job.stage,
+        settings=identity.settings,
+        inputs=identity.inputs,
+        dataset=identity.dataset,
+        version=job.version,
+    )
+    ref = context.find(job.stage, digest)
+    if cached := ref is not None:
+        metrics = context.artifacts.manifest(ref).metrics
+    else:
+        with context.scratch_folder() as out:
+            metrics = _run(work.run(job, context, out, digest), report)
+            ref = context.publish(job.stage, digest, out, identity, metrics)
+    context.discard_checkpoints(digest)
+    seconds = time.perf_counter() - started
+    return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)
+
+
+def _run(work: Work, report: Callable[[Record], None]) -> dict[str, Any]:
+    while True:
+        try:
+            report(next(work))
+        except StopIteration as finished:
+            return finished.value

@@ -1,0 +1,61 @@
+"""One finetuned copy: of a timestep segment, or of all timesteps (the control)."""
+
+from pathlib import Path
+
+from deme_core.model_folder import load_unet, open_model_folder, write_model_folder
+from deme_core.projection import attach_projections
+from deme_core.segments import TimestepSegment
+from deme_core.timesteps import TimestepSampler
+from deme_core.training import TrainingPlan
+from tasks.jobs import FinetuneJob
+from tasks.work.base import Identity, JobContext, Work
+from tasks.work.training_run import run_training
+
+
+def identity(job: FinetuneJob, context: JobContext) -> Identity:
+    """Everything but the label and what changes only the speed."""
+    return Identity(
+        settings={
+            "finetune": job.finetune.model_dump(mode="json", exclude={"checkpoint_every", "num_steps"}),
+            "segment": [job.low, job.high],
+            "num_steps": job.num_steps,
+        },
+        inputs={"pretrained": job.pretrained.digest},
+        dataset=context.images(job.dataset).fingerprint,
+    )
+
+
+def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
+    """Finetunes, and writes the EMA weights with their projections beside the stock tensors."""
+    from diffusers import DDPMScheduler
+
+    images = context.images(job.dataset)
+    folder = open_model_folder(context.fetch(job.pretrained))
+    model = load_unet(folder)
+    if job.finetune.channel_projection:
+        attach_projections(model)
+    plan = TrainingPlan(
+        label=job.label,
+        sampler=TimestepSampler(
+            TimestepSegment(job.low, job.high),
+            folder.num_train_timesteps,
+            job.finetune.global_sampling_probability,
+            per_batch_mirrored=job.finetune.timestep_sampling == "per_batch_mirrored",
+        ),
+        num_steps=job.num_steps,
+        consistency_weight=job.finetune.consistency_weight,
+    )
+    pretrained = load_unet(folder) if job.finetune.consistency_weight > 0 else None
+    tensors, metrics = yield from run_training(
+        context,
+        digest,
+        model,
+        DDPMScheduler.from_config(folder.scheduler_config),
+        images,
+        job.dataset,
+        job.finetune,
+        plan,
+        pretrained,
+    )
+    write_model_folder(out, unet_config=folder.unet_config, scheduler_config=folder.scheduler_config, tensors=tensors)
+    return metrics

@@ -1,0 +1,37 @@
+"""The pretrained model theta_0, brought from elsewhere."""
+
+from pathlib import Path
+
+from deme_core.digests import sha256_file
+from deme_core.model_folder import load_unet, open_model_folder, write_model_folder
+from tasks.jobs import ImportJob
+from tasks.work.base import Identity, JobContext, Work
+from tasks.work.model_description import describe_model
+from tasks.work.pretrained_source import fetch_source
+
+
+def identity(job: ImportJob, context: JobContext) -> Identity:
+    """The content of the model's files, wherever they come from."""
+    folder = open_model_folder(_fetch(job, context), allow_pickle=job.allow_pickle)
+    return Identity(
+        settings={"unet": folder.unet_config, "noise_scheduler": folder.scheduler_config},
+        inputs={file.name: sha256_file(file) for file in folder.weights},
+    )
+
+
+def run(job: ImportJob, context: JobContext, out: Path, digest: str) -> Work:
+    """Loads the model strictly and writes it as a diffusers folder."""
+    yield {"message": f"importing {job.source}"}
+    folder = open_model_folder(_fetch(job, context), allow_pickle=job.allow_pickle)
+    model = load_unet(folder)
+    write_model_folder(
+        out,
+        unet_config=folder.unet_config,
+        scheduler_config=folder.scheduler_config,
+        tensors=model.state_dict(),
+    )
+    return describe_model(out)
+
+
+def _fetch(job: ImportJob, context: JobContext) -> Path:
+    return fetch_source(job.source, revision=job.revision, cache=context.settings.cache_folder)

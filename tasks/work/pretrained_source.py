@@ -1,0 +1,55 @@
+"""Where a pretrained model comes from: a folder, an object-store URI, or a hub id."""
+
+import re
+from pathlib import Path
+
+from deme_core.digests import sha256_bytes
+from deme_core.errors import ModelFolderError
+from deme_core.store import open_store
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_MODEL_FILES = ("*.json", "*.safetensors", "*.bin")
+
+
+def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
+    """Returns a local folder with the model that ``source`` names.
+
+    Args:
+        source: a folder, a ``file://`` or ``s3://`` URI, or a hub id such as ``google/ddpm-cifar10-32``.
+        revision: git revision of a hub id.
+        cache: downloads of a URI go here.
+
+    Raises:
+        ModelFolderError: there is nothing under that name, or the hub cannot be reached.
+        StoreUnavailableError: the object store cannot be reached.
+    """
+    if "://" in source:
+        return _fetch_uri(source, cache / "sources" / sha256_bytes(source.encode())[:16])
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser()
+    if _HUB_ID.fullmatch(source) and not source.startswith("."):
+        return _fetch_from_hub(source, revision)
+    raise ModelFolderError(f"pretrained.source '{source}' is no folder, object-store URI or hub id.")
+
+
+def _fetch_uri(uri: str, folder: Path) -> Path:
+    store = open_store(uri)
+    keys = [item.key for item in store.list("") if Path(item.key).suffix in (".json", ".safetensors", ".bin")]
+    if not keys:
+        raise ModelFolderError(f"There is no model under {uri}.")
+    for key in keys:
+        store.get_file(key, folder / key)
+    return folder
+
+
+def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_MODEL_FILES)))
+    except Exception as error:  # the hub client raises HTTP, cache, validation and OS errors of many kinds
+        reason = str(error).splitlines()[0]
+        raise ModelFolderError(
+            f"{repo_id} is not a local folder and could not be had from the hub ({type(error).__name__}: {reason}); "
+            "set pretrained.source to a folder that holds the model."
+        ) from error

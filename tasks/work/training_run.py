@@ -1,0 +1,94 @@
+"""A training run as jobs do it: resumed from its newest checkpoint, with checkpoints published on the way."""
+
+from collections.abc import Generator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from deme_core.images import ImageDataset, TrainingBatches
+from deme_core.recipe import DatasetSpec, TrainingSpec
+from deme_core.training import Training, TrainingPlan
+from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
+from tasks.work.base import JobContext, Record, checkpoint_stage
+
+_NUM_CHECKPOINTS_KEPT = 2
+_NUM_HISTOGRAM_BINS = 20
+
+
+def run_training(
+    context: JobContext,
+    digest: str,
+    model: nn.Module,
+    noise_scheduler: Any,
+    images: ImageDataset,
+    dataset: DatasetSpec,
+    spec: TrainingSpec,
+    plan: TrainingPlan,
+    pretrained: nn.Module | None = None,
+) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""
+
+    def batches(start_batch: int) -> TrainingBatches:
+        return TrainingBatches(
+            images,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            random_crop=dataset.crop == "random",
+            random_flip=dataset.random_flip,
+            start_batch=start_batch,
+        )
+
+    training = Training(
+        model, noise_scheduler, batches, spec=spec, plan=plan, pretrained=pretrained, device=context.device
+    )
+    checkpoints = Checkpoints(context, digest)
+    if resumed := checkpoints.restore(training):
+        yield {"message": f"resumed at step {resumed}"}
+    history: list[Record] = checkpoints.history
+    for progress in training.progress():
+        history.append(asdict(progress))
+        yield history[-1]
+        if progress.global_step % spec.checkpoint_every == 0 and progress.global_step < plan.num_steps:
+            checkpoints.save(training, history)
+    return training.averaged_tensors(), {"history": history, "timestep_histogram": _histogram(training.timestep_counts)}
+
+
+def _histogram(counts: torch.Tensor) -> list[int]:
+    """Returns how many timesteps were drawn in each of 20 bins of [0, T)."""
+    return [int(part.sum()) for part in torch.tensor_split(counts, _NUM_HISTOGRAM_BINS)]
+
+
+class Checkpoints:
+    """The resumable checkpoints of one training run, kept in the store until its artifact is there."""
+
+    def __init__(self, context: JobContext, digest: str) -> None:
+        self._context, self._digest = context, digest
+        self._stage = checkpoint_stage(digest)
+        self.history: list[Record] = []
+
+    def restore(self, training: Training) -> int:
+        """Puts ``training`` where the newest whole checkpoint left off; returns its step, 0 without one."""
+        with self._context.storing() as artifacts:
+            newest = artifacts.newest(self._stage)
+            if newest is None:
+                return 0
+            restore_checkpoint(training, artifacts.fetch(newest))
+            self.history = list(artifacts.manifest(newest).metrics["history"])
+        return training.global_step
+
+    def save(self, training: Training, history: list[Record]) -> None:
+        """Publishes the state of ``training`` and removes all but the newest checkpoints."""
+        with self._context.scratch_folder() as folder, self._context.storing() as artifacts:
+            save_checkpoint(training, folder)
+            artifacts.publish(
+                self._stage,
+                f"step-{training.global_step:08d}",
+                folder,
+                settings={},
+                inputs={"run": self._digest},
+                metrics={"history": history},
+            )
+            for old in artifacts.list_refs(self._stage)[:-_NUM_CHECKPOINTS_KEPT]:
+                artifacts.remove(old)

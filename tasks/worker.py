@@ -1,0 +1,64 @@
+"""A worker process: does jobs one after another, as `tasks.worker_pool` sends them.
+
+Requests come as JSON lines on stdin; progress records, results and errors go as JSON lines to what was stdout
+when the process started. Everything that anything prints goes to stderr.
+"""
+
+import argparse
+import json
+import os
+import queue
+import sys
+import threading
+import traceback
+from typing import Any
+
+_CUT_OFF = 70  # Exit status when the parent process is gone.
+
+
+def main() -> None:
+    """Serves jobs until stdin ends."""
+    parser = argparse.ArgumentParser(description="A DeMe worker process; started by the worker pool.")
+    parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    device = parser.parse_args().device
+    channel = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+
+    def send(**message: Any) -> None:
+        channel.write(json.dumps(message) + "\n")
+
+    requests: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_read_requests, args=(requests,), daemon=True).start()
+
+    import torch  # Heavy; done while the parent is still busy.
+
+    from deme_core.settings import Settings
+    from tasks.jobs import JOBS
+    from tasks.work.base import JobContext, execute
+
+    context = JobContext(Settings(), device)
+    while True:
+        request = requests.get()
+        torch.set_num_threads(request["num_threads"])
+        try:
+            job = JOBS[request["job"]].model_validate(request["content"])
+            result = execute(job, context, lambda record: send(record=record))
+            send(result=result.to_dict())
+        except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
+            trace = traceback.format_exc()
+            send(error=type(error).__name__, message=str(error), traceback=trace, attributes=_plain(vars(error)))
+
+
+def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:
+    for line in sys.stdin:
+        requests.put(json.loads(line))
+    # The parent closed the pipe or died, perhaps by SIGKILL: nobody wants what is being done here.
+    os._exit(_CUT_OFF)
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if isinstance(value, str | int | float | tuple | list)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The worker pool: supervised worker processes, one per GPU or a few on CPU.
+
+A process serves one job at a time and many in turn, since importing torch takes seconds. When it dies, killed or
+out of memory, only its job fails; the next job gets a fresh process.
+"""
+
+import json
+import os
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from deme_core import errors
+from deme_core.errors import DemeError, InputError, WorkerDiedError
+from deme_core.recipe import ExecutionSpec
+from tasks.jobs import Job, JobResult
+
+_SECONDS_TO_LEAVE = 10.0
+
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place for one worker process.
+
+    Attributes:
+        device: cpu or cuda.
+        gpu: the GPU that the process sees; None on CPU.
+        num_threads: threads torch may use.
+    """
+
+    device: str
+    gpu: str | None
+    num_threads: int
+
+
+def plan_slots(execution: ExecutionSpec) -> list[Slot]:
+    """Returns the slots of this machine: one per GPU, or ``num_workers`` on CPU that share its cores.
+
+    Raises:
+        InputError: CUDA is asked for on a machine that shows no GPU.
+    """
+    num_cores = len(os.sched_getaffinity(0))
+    gpus = visible_gpus() if execution.device != "cpu" else []
+    if execution.device == "cuda" and not gpus:
+        raise InputError("execution.device is cuda, but this machine shows no GPU; set it to auto or cpu.")
+    if gpus:
+        gpus = gpus[: execution.num_workers or len(gpus)]
+        return [Slot("cuda", gpu, max(num_cores // len(gpus), 1)) for gpu in gpus]
+    num_workers = execution.num_workers or 1
+    return [Slot("cpu", None, max(num_cores // num_workers, 1)) for _ in range(num_workers)]
+
+
+def visible_gpus() -> list[str]:
+    """Returns the GPUs this process may use, without importing torch."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
+    )
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+class WorkerPool:
+    """Runs jobs in worker processes; safe to use from many threads.
+
+    Args:
+        slots: where processes may run.
+        log: takes what the processes write to stderr, line by line.
+    """
+
+    def __init__(self, slots: list[Slot], log: Callable[[str], None] = lambda _: None) -> None:
+        self._workers = [_Worker(slot, log) for slot in slots]
+        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
+        for worker in self._workers:
+            self._free.put(worker)
+
+    def start(self) -> None:
+        """Starts every process, so that their imports overlap with what the caller does next."""
+        for worker in self._workers:
+            worker.start()
+
+    def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
+        """Does ``job`` in the next free process and returns its result.
+
+        Args:
+            job: what to do.
+            report: called with every progress record, in the caller's thread.
+            on_start: called when a process is free and the job begins.
+
+        Raises:
+            DemeError: the job failed; of the class it failed with, where DeMe foresaw it.
+            WorkerDiedError: the process ended before the job did.
+        """
+        worker = self._free.get()
+        try:
+            on_start()
+            return worker.run(job, report)
+        finally:
+            self._free.put(worker)
+
+    def close(self) -> None:
+        """Ends every process; one that does not leave is killed."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """One process and the pipes to it."""
+
+    def __init__(self, slot: Slot, log: Callable[[str], None]) -> None:
+        self._slot, self._log = slot, log
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            return
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._slot.num_threads)}
+        environment.pop("MLFLOW_RUN_ID", None)
+        if self._slot.gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self._slot.gpu
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.worker", "--device", self._slot.device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        threading.Thread(target=self._forward, args=(self._process,), daemon=True).start()
+
+    def run(self, job: Job, report: Report) -> JobResult:
+        self.start()
+        assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
+        request = {
+            "job": type(job).__name__,
+            "content": job.model_dump(mode="json"),
+            "num_threads": self._slot.num_threads,
+        }
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            for line in self._process.stdout:
+                message = json.loads(line)
+                if "record" in message:
+                    report(message["record"])
+                elif "result" in message:
+                    return JobResult.from_dict(message["result"])
+                else:
+                    raise self._error(message)
+        except BrokenPipeError:
+            pass  # The process died between two jobs; its exit status tells how.
+        raise WorkerDiedError(
+            f"The worker process of {getattr(job, 'label', job.stage)} {_ending(self._process.wait())} before its job "
+            "was done; run again to go on from the last checkpoint."
+        )
+
+    def close(self) -> None:
+        if self._process is None or self._process.poll() is not None:
+            return
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_SECONDS_TO_LEAVE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _forward(self, process: "subprocess.Popen[str]") -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            self._log(line.rstrip("\n"))
+
+    def _error(self, message: dict[str, Any]) -> DemeError:
+        self._log(message["traceback"])
+        error_class = getattr(errors, message["error"], None)
+        if not (isinstance(error_class, type) and issubclass(error_class, DemeError)):
+            return DemeError(f"{message['error']}: {message['message']}")
+        error = error_class.__new__(error_class)
+        Exception.__init__(error, message["message"])
+        vars(error).update(message["attributes"])
+        return error
+
+
+def _ending(status: int) -> str:
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"left with status {status}"

@@ -1,0 +1,200 @@
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+
+from deme_core import store as store_module
+from deme_core.errors import StoreUnavailableError
+from deme_core.store import ObjectStore, check_access, open_store
+from tests.integration.conftest import S3Server
+from tests.store_contract import ArtifactContract, StoreContract, keys
+
+AGREED_SEC = 30.0
+
+
+@pytest.fixture(scope="session")
+def bucket(s3_server: S3Server) -> str:
+    return s3_server.make_bucket("contract")
+
+
+@pytest.fixture(autouse=True)
+def environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def store(bucket: str) -> ObjectStore:
+    return open_store(f"s3://{bucket}/test-{uuid4().hex}/prefix")
+
+
+class TestS3Store(StoreContract):
+    pass
+
+
+class TestArtifactsInS3(ArtifactContract):
+    pass
+
+
+def refusal(act: Callable[[], object], server: S3Server) -> str:
+    """The one sentence an unusable store is reported by, in time and without secrets."""
+    start = time.monotonic()
+    with pytest.raises(StoreUnavailableError) as caught:
+        act()
+    assert time.monotonic() - start < AGREED_SEC
+    message = str(caught.value)
+    assert message.endswith(".") and "\n" not in message
+    assert server.access_key not in message and server.secret_key not in message
+    return message
+
+
+def test_a_bucket_without_a_prefix_is_a_store(s3_server: S3Server) -> None:
+    store = open_store(f"s3://{s3_server.make_bucket('whole')}")
+    check_access(store)
+    store.put_bytes("a/b", b"1")
+    assert keys(store) == ["a/b"]
+    assert store.uri == "s3://whole"
+
+
+def test_a_wrong_secret_is_said(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-hush")
+    store = open_store(f"s3://{bucket}")
+    message = refusal(lambda: check_access(store), s3_server)
+    assert s3_server.endpoint_url in message and "AWS_SECRET_ACCESS_KEY" in message and "hush" not in message
+
+
+def test_an_unknown_key_is_said(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody-hush")
+    message = refusal(lambda: check_access(open_store(f"s3://{bucket}")), s3_server)
+    assert "AWS_ACCESS_KEY_ID" in message and "hush" not in message
+
+
+def test_missing_credentials_are_said(
+    s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    message = refusal(lambda: check_access(open_store(f"s3://{bucket}")), s3_server)
+    assert s3_server.endpoint_url in message and "set AWS_ACCESS_KEY_ID" in message
+
+
+def test_a_missing_bucket_is_said(s3_server: S3Server) -> None:
+    message = refusal(lambda: check_access(open_store("s3://nowhere/prefix")), s3_server)
+    assert "s3://nowhere/prefix" in message and s3_server.endpoint_url in message and "DEME_STORE_URI" in message
+
+
+def test_an_unreachable_port_is_said(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Bound but not listening: refused for as long as the socket lives, whoever looks for a free port.
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        message = refusal(lambda: check_access(open_store("s3://bucket")), s3_server)
+    assert endpoint in message and "AWS_ENDPOINT_URL" in message
+
+
+def relay(front: socket.socket, back: tuple[str, int], after_sec: float) -> None:
+    """Listen on a bound socket only after a while, then pass each connection on."""
+    time.sleep(after_sec)
+    front.listen()
+    with suppress(OSError):  # raised when the test closes the socket
+        while True:
+            ends = front.accept()[0], socket.create_connection(back)
+            for source, target in (ends, ends[::-1]):
+                threading.Thread(target=copy_stream, args=(source, target), daemon=True).start()
+
+
+def copy_stream(source: socket.socket, target: socket.socket) -> None:
+    with source, suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+
+
+def test_a_server_that_is_just_starting_is_waited_for(
+    s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, port = s3_server.endpoint_url.removeprefix("http://").split(":")
+    with socket.socket() as front:
+        front.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{front.getsockname()[1]}")
+        threading.Thread(target=relay, args=(front, (host, int(port)), 1.0), daemon=True).start()
+        check_access(open_store(f"s3://{bucket}"))
+
+
+def test_a_server_that_never_answers_is_said(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_ACCESS_DEADLINE_SEC", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        message = refusal(lambda: check_access(open_store("s3://bucket")), s3_server)
+    assert endpoint in message and "AWS_ENDPOINT_URL" in message
+
+
+def test_a_server_of_something_else_is_said(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{other.server_port}"
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        message = refusal(lambda: check_access(open_store("s3://bucket")), s3_server)
+        other.shutdown()
+    assert endpoint in message and "AWS_ENDPOINT_URL" in message
+
+
+def test_every_method_says_what_is_wrong(
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    store = open_store(f"s3://{bucket}")
+    (tmp_path / "source").write_bytes(b"1")
+    for act in (
+        lambda: store.put_file("key", tmp_path / "source"),
+        lambda: store.put_bytes("key", b"1"),
+        lambda: store.put_bytes("key", b"1", if_absent=True),
+        lambda: store.get_file("key", tmp_path / "target"),
+        lambda: store.get_bytes("key"),
+        lambda: store.exists("key"),
+        lambda: list(store.list("")),
+        lambda: store.delete("key"),
+        lambda: store.discard_unfinished(datetime.now(UTC)),
+    ):
+        assert "denies access" in refusal(act, s3_server)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_killed_upload_in_parts_is_discarded(s3_server: S3Server, bucket: str, store: ObjectStore) -> None:
+    prefix = store.uri.removeprefix(f"s3://{bucket}/")
+    s3_server.client.create_multipart_upload(Bucket=bucket, Key=f"{prefix}/killed")
+
+    def num_open() -> int:
+        answer = s3_server.client.list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+        return len(answer.get("Uploads", ()))
+
+    assert keys(store) == []
+    store.discard_unfinished(datetime.now(UTC) - timedelta(hours=1))
+    assert num_open() == 1
+    store.discard_unfinished(datetime.now(UTC) + timedelta(hours=1))
+    assert num_open() == 0
+
+
+def test_a_listing_has_many_pages(s3_server: S3Server, bucket: str, store: ObjectStore) -> None:
+    names = {f"{number:04}" for number in range(1005)}
+    prefix = store.uri.removeprefix(f"s3://{bucket}/")
+    for name in names:
+        s3_server.client.put_object(Bucket=bucket, Key=f"{prefix}/many/{name}", Body=b"")
+    assert {key.removeprefix("many/") for key in keys(store, "many/")} == names
+
+
+def test_a_foreign_folder_marker_is_no_object(s3_server: S3Server, bucket: str, store: ObjectStore) -> None:
+    prefix = store.uri.removeprefix(f"s3://{bucket}/")
+    s3_server.client.put_object(Bucket=bucket, Key=f"{prefix}/folder/", Body=b"")
+    assert keys(store) == []

@@ -1,0 +1,215 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deme_core.errors import ArtifactNotFoundError, DemeError
+from deme_core.metrics import (
+    FeatureStatistics,
+    Reference,
+    frechet_distance,
+    frechet_distance_to,
+    kernel_distance,
+    metric_name,
+    score,
+)
+
+
+def draw(num_images: int, num_features: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
+    """Correlated features of an uneven spectrum, float32 as an extractor gives them."""
+    mixing = np.random.default_rng(0).standard_normal((num_features, num_features))
+    mixing *= np.exp(-np.arange(num_features) / (num_features / 4))[:, None]
+    features = np.random.default_rng(seed).standard_normal((num_images, num_features)) @ mixing + shift
+    return features.astype(np.float32)
+
+
+def statistics(mean: list[float], covariance: np.ndarray, num_images: int = 1000) -> FeatureStatistics:
+    return FeatureStatistics(mean=np.array(mean), covariance=covariance, num_images=num_images)
+
+
+def reference(features: np.ndarray, name: str = "inception") -> Reference:
+    return Reference(features, name, extractor_digest="e" * 64, images_digest="i" * 64)
+
+
+def test_statistics_are_those_of_numpy() -> None:
+    features = draw(50, 6, seed=1)
+    ours = FeatureStatistics.from_features(features)
+    assert ours.num_images == 50
+    assert ours.mean.dtype == ours.covariance.dtype == np.float64
+    np.testing.assert_allclose(ours.mean, features.astype(np.float64).mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(ours.covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-10)
+
+
+def test_frechet_distance_of_independent_features_is_a_sum_over_them() -> None:
+    # One dimension: (m_a - m_b)^2 + (s_a - s_b)^2; independent dimensions add up.
+    a = statistics([0.0, 1.0, -2.0], np.diag([1.0, 4.0, 9.0]))
+    b = statistics([3.0, 1.0, -1.0], np.diag([16.0, 4.0, 0.25]))
+    assert frechet_distance(a, b) == pytest.approx((9 + 9) + 0 + (1 + 6.25), rel=1e-12)
+
+
+def test_frechet_distance_does_not_depend_on_the_axes() -> None:
+    rotation, _ = np.linalg.qr(np.random.default_rng(3).standard_normal((3, 3)))
+    a, b = np.diag([1.0, 4.0, 9.0]), np.diag([16.0, 4.0, 0.25])
+    rotated = frechet_distance(
+        statistics([0.0] * 3, rotation @ a @ rotation.T), statistics([0.0] * 3, rotation @ b @ rotation.T)
+    )
+    assert rotated == pytest.approx(9 + 0 + 6.25, rel=1e-10)
+
+
+def test_frechet_distance_agrees_with_cleanfid_where_covariances_are_regular() -> None:
+    from cleanfid.fid import frechet_distance as cleanfid_distance
+
+    a = FeatureStatistics.from_features(draw(600, 48, seed=1))
+    b = FeatureStatistics.from_features(draw(500, 48, seed=2, shift=0.1))
+    theirs = cleanfid_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-4)
+
+
+@pytest.mark.parametrize("num_images", [40, 200])
+def test_frechet_distance_is_symmetric_and_zero_for_the_same_images(num_images: int) -> None:
+    x, y = draw(num_images, 64, seed=1), draw(num_images + 10, 64, seed=2)
+    a, b = FeatureStatistics.from_features(x), FeatureStatistics.from_features(y)
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-9)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance_to(reference(x), x) == pytest.approx(0, abs=1e-6)
+
+
+def test_frechet_distance_of_two_pairs_of_images() -> None:
+    # {u, -u} against {v, -v}: covariances 2uu' and 2vv', so the distance is 2|u|^2 + 2|v|^2 - 4|u.v|.
+    u, v = np.array([1.0, 2.0, 0.0, 0.0]), np.array([3.0, -1.0, 1.0, 0.5])
+    x, y = np.stack([u, -u]), np.stack([v, -v])
+    expected = 2 * u @ u + 2 * v @ v - 4 * abs(u @ v)
+    assert frechet_distance_to(reference(y), x) == pytest.approx(expected, rel=1e-6)
+    a, b = FeatureStatistics.from_features(x), FeatureStatistics.from_features(y)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("num_generated", [20, 64, 65, 300])
+@pytest.mark.parametrize("num_real", [30, 64, 65, 400])
+def test_fast_paths_agree_with_the_statistics(num_generated: int, num_real: int) -> None:
+    generated, real = draw(num_generated, 64, seed=1, shift=0.2), reference(draw(num_real, 64, seed=2))
+    expected = frechet_distance(FeatureStatistics.from_features(generated), real.statistics)
+    assert frechet_distance_to(real, generated) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_common_shift_adds_its_square_and_the_order_of_images_adds_nothing() -> None:
+    generated, real = draw(40, 16, seed=1).astype(np.float64), reference(draw(60, 16, seed=2))
+    shifted = frechet_distance_to(reference(real.features + np.float32(3)), generated + np.float64(3))
+    plain = frechet_distance_to(real, generated)
+    assert shifted == pytest.approx(plain, rel=1e-4)
+    assert frechet_distance_to(real, generated[::-1]) == pytest.approx(plain, rel=1e-10)
+    centred = generated - generated.mean(axis=0) + real.statistics.mean
+    moved = frechet_distance_to(real, centred + 2.0) - frechet_distance_to(real, centred)
+    assert moved == pytest.approx(16 * 2.0**2, rel=1e-9)
+
+
+def test_a_feature_that_never_changes_is_no_obstacle() -> None:
+    generated, real = draw(100, 8, seed=1), draw(90, 8, seed=2)
+    expected = frechet_distance_to(reference(real), generated)
+    widened = [np.pad(features, ((0, 0), (0, 3))) for features in (real, generated)]
+    assert frechet_distance_to(reference(widened[0]), widened[1]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_kernel_distance_is_that_of_cleanfid_and_leaves_numpys_generator_alone() -> None:
+    from cleanfid.fid import kernel_distance as cleanfid_distance
+
+    generated, real = draw(60, 16, seed=1, shift=0.1), draw(80, 16, seed=2)
+    np.random.seed(99)
+    untouched = np.random.random(3)
+    np.random.seed(99)
+    ours = kernel_distance(generated, real, subset_size=25, num_subsets=10, seed=7)
+    np.testing.assert_array_equal(np.random.random(3), untouched)
+    np.random.seed(7)
+    assert ours == cleanfid_distance(real, generated, num_subsets=10, max_subset_size=25)
+    assert ours == kernel_distance(generated, real, subset_size=25, num_subsets=10, seed=7)
+    assert ours != kernel_distance(generated, real, subset_size=25, num_subsets=10, seed=8)
+
+
+def test_kernel_distance_of_whole_sets_is_the_unbiased_estimate() -> None:
+    x, y = draw(12, 5, seed=1).astype(np.float64), draw(12, 5, seed=2).astype(np.float64)
+
+    def mean_kernel(left: np.ndarray, right: np.ndarray, *, skip_diagonal: bool) -> float:
+        values = [
+            (float(a @ b) / 5 + 1) ** 3
+            for i, a in enumerate(left)
+            for j, b in enumerate(right)
+            if not (skip_diagonal and i == j)
+        ]
+        return sum(values) / len(values)
+
+    expected = (
+        mean_kernel(x, x, skip_diagonal=True)
+        + mean_kernel(y, y, skip_diagonal=True)
+        - 2 * mean_kernel(x, y, skip_diagonal=False)
+    )
+    assert kernel_distance(x, y, subset_size=1000, num_subsets=2, seed=0) == pytest.approx(expected, rel=1e-9)
+
+
+def test_only_inception_features_may_be_called_fid() -> None:
+    assert [metric_name(metric, "inception") for metric in ("fid", "kid")] == ["fid", "kid"]
+    names = [metric_name(metric, "efficientnet_lite0") for metric in ("fid", "kid")]
+    assert names == ["fd_efficientnet_lite0", "kd_efficientnet_lite0"]
+    with pytest.raises(ValueError, match="resnet"):
+        metric_name("fid", "resnet")
+
+
+def test_score_gives_each_metric_its_name() -> None:
+    generated, real = draw(30, 8, seed=1), reference(draw(40, 8, seed=2), "efficientnet_lite0")
+    scores = score(generated, real, metrics=("kid", "fid"), kid_subset_size=10)
+    assert scores == {
+        "kd_efficientnet_lite0": kernel_distance(generated, real.features, subset_size=10, seed=0),
+        "fd_efficientnet_lite0": frechet_distance_to(real, generated),
+    }
+    assert list(score(generated, real, metrics=("fid",), kid_subset_size=10)) == ["fd_efficientnet_lite0"]
+
+
+def test_a_reference_scores_the_same_after_a_round_trip(tmp_path: Path) -> None:
+    generated, real = draw(30, 8, seed=1), reference(draw(40, 8, seed=2).astype(np.float64))
+    path = real.save(tmp_path / "a")
+    loaded = Reference.load(tmp_path / "a")
+    assert (loaded.num_images, loaded.extractor_name) == (40, "inception")
+    assert (loaded.extractor_digest, loaded.images_digest) == ("e" * 64, "i" * 64)
+    both = [score(generated, one, metrics=("fid", "kid"), kid_subset_size=10) for one in (real, loaded)]
+    assert both[0] == both[1]
+    assert loaded.save(tmp_path / "b").read_bytes() == path.read_bytes()
+    with pytest.raises(ArtifactNotFoundError, match=r"reference\.safetensors"):
+        Reference.load(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_features_that_are_not_finite_are_refused(bad: float) -> None:
+    features, real = draw(10, 4, seed=1), reference(draw(10, 4, seed=2))
+    features[3, 2] = bad
+    for metrics in (("fid",), ("kid",)):
+        with pytest.raises(DemeError, match="1 of 10 images are NaN or infinite"):
+            score(features, real, metrics=metrics, kid_subset_size=5)
+    with pytest.raises(ValueError, match="1 of 10"):
+        reference(features)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (2, 3, 4)])
+def test_too_few_images_or_a_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least 2 images"):
+        FeatureStatistics.from_features(np.zeros(shape))
+
+
+def test_features_of_other_widths_or_empty_subsets_are_refused() -> None:
+    generated, real = draw(10, 4, seed=1), reference(draw(10, 5, seed=2))
+    for metrics in (("fid",), ("kid",)):
+        with pytest.raises(ValueError, match="4 features"):
+            score(generated, real, metrics=metrics, kid_subset_size=5)
+    with pytest.raises(ValueError, match="at least 2"):
+        kernel_distance(generated, generated, subset_size=1, seed=0)
+
+
+def test_a_frechet_distance_alone_imports_nothing_slow() -> None:
+    program = (
+        "import sys, numpy as np; from deme_core.metrics import Reference, score; "
+        "features = np.random.default_rng(0).random((20, 4)); "
+        "score(features, Reference(features, 'inception'), metrics=['fid'], kid_subset_size=10); "
+        "print(sorted({'cleanfid', 'scipy', 'torch', 'torchvision'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,139 @@
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from deme_core.errors import InputError, StoreUnavailableError
+from deme_core.store import FileStore, S3Store, check_access, open_store
+from tests.store_contract import StoreContract, keys
+
+
+class TestFileStore(StoreContract):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> FileStore:
+        return FileStore(tmp_path / "store")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_said_and_loses_nothing(small_disk: Path, tmp_path: Path) -> None:
+    store = FileStore(small_disk)
+    store.put_bytes("model/weights", b"old")
+    (tmp_path / "large").write_bytes(bytes(2**21))
+    with pytest.raises(StoreUnavailableError, match=r"small .*No space left.*free space.*DEME_STORE_URI"):
+        store.put_file("model/weights", tmp_path / "large")
+    assert [path.name for path in (small_disk / "model").iterdir()] == ["weights"]
+    assert store.get_bytes("model/weights") == b"old"
+
+
+def test_a_full_cache_is_said_and_keeps_nothing(small_disk: Path, tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("weights", bytes(2**21))
+    with pytest.raises(StoreUnavailableError, match=r"small/cache/weights .*No space left.*DEME_HOME"):
+        store.get_file("weights", small_disk / "cache" / "weights")
+    assert list((small_disk / "cache").iterdir()) == []
+
+
+def test_access_to_a_full_disk_is_refused(small_disk: Path) -> None:
+    (small_disk / "fill").write_bytes(bytes(2**20))
+    with pytest.raises(StoreUnavailableError, match="free space"):
+        check_access(FileStore(small_disk))
+
+
+def test_access_to_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    user = os.geteuid()
+    if user == 0:  # whom no mode keeps out
+        os.seteuid(65534)
+    try:
+        with pytest.raises(StoreUnavailableError, match=r"Permission denied.*permissions.*DEME_STORE_URI"):
+            check_access(FileStore(tmp_path / "store"))
+    finally:
+        os.seteuid(user)
+
+
+def test_access_to_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store").write_text("")
+    with pytest.raises(StoreUnavailableError, match=f"{tmp_path}/store"):
+        check_access(FileStore(tmp_path / "store"))
+    with pytest.raises(StoreUnavailableError, match=f"{tmp_path}/store"):
+        FileStore(tmp_path / "store").put_bytes("key", b"", if_absent=True)
+
+
+def test_a_killed_writer_leaves_nothing_visible_nor_for_ever(tmp_path: Path) -> None:
+    store = FileStore(tmp_path)
+    store.put_bytes("stage/whole", b"")
+    half, empty = tmp_path / "stage" / ".tmp-killed", tmp_path / "gone" / "empty"
+    half.write_bytes(b"half")
+    empty.mkdir(parents=True)
+    assert keys(store) == ["stage/whole"]
+    store.discard_unfinished(datetime.now(UTC) - timedelta(hours=1))
+    assert half.exists() and empty.exists()
+    store.discard_unfinished(datetime.now(UTC) + timedelta(hours=1))
+    assert not half.exists() and not empty.parent.exists()
+    assert keys(store) == ["stage/whole"]
+
+
+def test_a_file_uri_is_read_back(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "with space # and %")
+    store.put_bytes("key", b"value")
+    assert open_store(store.uri).uri == store.uri
+    assert open_store(f"{store.uri}/").get_bytes("key") == b"value"
+
+
+@pytest.mark.parametrize(
+    ("uri", "normal"),
+    [("s3://bucket", "s3://bucket"), ("s3://bucket/", "s3://bucket"), ("s3://bucket/a/b/", "s3://bucket/a/b")],
+)
+def test_an_s3_uri_is_bucket_and_prefix(uri: str, normal: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    store = open_store(uri)
+    assert isinstance(store, S3Store)
+    assert (store.uri, store.place) == (normal, f"{normal} at http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "",
+        "store",
+        "/store",
+        "file://store",
+        "file:",
+        "s3://",
+        "s3:///prefix",
+        "s3://b/../c",
+        "https://user:hush@host/bucket",
+    ],
+)
+def test_another_uri_is_refused_without_repeating_it(uri: str) -> None:
+    with pytest.raises(InputError, match="DEME_STORE_URI") as caught:
+        open_store(uri)
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:8333", "http://user:hush@127.0.0.1:8333", "http://user:hush@bad host"])
+def test_a_bad_endpoint_is_refused_without_repeating_it(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StoreUnavailableError, match="AWS_ENDPOINT_URL") as caught:
+        open_store("s3://bucket")
+    assert "hush" not in str(caught.value)
+
+
+def test_boto3_is_loaded_by_those_who_need_it() -> None:
+    command = "import sys, deme_core.store as s; s.open_store('file:///tmp'); sys.exit('boto3' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

@@ -1,0 +1,66 @@
+import math
+
+import pytest
+
+from deme_core.verdict import Interval, compare, interval, paired_difference
+
+
+def test_interval_matches_the_table_of_student_t() -> None:
+    # t(2, 0.975) = 4.302653, from any printed table; the sample deviation of 1, 2, 3 is 1.
+    result = interval([1.0, 2.0, 3.0])
+    assert result.mean == pytest.approx(2.0)
+    assert result.high - result.mean == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
+    assert result.mean - result.low == pytest.approx(result.high - result.mean)
+
+
+def test_a_higher_confidence_is_a_wider_interval() -> None:
+    # t(1, 0.75) = 1: with two values the 50 % interval reaches exactly from one to the other.
+    assert interval([3.0, 5.0], confidence=0.5) == Interval(mean=4.0, low=pytest.approx(3.0), high=pytest.approx(5.0))
+    assert interval([3.0, 5.0], confidence=0.99).high > interval([3.0, 5.0]).high
+
+
+def test_equal_values_have_an_interval_without_width() -> None:
+    assert interval([2.5, 2.5, 2.5]) == Interval(2.5, 2.5, 2.5)
+
+
+@pytest.mark.parametrize("values", [[], [1.0], [1.0, math.nan], [1.0, math.inf]])
+def test_interval_refuses_too_few_or_non_finite_values(values: list[float]) -> None:
+    with pytest.raises(ValueError, match="An interval needs"):
+        interval(values)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
+def test_interval_refuses_a_confidence_that_is_no_probability(confidence: float) -> None:
+    with pytest.raises(ValueError, match="confidence"):
+        interval([1.0, 2.0], confidence)
+
+
+def test_pairing_sees_a_small_gain_that_the_spread_over_seeds_would_hide() -> None:
+    baseline = [10.0, 12.0, 14.0]
+    candidate = [9.8, 11.81, 13.79]
+    assert interval(candidate).high > interval(baseline).low  # unpaired, the intervals overlap widely
+    assert compare(candidate, baseline) == "better"
+    assert compare(baseline, candidate) == "worse"
+
+
+def test_an_interval_that_holds_zero_is_too_close_to_call() -> None:
+    assert compare([9.0, 12.5, 13.0], [10.0, 12.0, 14.0]) == "too close to call"
+    assert compare([10.0, 12.0, 14.0], [10.0, 12.0, 14.0]) == "too close to call"
+
+
+def test_the_verdict_is_that_of_the_paired_interval() -> None:
+    candidate, baseline = [1.0, 2.0, 2.5], [1.5, 2.2, 3.1]
+    difference = paired_difference(candidate, baseline)
+    assert difference.mean == pytest.approx(-1.3 / 3)
+    mirrored = paired_difference(baseline, candidate)
+    assert (mirrored.low, mirrored.high) == pytest.approx((-difference.high, -difference.low))
+    assert difference.low < 0 < difference.high
+    assert compare(candidate, baseline) == "too close to call"
+    narrower = paired_difference(candidate, baseline, confidence=0.8)
+    assert narrower.high < 0
+    assert compare(candidate, baseline, confidence=0.8) == "better"
+
+
+def test_scores_of_different_seeds_cannot_be_paired() -> None:
+    with pytest.raises(ValueError, match="paired"):
+        compare([1.0, 2.0, 3.0], [1.0, 2.0])
