@@ -73,6 +73,13 @@ class Sampling:
         return scheduler
 
 
+def image_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Returns (C, H, W) of the images a denoiser makes."""
+    size = unet_config["sample_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return unet_config["in_channels"], height, width
+
+
 def initial_noise(
     seed: int, indices: Sequence[int], shape: Sequence[int]
 ) -> tuple[torch.Tensor, list[torch.Generator]]:

@@ -46,6 +46,14 @@ def search_weights(
         )
 
 
+def max_candidates(spec: SearchSpec, *, num_weights: int, num_segments: int) -> int:
+    """Returns how many candidates a search scores at the most."""
+    if spec.strategy == "coordinate":
+        return spec.max_candidates
+    values = spec.values if num_weights > 1 else control_values(spec.values, num_segments)
+    return len({*itertools.product(values, repeat=num_weights), (0.0,) * num_weights})
+
+
 def control_values(values: Sequence[float], num_segments: int) -> tuple[float, ...]:
     """Returns the scales a grid offers the control: each value, and each value N times over.
 

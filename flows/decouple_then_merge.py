@@ -1,30 +1,21 @@
 """The flow ``deme``: decouple, merge, and compare the four rows."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from prefect import flow
 from prefect.futures import PrefectFuture
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactRef
 from deme_core.recipe import Recipe
-from deme_core.recipe_file import dump_recipe, flatten, load_recipe
+from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
-from deme_core.settings import Settings
-from deme_core.store import check_access, open_store
-from flows.environment import make_folders
+from flows.flow_runtime import flow_runtime
 from tasks.jobs import FinetuneJob, JobResult, MergeJob, ReferenceJob, SearchJob
 from tasks.report import write_report
-from tasks.runtime import Runtime, Timing, use_runtime
 from tasks.stages import build_reference, evaluate_row, finetune, merge, obtain_pretrained, search
-from tasks.tracking import Tracker
-from tasks.worker_pool import WorkerPool, plan_slots
-
-make_folders()
 
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 
@@ -40,14 +31,8 @@ def deme(recipe: str = "digits", overrides: Sequence[str] = ()) -> dict[str, Any
     Returns:
         The rows with their intervals, the verdict, and where the merged model lies.
     """
-    with _runtime(load_recipe(recipe, overrides)) as runtime:
-        try:
-            report = _compare_rows(runtime.recipe)
-        except BaseException:
-            runtime.tracker.finish(runtime.tracker.run_id, failed=True)
-            raise
-        runtime.tracker.finish(runtime.tracker.run_id)
-        return report
+    with flow_runtime(load_recipe(recipe, overrides)) as runtime:
+        return _compare_rows(runtime.recipe)
 
 
 def _compare_rows(recipe: Recipe) -> dict[str, Any]:
@@ -152,23 +137,3 @@ def _merge(
     assert weights is not None
     found = weights if isinstance(weights, tuple) else tuple(weights.result().metrics["weights"])
     return merge(MergeJob(pretrained=pretrained.ref, experts=experts, weights=found), what)
-
-
-@contextlib.contextmanager
-def _runtime(recipe: Recipe) -> Iterator[Runtime]:
-    """Starts what a run needs and stops it afterwards: workers first, since their imports take longest."""
-    timing, settings, logger = Timing(), Settings(), get_run_logger()
-    pool = WorkerPool(plan_slots(recipe.execution), log=lambda line: logger.info("worker: %s", line))
-    try:
-        pool.start()
-        store = open_store(settings.store_uri)
-        check_access(store)
-        tracker = Tracker(settings, experiment=recipe.name, run_name=str(flow_run.name))
-        tracker.log_params(tracker.run_id, flatten(recipe))
-        tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
-        tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})
-        runtime = Runtime(recipe, settings, ArtifactStore(store, settings.cache_folder), pool, tracker, timing)
-        with use_runtime(runtime):
-            yield runtime
-    finally:
-        pool.close()

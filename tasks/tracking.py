@@ -3,17 +3,23 @@
 Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
+from deme_core.errors import InputError
 from deme_core.settings import Settings
+
+# The migrations of a new SQLite database are of no interest to anyone.
+logging.getLogger("alembic").setLevel(logging.WARNING)
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
@@ -99,3 +105,35 @@ class Tracker:
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+def find_tag(settings: Settings, tag: str, run: str | None) -> str:
+    """Returns a tag of the run whose id begins with ``run``; by default of the newest run that has the tag.
+
+    Raises:
+        InputError: there is no such run, or more than one.
+    """
+    client = MlflowClient(settings.tracking_uri)
+    experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
+    query = f"tags.`{tag}` != ''"
+    found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
+    if run is not None:
+        found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
+    if not found:
+        which = f"whose id begins with '{run}'" if run else "that has finished"
+        raise InputError(f"There is no run {which} in {settings.tracking_uri}; `deme run` makes one.")
+    if run is not None and len(found) > 1:
+        raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
+    return str(found[0].data.tags[tag])
+
+
+def check_tracking(settings: Settings) -> None:
+    """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
+    if not settings.tracking_uri.startswith("http"):
+        return
+    try:
+        httpx.get(f"{settings.tracking_uri.rstrip('/')}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {settings.tracking_uri} does not answer ({error}); start that server or unset it."
+        ) from error

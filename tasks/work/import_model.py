@@ -4,10 +4,10 @@ from pathlib import Path
 
 from deme_core.digests import sha256_file
 from deme_core.model_folder import load_unet, open_model_folder, write_model_folder
+from deme_core.model_source import fetch_source
 from tasks.jobs import ImportJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.model_description import describe_model
-from tasks.work.pretrained_source import fetch_source
 
 
 def identity(job: ImportJob, context: JobContext) -> Identity:

@@ -3,7 +3,7 @@
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import RecipeError
 from deme_core.evaluation import Evaluation
-from deme_core.generate import Sampling
+from deme_core.generate import Sampling, image_shape
 from deme_core.metrics import Reference
 from deme_core.model_folder import ModelFolder
 from deme_core.recipe import EvaluateSpec
@@ -20,8 +20,6 @@ def build_evaluation(
             f"evaluate.num_inference_steps {evaluate.num_inference_steps} exceeds the model's "
             f"{model.num_train_timesteps} timesteps; lower it."
         )
-    size = model.unet_config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
     return Evaluation(
         scheduler_config=model.scheduler_config,
         sampling=Sampling(
@@ -31,7 +29,7 @@ def build_evaluation(
             timestep_spacing=evaluate.timestep_spacing,
             batch_size=evaluate.batch_size,
         ),
-        shape=(model.unet_config["in_channels"], height, width),
+        shape=image_shape(model.unet_config),
         num_images=num_images,
         extractor=extractor_of(evaluate, context),
         reference=context.remember(reference.uri, lambda: Reference.load(context.fetch(reference))),

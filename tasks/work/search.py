@@ -9,7 +9,7 @@ from deme_core.generate import SingleModel
 from deme_core.live_merge import LiveMerge
 from deme_core.metrics import metric_name
 from deme_core.model_folder import load_unet, open_model_folder
-from deme_core.search import Candidate, Weights, best_candidate, search_weights
+from deme_core.search import Candidate, Weights, best_candidate, max_candidates, search_weights
 from tasks.jobs import SearchJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.scoring import build_evaluation
@@ -46,6 +46,7 @@ def run(job: SearchJob, context: JobContext, out: Path, digest: str) -> Work:
         best = best_candidate(candidates)
         yield {
             "done": len(candidates),
+            "total": max_candidates(job.search, num_weights=len(job.experts), num_segments=job.num_segments),
             "weights": list(candidate.weights),
             "score": candidate.score,
             "best_score": best.score,

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -44,8 +45,8 @@ def test_file_and_bytes_agree_with_the_standard(tmp_path: Path) -> None:
 
 
 def test_every_part_of_the_work_decides_its_digest() -> None:
-    work = {"settings": {"seed": 0}, "inputs": {"pretrained": "p"}, "dataset": "d", "version": 1}
-    changes = [
+    work: dict[str, Any] = {"settings": {"seed": 0}, "inputs": {"pretrained": "p"}, "dataset": "d", "version": 1}
+    changes: list[dict[str, Any]] = [
         {"settings": {"seed": 1}},
         {"inputs": {"pretrained": "q"}},
         {"inputs": {}},

@@ -1,0 +1,172 @@
+"""The command line. Each command imports what it needs when it runs, so that ``deme --help`` is instant."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from deme_core.errors import DemeError
+
+app = typer.Typer(
+    name="deme",
+    help="Decouple-then-Merge for diffusion models: finetune one copy per timestep segment, merge the copies into one "
+    "model of the same architecture, and compare it fairly.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes_app = typer.Typer(help="List and show recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting, e.g. finetune.num_steps=50. Repeatable.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet or be empty.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line of stdout.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the logs of the flow and its workers.")]
+
+
+@app.command(epilog="Example: deme run digits --set finetune.num_steps=50")
+def run(
+    recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
+) -> None:
+    """Decouple, merge and compare: the whole method on one recipe."""
+    from flows.report_text import print_report
+
+    report = _run_flow("flows.decouple_then_merge:deme", recipe, set_ or [], verbose=verbose)
+    if json_:
+        print(json.dumps(report))  # noqa: T201
+    else:
+        print_report(report, Console())
+
+
+@app.command(epilog="Example: deme pretrain digits")
+def pretrain(
+    recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
+) -> None:
+    """Train the pretrained model of a recipe into the object store, for those who bring none."""
+    report = _run_flow("flows.pretrain:pretrain", recipe, set_ or [], verbose=verbose)
+    if json_:
+        print(json.dumps(report))  # noqa: T201
+    else:
+        Console().print(f"pretrained model  {report['uri']}", highlight=False, soft_wrap=True)
+
+
+def _run_flow(path: str, recipe: str, overrides: list[str], *, verbose: bool) -> dict[str, Any]:
+    from importlib import import_module
+
+    from deme_core.recipe_file import load_recipe
+
+    load_recipe(recipe, overrides)  # What is wrong with the recipe is said at once, before anything starts.
+    if not verbose:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    console = Console(stderr=True)
+    with console.status("Starting"):
+        module, name = path.split(":")
+        flow = getattr(import_module(module), name)
+        from flows.progress_display import ProgressDisplay
+    with ProgressDisplay(console):
+        result: dict[str, Any] = flow(recipe, overrides)
+    return result
+
+
+@app.command(epilog="Example: deme export --out merged-model")
+def export(
+    out: OutOption,
+    run: Annotated[str | None, typer.Argument(help="MLflow run id or its beginning; default the newest run.")] = None,
+) -> None:
+    """Write the merged model of a run as a folder that stock diffusers loads."""
+    from flows.model_commands import export_model
+
+    Console().print(f"wrote {export_model(run, out)}", highlight=False, soft_wrap=True)
+
+
+@app.command(
+    epilog="Example: deme merge --pretrained base --expert e0 --expert e1 --weights 0.3,0.3 --out merged-model"
+)
+def merge(
+    pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")],
+    expert: Annotated[list[Path], typer.Option(help="Folder of a finetuned copy, lowest timesteps first. Repeatable.")],
+    weights: Annotated[str, typer.Option(help="One merge weight per expert, separated by commas.")],
+    out: OutOption,
+) -> None:
+    """Merge finetuned copies of a model into one, in weight space."""
+    from flows.model_commands import merge_models
+
+    Console().print(f"wrote {merge_models(pretrained, expert, weights, out)}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: deme generate merged-model --num-images 64 --out images")
+def generate(
+    model: Annotated[str, typer.Argument(help="A diffusers folder, an object-store URI, or a hub id.")],
+    out: OutOption,
+    num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Names the set of images.")] = 0,
+    sampler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change the images.")] = 64,
+) -> None:
+    """Generate images as PNG files, the same for any batch size and machine count."""
+    from flows.model_commands import generate_images
+
+    generate_images(
+        model,
+        out,
+        num_images=num_images,
+        seed=seed,
+        sampler=sampler,
+        num_inference_steps=num_inference_steps,
+        batch_size=batch_size,
+        console=Console(stderr=True),
+    )
+    Console().print(f"wrote {num_images} images to {out}", highlight=False, soft_wrap=True)
+
+
+@recipes_app.command("list", epilog="Example: deme recipes list")
+def list_recipes() -> None:
+    """List the recipes that come with DeMe."""
+    from deme_core.recipe_file import RECIPES_FOLDER, recipe_names
+
+    for name in recipe_names():
+        lines = (RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()
+        about = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
+        summary = next((line for line in about if line and not line.startswith("deme run")), "")
+        Console().print(f"{name:<20} {summary}", highlight=False)
+
+
+@recipes_app.command("show", epilog="Example: deme recipes show digits --set segments.count=8")
+def show_recipe(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Print a recipe with every default filled in."""
+    from deme_core.recipe_file import dump_recipe, load_recipe
+
+    print(dump_recipe(load_recipe(recipe, set_ or [])), end="")  # noqa: T201
+
+
+@app.command(epilog="Example: deme doctor")
+def doctor() -> None:
+    """Check that this machine and its settings are fit for a run."""
+    from flows.doctor import examine
+
+    raise typer.Exit(0 if examine(Console()) else 1)
+
+
+def main() -> None:
+    """Runs the command line; what DeMe foresaw is one sentence, with its exit code."""
+    try:
+        app()
+    except DemeError as error:
+        Console(stderr=True).print(f"deme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("deme: interrupted; run the same command again to go on.", style="red")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""``deme doctor``: is this machine, with these settings, fit for a run?"""
+
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+
+from rich.console import Console
+
+from deme_core.errors import DemeError, InputError
+from deme_core.settings import Settings
+from deme_core.store import check_access, open_store
+from tasks.worker_pool import visible_gpus
+
+_PACKAGES = ("torch", "diffusers", "accelerate", "prefect", "mlflow", "clean-fid")
+_GB = 10**9
+
+
+def examine(console: Console) -> bool:
+    """Prints one line per check; returns whether all passed."""
+    settings = Settings()
+    checks: list[tuple[str, Callable[[], str]]] = [
+        ("python", platform.python_version),
+        ("packages", lambda: ", ".join(f"{name} {version(name)}" for name in _PACKAGES)),
+        ("devices", _devices),
+        ("DEME_HOME", lambda: _home(settings)),
+        ("object store", lambda: _store(settings)),
+        ("MLflow", lambda: _mlflow(settings)),
+        ("Prefect", _prefect),
+    ]
+    return all([_passes(console, name, check) for name, check in checks])
+
+
+def _passes(console: Console, name: str, check: Callable[[], str]) -> bool:
+    try:
+        mark, finding = "[green]ok[/]  ", check()
+    except DemeError as error:
+        mark, finding = "[red]FAIL[/]", str(error)
+    console.print(f"{mark} {name:<13}", end="", highlight=False)
+    console.print(finding, markup=False, highlight=False, soft_wrap=True)
+    return mark.startswith("[green]")
+
+
+def _devices() -> str:
+    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    gpus = visible_gpus()
+    return f"{len(gpus)} GPUs ({', '.join(gpus)}), {cores}" if gpus else f"no GPU, {cores}"
+
+
+def _home(settings: Settings) -> str:
+    folder = settings.state_folder
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{folder} cannot be written; point DEME_HOME elsewhere.")
+    return f"{folder}, {shutil.disk_usage(existing).free / _GB:.0f} GB free"
+
+
+def _store(settings: Settings) -> str:
+    check_access(open_store(settings.store_uri))
+    return f"{settings.store_uri} can be written and read"
+
+
+def _mlflow(settings: Settings) -> str:
+    from tasks.tracking import check_tracking
+
+    check_tracking(settings)
+    return settings.tracking_uri
+
+
+def _prefect() -> str:
+    address = os.environ.get("PREFECT_API_URL")
+    if not address:
+        return "no PREFECT_API_URL: each run starts a temporary server"
+    import httpx
+
+    try:
+        httpx.get(f"{address}/health", timeout=10).raise_for_status()
+    except httpx.HTTPError as error:
+        raise InputError(
+            f"PREFECT_API_URL {address} does not answer ({error}); start that server or unset it."
+        ) from error
+    return address

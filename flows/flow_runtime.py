@@ -1,0 +1,55 @@
+"""What a flow run needs while it runs: workers, store and tracker, started together and stopped together."""
+
+import contextlib
+from collections.abc import Iterator
+
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+
+from deme_core.artifacts import ArtifactStore
+from deme_core.recipe import Recipe
+from deme_core.recipe_file import dump_recipe, flatten
+from deme_core.settings import Settings
+from deme_core.store import check_access, open_store
+from flows.environment import make_folders
+from tasks.runtime import Runtime, Timing, use_runtime
+from tasks.tracking import Tracker, check_tracking
+from tasks.worker_pool import WorkerPool, plan_slots
+
+# Before any flow starts: a local Prefect server cannot make its own folder's parents.
+make_folders()
+
+
+@contextlib.contextmanager
+def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
+    """Gives the runtime of a flow run, with its MLflow parent run, which ends as the flow run does.
+
+    Raises:
+        StoreUnavailableError: the object store cannot be used; said before any work starts.
+    """
+    timing, settings, logger = Timing(), Settings(), get_run_logger()
+    pool = WorkerPool(plan_slots(recipe.execution), log=lambda line: logger.info("worker: %s", line))
+    try:
+        pool.start()  # First, since the imports of the workers take longest.
+        store = open_store(settings.store_uri)
+        check_access(store)
+        check_tracking(settings)
+        tracker = Tracker(settings, experiment=recipe.name, run_name=str(flow_run.name))
+        tracker.log_params(tracker.run_id, flatten(recipe))
+        tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
+        tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})
+        artifacts = ArtifactStore(store, settings.cache_folder)
+        with _tracked(tracker), use_runtime(Runtime(recipe, settings, artifacts, pool, tracker, timing)) as runtime:
+            yield runtime
+    finally:
+        pool.close()
+
+
+@contextlib.contextmanager
+def _tracked(tracker: Tracker) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        tracker.finish(tracker.run_id, failed=True)
+        raise
+    tracker.finish(tracker.run_id)

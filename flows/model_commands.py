@@ -1,0 +1,102 @@
+"""What the command line does with models: export, merge, generate. Folders appear whole or not at all."""
+
+import contextlib
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, cast
+
+from rich.console import Console
+from rich.progress import track
+
+from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.errors import InputError
+from deme_core.settings import Settings
+from deme_core.store import local_errors, open_store
+
+
+def export_model(run: str | None, out: Path) -> Path:
+    """Writes the merged model of a run, the newest by default, into the folder ``out``."""
+    from tasks.tracking import find_tag
+
+    settings = Settings()
+    uri = find_tag(settings, "deme.merged.uri", run)
+    prefix, digest = uri.rsplit("/", 1)
+    store_uri = prefix.rsplit("/", 1)[0]
+    with new_folder(out) as folder:
+        fetched = ArtifactStore(open_store(store_uri), settings.cache_folder).fetch(ArtifactRef(uri, digest))
+        shutil.copytree(fetched, folder, dirs_exist_ok=True)
+    return out
+
+
+def merge_models(pretrained: Path, experts: list[Path], weights: str, out: Path) -> Path:
+    """Merges model folders into the folder ``out``; ``weights`` are separated by commas."""
+    try:
+        parsed = tuple(float(weight) for weight in weights.split(","))
+    except ValueError:
+        raise InputError(f"--weights '{weights}' are not numbers separated by commas.") from None
+    from tasks.work.merge import merge_folders
+
+    with new_folder(out) as folder:
+        merge_folders(pretrained, experts, parsed, folder)
+    return out
+
+
+def generate_images(
+    model: str,
+    out: Path,
+    *,
+    num_images: int,
+    seed: int,
+    sampler: str,
+    num_inference_steps: int,
+    batch_size: int,
+    console: Console,
+) -> None:
+    """Writes ``num_images`` PNG files named by image index into the folder ``out``."""
+    if sampler not in ("ddim", "ddpm"):
+        raise InputError(f"--sampler '{sampler}' is neither ddim nor ddpm.")
+    from PIL import Image
+
+    from deme_core.generate import Sampling, SingleModel, generate, image_shape
+    from deme_core.model_folder import load_unet, open_model_folder
+    from deme_core.model_source import fetch_source
+
+    folder = open_model_folder(fetch_source(model, revision=None, cache=Settings().cache_folder))
+    sampling = Sampling(cast(Literal["ddim", "ddpm"], sampler), num_inference_steps, batch_size=batch_size)
+    batches = generate(
+        SingleModel(load_unet(folder).eval()),
+        folder.scheduler_config,
+        sampling,
+        shape=image_shape(folder.unet_config),
+        seed=seed,
+        indices=range(num_images),
+    )
+    with new_folder(out) as partial:
+        index = 0
+        total = math.ceil(num_images / batch_size)
+        for images in track(batches, "generating", total=total, console=console, disable=not console.is_terminal):
+            for image in images.permute(0, 2, 3, 1).numpy():
+                Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(partial / f"{index:06d}.png")
+                index += 1
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder that becomes ``path`` when the block ends well, and vanishes otherwise.
+
+    Raises:
+        InputError: there is something under ``path`` already.
+        StoreUnavailableError: it cannot be written, e.g. because the disk is full.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(f"{path} exists and is not an empty folder; choose another --out.")
+    with local_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+            partial = Path(name) / "whole"
+            partial.mkdir()
+            yield partial
+            partial.replace(path)

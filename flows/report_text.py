@@ -1,0 +1,68 @@
+"""The report in the terminal: the table of the rows, the verdict, and where everything lies."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deme_core.settings import Settings
+
+_MEANINGS = {
+    "pretrained": "theta_0 as it came",
+    "finetuned": "the control: all timesteps, equal steps",
+    "ensemble": "an expert per segment, N models",
+    "merged": "one model",
+}
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    """Prints what a run found."""
+    console.print(_table(report))
+    for baseline in ("pretrained", "finetuned"):
+        verdict = report["verdict"][f"vs_{baseline}"]
+        metric, gain = next(iter(report["gain"][f"vs_{baseline}"].items()))
+        console.print(
+            f"merged is [bold]{verdict}[/] than {baseline}"
+            if verdict != "too close to call"
+            else f"merged against {baseline}: [bold]{verdict}[/]",
+            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
+            highlight=False,
+        )
+    weights = ", ".join(f"{weight:g}" for weight in report["merged"]["weights"])
+    lines = [
+        f"merge weights  {weights}  (scale of the control: {report['finetuned']['scale']:g})",
+        f"merged model   {report['merged']['uri']}",
+        f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
+        f"pictures       {report['figures']['samples']}",
+        f"               {report['figures']['losses']}",
+        f"compare runs   {mlflow_command(Settings())}",
+        f"took           {_duration(report['seconds'])}",
+    ]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def mlflow_command(settings: Settings) -> str:
+    """Returns how to look at the runs in MLflow."""
+    if settings.tracking_uri.startswith("sqlite:"):
+        return f"mlflow ui --backend-store-uri {settings.tracking_uri}"
+    return settings.tracking_uri
+
+
+def _table(report: dict[str, Any]) -> Table:
+    metrics = list(report["rows"]["merged"])
+    seeds = len(report["seeds"])
+    title = f"{report['recipe']}: {report['num_images']} images for each of {seeds} seeds; mean and 95 % interval, lower is better"
+    table = Table(title=title, title_justify="left")
+    table.add_column("row")
+    for metric in metrics:
+        table.add_column(metric, justify="right")
+    table.add_column("")
+    for row, scores in report["rows"].items():
+        cells = [f"{s['mean']:.4g}  [{s['low']:.4g}, {s['high']:.4g}]" for s in (scores[m] for m in metrics)]
+        table.add_row(row, *(cell.replace("[", "\\[") for cell in cells), _MEANINGS[row])
+    return table
+
+
+def _duration(seconds: dict[str, float]) -> str:
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if name != "total")
+    return f"{seconds['total']:.0f} s ({stages})"
