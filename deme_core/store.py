@@ -18,15 +18,11 @@ from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from stat import S_ISREG
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
 from deme_core.errors import ArtifactNotFoundError, InputError, StoreUnavailableError
-
-if TYPE_CHECKING:
-    from botocore.exceptions import ClientError
-    from mypy_boto3_s3 import S3Client
 
 _TEMPORARY_PREFIX = ".tmp-"
 _ACCESS_DEADLINE_SEC = 25.0
@@ -85,7 +81,7 @@ class ObjectStore(Protocol):
         """Free what writers that died before that time left behind: not objects, but they take space."""
 
 
-class _NoAnswerError(StoreUnavailableError):
+class NoAnswerError(StoreUnavailableError):
     """No answer: another attempt may succeed, unlike after a refusal."""
 
 
@@ -198,133 +194,7 @@ class FileStore:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
                 if key is None:
                     raise
-                raise _not_found(f"{self.uri}/{key}") from error
-
-
-class S3Store:
-    """Objects of a bucket whose keys start with a prefix.
-
-    Args:
-        bucket: its name.
-        prefix: a path without outer slashes, or nothing.
-        client: a boto3 client.
-    """
-
-    def __init__(self, bucket: str, prefix: str, client: "S3Client") -> None:
-        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.place = f"{self.uri} at {client.meta.endpoint_url}"
-        self._bucket, self._root, self._client = bucket, f"{prefix}/" if prefix else "", client
-
-    def put_file(self, key: str, path: Path) -> None:
-        """Upload a file, in parts if it is large: memory stays bounded."""
-        with self._errors():
-            self._client.upload_file(str(path), self._bucket, self._name(key))
-
-    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Upload bytes in one request."""
-        from botocore.exceptions import ClientError
-
-        with self._errors():
-            if not if_absent:
-                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data)
-                return True
-            try:
-                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                status = _status(error)
-                # 409 means that another request interfered; only one that wrote the object has won.
-                if status == 412 or (status == 409 and self.exists(key)):
-                    return False
-                raise
-        return True
-
-    def get_file(self, key: str, path: Path) -> None:
-        """Download a file, in parts if it is large."""
-        with self._errors(key), local_errors(path), temporary_beside(path) as temporary:
-            self._client.download_file(self._bucket, self._name(key), str(temporary))
-            _sync(temporary)
-            temporary.replace(path)
-
-    def get_bytes(self, key: str) -> bytes:
-        """Download in one request."""
-        with self._errors(key):
-            return self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"].read()
-
-    def exists(self, key: str) -> bool:
-        """Ask for the object's head."""
-        try:
-            with self._errors(key):
-                self._client.head_object(Bucket=self._bucket, Key=self._name(key))
-        except ArtifactNotFoundError:
-            return False
-        return True
-
-    def list(self, prefix: str) -> Iterator[StoredObject]:
-        """List page by page."""
-        with self._errors():
-            pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"].removeprefix(self._root)
-                    # Some tools mark folders by empty objects whose key ends in a slash.
-                    if is_key(key):
-                        yield StoredObject(key, entry["Size"], entry["LastModified"])
-
-    def delete(self, key: str) -> None:
-        """Delete; S3 does not mind a missing object."""
-        with self._errors():
-            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
-
-    def discard_unfinished(self, before: datetime) -> None:
-        """Abort old multipart uploads: their parts take space until then."""
-        with self._errors():
-            pages = self._client.get_paginator("list_multipart_uploads")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root):
-                for upload in page.get("Uploads", ()):
-                    if upload["Initiated"] < before:
-                        # Whoever uploads may finish at the same moment.
-                        with suppress(ArtifactNotFoundError), self._errors(upload["Key"]):
-                            self._client.abort_multipart_upload(
-                                Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
-                            )
-
-    def _name(self, key: str) -> str:
-        return self._root + check_key(key)
-
-    @contextmanager
-    def _errors(self, key: str | None = None) -> Iterator[None]:
-        """Translate what boto3 raises; where a key is given, 404 means a missing object."""
-        from boto3.exceptions import Boto3Error
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        try:
-            yield
-        except (Boto3Error, BotoCoreError, ClientError) as error:
-            # upload_file hides the answer that it got behind an error of its own.
-            cause = error.__context__ if isinstance(error, Boto3Error) else error
-            if not isinstance(cause, ClientError):
-                raise self._no_answer(error) from error
-            if key is not None and _status(cause) == 404 and cause.response["Error"]["Code"] != "NoSuchBucket":
-                raise _not_found(f"{self.uri}/{key}") from error
-            raise self._refusal(cause) from error
-
-    def _refusal(self, error: "ClientError") -> StoreUnavailableError:
-        status, code = _status(error), error.response["Error"]["Code"]
-        if code == "NoSuchBucket":
-            problem, mend = "has no such bucket", "create it or correct DEME_STORE_URI"
-        elif status in (401, 403):
-            problem, mend = f"denies access ({code})", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their rights"
-        else:
-            problem, mend = f"answered {status} ({code})", "check the server and AWS_ENDPOINT_URL"
-        return StoreUnavailableError(f"{self.place} {problem}; {mend}.")
-
-    def _no_answer(self, error: Exception) -> StoreUnavailableError:
-        kind = type(error).__name__
-        if "Credential" in kind:
-            mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            return StoreUnavailableError(f"Cannot use {self.place} ({kind}); {mend}.")
-        mend = "check that it is up and that AWS_ENDPOINT_URL is its address"
-        return _NoAnswerError(f"Cannot use {self.place} ({kind}); {mend}.")
+                raise not_found(f"{self.uri}/{key}") from error
 
 
 def open_store(uri: str) -> ObjectStore:
@@ -338,7 +208,9 @@ def open_store(uri: str) -> ObjectStore:
     s3_uri = re.fullmatch(r"s3://([A-Za-z0-9._-]+)/*(.*?)/*", uri)
     if s3_uri is None or (s3_uri[2] and not is_key(s3_uri[2])):
         raise InputError(_URI_RULE)
-    return S3Store(s3_uri[1], s3_uri[2], _s3_client())
+    from deme_core.s3_store import connect  # boto3 takes half a second to import.
+
+    return connect(s3_uri[1], s3_uri[2])
 
 
 def check_access(store: ObjectStore) -> None:
@@ -369,7 +241,7 @@ def _probe_patiently(store: ObjectStore) -> None:
     for wait_sec in _ACCESS_WAITS_SEC:
         try:
             return _probe(store)
-        except _NoAnswerError:
+        except NoAnswerError:
             time.sleep(wait_sec)
     return _probe(store)
 
@@ -429,11 +301,11 @@ def local_errors(path: Path) -> AbstractContextManager[None]:
 def _copy(source: BinaryIO, path: Path) -> None:
     with path.open("xb") as file:
         shutil.copyfileobj(source, file)
-    _sync(path)
+    sync(path)
 
 
-def _sync(path: Path) -> None:
-    # Otherwise a power cut soon after the rename leaves a file with its name and without its bytes.
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk: else a power cut after a rename leaves its name without its bytes."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -445,28 +317,6 @@ def _folder_of(uri: str) -> Path:
     return Path(path)
 
 
-def _not_found(uri: str) -> ArtifactNotFoundError:
+def not_found(uri: str) -> ArtifactNotFoundError:
+    """Returns the error for an object that is not there."""
     return ArtifactNotFoundError(f"{uri} is not in the object store; run the stage that makes it again.")
-
-
-def _status(error: "ClientError") -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
-
-
-def _s3_client() -> "S3Client":
-    from boto3.session import Session
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    config = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4})
-    try:
-        client = Session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as error:
-        # Without its cause, which quotes the endpoint: it may hold a password.
-        raise StoreUnavailableError(
-            f"The AWS_* variables make no S3 client ({type(error).__name__}); AWS_ENDPOINT_URL must be a URL such as "
-            "http://127.0.0.1:8333, and AWS_PROFILE a profile that exists."
-        ) from None
-    if "@" in client.meta.endpoint_url:
-        raise StoreUnavailableError("AWS_ENDPOINT_URL must hold no password; use AWS_SECRET_ACCESS_KEY.")
-    return client

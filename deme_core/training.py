@@ -62,13 +62,14 @@ class TrainingPlan:
         sampler: draws the timesteps.
         num_steps: optimizer steps.
         consistency_weight: lambda; 0 switches the consistency loss off.
-        draws_per_decision: see `timesteps.histogram_p_value`.
+        seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
     """
 
     label: str
     sampler: TimestepSampler
     num_steps: int
     consistency_weight: float = 0.0
+    seed: int = 0
 
 
 @dataclass
@@ -191,8 +192,8 @@ class Training:
         return torch.cat([losses, grad_norm[None]])
 
     def _losses(self, number: int, clean_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        rng = generator("training", self.spec.seed, number, device=self.device)
-        torch.manual_seed(derive_seed("dropout", self.spec.seed, number))
+        rng = generator("training", self.plan.seed, number, device=self.device)
+        torch.manual_seed(derive_seed("dropout", self.plan.seed, number))
         noise = torch.randn(clean_images.shape, generator=rng, device=self.device)
         timesteps = self.plan.sampler(len(clean_images), rng)
         self.timestep_counts += torch.bincount(timesteps.cpu(), minlength=len(self.timestep_counts))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from deme_core.model_folder import load_unet, open_model_folder, write_model_folder
 from deme_core.projection import attach_projections
+from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
@@ -44,6 +45,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         ),
         num_steps=job.num_steps,
         consistency_weight=job.finetune.consistency_weight,
+        seed=derive_seed("segment", job.finetune.seed, job.low, job.high),
     )
     pretrained = load_unet(folder) if job.finetune.consistency_weight > 0 else None
     tensors, metrics = yield from run_training(

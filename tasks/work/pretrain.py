@@ -41,7 +41,12 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
         raise InputError(f"pretrained.unet or pretrained.noise_scheduler cannot be built: {error}.") from error
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     everything = TimestepSegment(0, num_train_timesteps)
-    plan = TrainingPlan("pretraining", TimestepSampler(everything, num_train_timesteps), job.training.num_steps)
+    plan = TrainingPlan(
+        label="pretraining",
+        sampler=TimestepSampler(everything, num_train_timesteps),
+        num_steps=job.training.num_steps,
+        seed=job.training.seed,
+    )
     tensors, metrics = yield from run_training(
         context, digest, model, noise_scheduler, images, job.dataset, job.training, plan
     )

@@ -34,7 +34,7 @@ def run_training(
         return TrainingBatches(
             images,
             batch_size=spec.batch_size,
-            seed=spec.seed,
+            seed=plan.seed,
             random_crop=dataset.crop == "random",
             random_flip=dataset.random_flip,
             start_batch=start_batch,

@@ -1,0 +1,168 @@
+"""The object store on an S3-compatible server: the only module that knows boto3."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from boto3.exceptions import Boto3Error
+from boto3.session import Session
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+
+from deme_core.errors import ArtifactNotFoundError, StoreUnavailableError
+from deme_core.store import (
+    NoAnswerError,
+    StoredObject,
+    check_key,
+    is_key,
+    local_errors,
+    not_found,
+    sync,
+    temporary_beside,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+
+class S3Store:
+    """Objects of a bucket whose keys start with a prefix.
+
+    Args:
+        bucket: its name.
+        prefix: a path without outer slashes, or nothing.
+        client: a boto3 client.
+    """
+
+    def __init__(self, bucket: str, prefix: str, client: "S3Client") -> None:
+        self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+        self.place = f"{self.uri} at {client.meta.endpoint_url}"
+        self._bucket, self._root, self._client = bucket, f"{prefix}/" if prefix else "", client
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Upload a file, in parts if it is large: memory stays bounded."""
+        with self._errors():
+            self._client.upload_file(str(path), self._bucket, self._name(key))
+
+    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        """Upload bytes in one request."""
+        with self._errors():
+            if not if_absent:
+                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data)
+                return True
+            try:
+                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
+            except ClientError as error:
+                status = _status(error)
+                # 409 means that another request interfered; only one that wrote the object has won.
+                if status == 412 or (status == 409 and self.exists(key)):
+                    return False
+                raise
+        return True
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Download a file, in parts if it is large."""
+        with self._errors(key), local_errors(path), temporary_beside(path) as temporary:
+            self._client.download_file(self._bucket, self._name(key), str(temporary))
+            sync(temporary)
+            temporary.replace(path)
+
+    def get_bytes(self, key: str) -> bytes:
+        """Download in one request."""
+        with self._errors(key):
+            return self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"].read()
+
+    def exists(self, key: str) -> bool:
+        """Ask for the object's head."""
+        try:
+            with self._errors(key):
+                self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+        except ArtifactNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str) -> Iterator[StoredObject]:
+        """List page by page."""
+        with self._errors():
+            pages = self._client.get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root + prefix):
+                for entry in page.get("Contents", ()):
+                    key = entry["Key"].removeprefix(self._root)
+                    # Some tools mark folders by empty objects whose key ends in a slash.
+                    if is_key(key):
+                        yield StoredObject(key, entry["Size"], entry["LastModified"])
+
+    def delete(self, key: str) -> None:
+        """Delete; S3 does not mind a missing object."""
+        with self._errors():
+            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+
+    def discard_unfinished(self, before: datetime) -> None:
+        """Abort old multipart uploads: their parts take space until then."""
+        with self._errors():
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=self._root):
+                for upload in page.get("Uploads", ()):
+                    if upload["Initiated"] < before:
+                        # Whoever uploads may finish at the same moment.
+                        with suppress(ArtifactNotFoundError), self._errors(upload["Key"]):
+                            self._client.abort_multipart_upload(
+                                Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                            )
+
+    def _name(self, key: str) -> str:
+        return self._root + check_key(key)
+
+    @contextmanager
+    def _errors(self, key: str | None = None) -> Iterator[None]:
+        """Translate what boto3 raises; where a key is given, 404 means a missing object."""
+        try:
+            yield
+        except (Boto3Error, BotoCoreError, ClientError) as error:
+            # upload_file hides the answer that it got behind an error of its own.
+            cause = error.__context__ if isinstance(error, Boto3Error) else error
+            if not isinstance(cause, ClientError):
+                raise self._no_answer(error) from error
+            if key is not None and _status(cause) == 404 and cause.response["Error"]["Code"] != "NoSuchBucket":
+                raise not_found(f"{self.uri}/{key}") from error
+            raise self._refusal(cause) from error
+
+    def _refusal(self, error: ClientError) -> StoreUnavailableError:
+        status, code = _status(error), error.response["Error"]["Code"]
+        if code == "NoSuchBucket":
+            problem, mend = "has no such bucket", "create it or correct DEME_STORE_URI"
+        elif status in (401, 403):
+            problem, mend = f"denies access ({code})", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their rights"
+        else:
+            problem, mend = f"answered {status} ({code})", "check the server and AWS_ENDPOINT_URL"
+        return StoreUnavailableError(f"{self.place} {problem}; {mend}.")
+
+    def _no_answer(self, error: Exception) -> StoreUnavailableError:
+        kind = type(error).__name__
+        if "Credential" in kind:
+            mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            return StoreUnavailableError(f"Cannot use {self.place} ({kind}); {mend}.")
+        mend = "check that it is up and that AWS_ENDPOINT_URL is its address"
+        return NoAnswerError(f"Cannot use {self.place} ({kind}); {mend}.")
+
+
+def _status(error: ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
+
+
+def connect(bucket: str, prefix: str) -> S3Store:
+    """Opens a bucket at the endpoint and with the credentials of the AWS_* variables; contacts nothing yet."""
+    config = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4})
+    try:
+        client = Session().client("s3", config=config)
+    except (BotoCoreError, ValueError) as error:
+        # Without its cause, which quotes the endpoint: it may hold a password.
+        raise StoreUnavailableError(
+            f"The AWS_* variables make no S3 client ({type(error).__name__}); AWS_ENDPOINT_URL must be a URL such as "
+            "http://127.0.0.1:8333, and AWS_PROFILE a profile that exists."
+        ) from None
+    if "@" in client.meta.endpoint_url:
+        raise StoreUnavailableError("AWS_ENDPOINT_URL must hold no password; use AWS_SECRET_ACCESS_KEY.")
+    return S3Store(bucket, prefix, client)
