@@ -63,7 +63,7 @@ def _find(owner: nn.Module, path: str) -> nn.Module | None:
 
 
 def _project(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
-    projection = layer.channel_projection
+    projection = layer.get_parameter(PARAMETER_NAME)
     if isinstance(layer, nn.Linear):
         return torch.nn.functional.linear(output, projection)
     return torch.nn.functional.conv2d(output, projection[:, :, None, None])

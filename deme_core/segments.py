@@ -1,5 +1,6 @@
 """Timestep segments: how [0, T) is divided."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,9 +44,9 @@ def segments_from_edges(edges: Sequence[int], num_train_timesteps: int) -> tuple
     """
     if len(edges) < 2 or edges[0] != 0 or edges[-1] != num_train_timesteps:
         raise InputError(f"segments.edges {list(edges)} must start at 0 and end at {num_train_timesteps}.")
-    if any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
+    if any(low >= high for low, high in itertools.pairwise(edges)):
         raise InputError(f"segments.edges {list(edges)} must increase strictly.")
-    return tuple(TimestepSegment(low, high) for low, high in zip(edges, edges[1:], strict=False))
+    return tuple(TimestepSegment(low, high) for low, high in itertools.pairwise(edges))
 
 
 def recipe_segments(spec: SegmentsSpec, num_train_timesteps: int) -> tuple[TimestepSegment, ...]:

@@ -1,5 +1,6 @@
 """Training timesteps: how they are drawn, and whether what was drawn is what was asked for."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -81,7 +82,7 @@ def _bin_edges(sampler: TimestepSampler, num_bins: int = 10) -> list[tuple[int, 
     inner = {sampler.segment.low, sampler.segment.high, 0, sampler.num_train_timesteps}
     inner |= {i * sampler.num_train_timesteps // num_bins for i in range(num_bins)}
     edges = sorted(inner)
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def check_histogram(counts: torch.Tensor, sampler: TimestepSampler, *, draws_per_decision: int = 1) -> None:

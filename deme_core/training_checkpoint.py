@@ -53,9 +53,7 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
     }
     training.optimizer.load_state_dict(optimizer_state)
     training.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    for group, rate in zip(
-        training.optimizer.param_groups, training.lr_scheduler.get_last_lr(), strict=True
-    ):
+    for group, rate in zip(training.optimizer.param_groups, training.lr_scheduler.get_last_lr(), strict=True):
         group["lr"] = rate
     if state["scaler"] is not None and training.accelerator.scaler is not None:
         training.accelerator.scaler.load_state_dict(state["scaler"])

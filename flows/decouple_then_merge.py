@@ -20,7 +20,11 @@ from tasks.stages import build_reference, evaluate_row, finetune, merge, obtain_
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 
 
-@flow(name="deme", flow_run_name="{recipe}", task_runner=ThreadPoolTaskRunner(max_workers=32))
+# Threads only wait for worker processes; how many jobs run at once is the worker pool's to say.
+_TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
+
+
+@flow(name="deme", flow_run_name="{recipe}", task_runner=_TASK_RUNNER)
 def deme(recipe: str = "digits", overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Finetunes one copy of a pretrained diffusion model per timestep segment and merges the copies.
 

@@ -29,7 +29,8 @@ def examine(console: Console) -> bool:
         ("MLflow", lambda: _mlflow(settings)),
         ("Prefect", _prefect),
     ]
-    return all([_passes(console, name, check) for name, check in checks])
+    passed = [_passes(console, name, check) for name, check in checks]
+    return all(passed)
 
 
 def _passes(console: Console, name: str, check: Callable[[], str]) -> bool:

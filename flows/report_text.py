@@ -50,8 +50,8 @@ def mlflow_command(settings: Settings) -> str:
 
 def _table(report: dict[str, Any]) -> Table:
     metrics = list(report["rows"]["merged"])
-    seeds = len(report["seeds"])
-    title = f"{report['recipe']}: {report['num_images']} images for each of {seeds} seeds; mean and 95 % interval, lower is better"
+    counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
+    title = f"{report['recipe']}: {counts}; mean and 95 % interval, lower is better"
     table = Table(title=title, title_justify="left")
     table.add_column("row")
     for metric in metrics:

@@ -1,6 +1,7 @@
 """The pretrained model theta_0, trained here."""
 
 from pathlib import Path
+from typing import Any
 
 from deme_core.errors import InputError
 from deme_core.model_folder import build_unet, write_model_folder
@@ -52,8 +53,13 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     )
     write_model_folder(
         out,
-        unet_config={"_class_name": "UNet2DModel", **dict(model.config)},
-        scheduler_config={"_class_name": "DDPMScheduler", **dict(noise_scheduler.config)},
+        unet_config={"_class_name": "UNet2DModel", **_config(model)},
+        scheduler_config={"_class_name": "DDPMScheduler", **_config(noise_scheduler)},
         tensors=tensors,
     )
     return metrics | describe_model(out)
+
+
+def _config(part: Any) -> dict[str, Any]:
+    """Returns the settings of a diffusers model or scheduler."""
+    return dict(part.config)

@@ -1,0 +1,51 @@
+# make install | demo | test | lint | types | lock
+PYTHON ?= python3
+UV_VERSION := 0.13.9
+VENV := .venv
+BIN := $(VENV)/bin
+# uv from PATH, or, where there is none, one of our own in .uv/.
+UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
+
+export UV_NO_PROGRESS ?= 1
+
+.PHONY: install demo test lint types check lock clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(UV)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "DeMe needs Python 3.11 to 3.13; name one with PYTHON=…"; exit 1; }
+	test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
+	$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.uv/bin/uv:
+	@$(PYTHON) -m pip install --quiet --target .uv uv==$(UV_VERSION) 2>/dev/null || \
+		{ $(PYTHON) -m venv .uv/venv && .uv/venv/bin/pip install --quiet uv==$(UV_VERSION) && \
+		  mkdir -p .uv/bin && ln -sf ../venv/bin/uv .uv/bin/uv; } || \
+		{ echo "Cannot install uv: install it yourself, or the Debian packages python3-pip or python3-venv."; exit 1; }
+
+demo: install
+	$(BIN)/deme run digits
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+types: install
+	$(BIN)/mypy
+
+check: test lint types
+
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+		--no-emit-find-links --all-extras --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf $(VENV) .uv
