@@ -5,6 +5,7 @@ so that all w = 0 gives theta_0, and N = 1 with w = 1 gives theta_1, bit for bit
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,22 @@ from deme_core.errors import InputError
 from deme_core.projection import fold_into, is_projection, projection_key
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch's arithmetic to one thread.
+
+    One thread already keeps up with reading the files, and hundreds of short operations make threads that share
+    their cores with other work wait for each other: ten times slower on a busy machine (benchmarks/merge.py).
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@_one_thread()
 def merge_tensor(pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Returns pretrained + sum_i weights[i] (finetuned[i] - pretrained), in float32; inputs are not changed.
 

@@ -62,10 +62,12 @@ def _run_flow(path: str, recipe: str, overrides: list[str], *, verbose: bool) ->
     from importlib import import_module
 
     from deme_core.recipe_file import load_recipe
+    from flows.environment import make_folders
 
     load_recipe(recipe, overrides)  # What is wrong with the recipe is said at once, before anything starts.
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
+    make_folders()  # Before Prefect is imported, which wants its own.
     console = Console(stderr=True)
     with console.status("Starting"):
         module, name = path.split(":")

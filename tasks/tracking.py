@@ -19,7 +19,8 @@ from deme_core.errors import InputError
 from deme_core.settings import Settings
 
 # The migrations of a new SQLite database are of no interest to anyone.
-logging.getLogger("alembic").setLevel(logging.WARNING)
+for _name in ("alembic", "mlflow"):
+    logging.getLogger(_name).setLevel(logging.WARNING)
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000

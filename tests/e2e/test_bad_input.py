@@ -1,0 +1,76 @@
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.e2e.conftest import CommandLine, WriteRecipe
+
+
+def _refused(done: Any, *words: str) -> None:
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert not done.stdout
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("deme: ")
+    assert message.rstrip().endswith(".")
+    for word in words:
+        assert word in message, (word, message)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "digitz"], ["digitz", "digits", "ddpm_cifar10"]),
+        (["run", "digits", "--set", "finetune.num_stepz=3"], ["finetune.num_stepz", "num_steps"]),
+        (["run", "digits", "--set", "segments={edges: [0, 700, 600, 1000]}"], ["edges", "increase"]),
+        (
+            ["run", "digits", "--set", "finetune.global_sampling_probability=1.5"],
+            ["global_sampling_probability", "1.5"],
+        ),
+        (["run", "digits", "--set", "merge={weights: [0.5, 0.5]}"], ["2", "4"]),
+        (["merge", "--pretrained", "nowhere", "--expert", "e", "--weights", "1", "--out", "o"], ["nowhere"]),
+        (["generate", "nowhere", "--out", "o"], ["nowhere"]),
+    ],
+)
+def test_what_the_arguments_get_wrong(
+    fresh_deme: CommandLine, arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _refused(fresh_deme.run(*arguments), *words)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture
+def broken_images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index in range(4):
+        Image.fromarray(np.full((9, 9, 3), 40 * index, np.uint8)).save(folder / f"{index}.png")
+    (folder / "torn.png").write_bytes((folder / "3.png").read_bytes()[:40])
+    return folder
+
+
+def test_what_a_worker_finds_reaches_the_user(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe, broken_images: Path
+) -> None:
+    dataset: Mapping[str, Any] = {"source": "imagefolder", "path": str(broken_images), "resolution": 8}
+    _refused(fresh_deme.run("run", write_recipe(dataset=dataset)), "torn.png", "skip_broken")
+    assert not list(fresh_deme.home.glob("store/*/*/manifest.json"))
+
+
+def test_an_unreachable_store_is_said_at_once(fresh_deme: CommandLine, write_recipe: WriteRecipe) -> None:
+    done = fresh_deme.run(
+        "run",
+        write_recipe(),
+        extra={
+            "DEME_STORE_URI": "s3://bucket/prefix",
+            "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "not-to-be-printed",
+        },
+    )
+    _refused(done, "127.0.0.1:9", "AWS_ENDPOINT_URL")
+    assert "not-to-be-printed" not in done.stderr

@@ -1,0 +1,64 @@
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.conftest import CommandLine, WriteRecipe
+
+
+def test_killed_worker_and_killed_run_end_with_the_same_model(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe, first_report: dict[str, Any]
+) -> None:
+    run = fresh_deme.start("run", write_recipe())
+    try:
+        _wait(lambda: any(fresh_deme.home.glob("store/checkpoints/*/step-*/manifest.json")))
+        (worker,) = _workers_of(run.pid)
+        os.kill(worker, signal.SIGKILL)
+        _wait(lambda: set(_workers_of(run.pid)) - {worker})  # The retry has a new process.
+        (second_worker,) = set(_workers_of(run.pid)) - {worker}
+        _wait(lambda: any(fresh_deme.home.glob("store/finetune/*/manifest.json")))
+    finally:
+        servers = _children_of(run.pid)
+        run.kill()
+        run.communicate()
+        for pid in servers:  # Prefect's temporary server outlives a process that was killed.
+            if _command(pid).find("uvicorn") >= 0:
+                os.kill(pid, signal.SIGKILL)
+    _wait(lambda: not Path(f"/proc/{second_worker}").exists())
+
+    report = fresh_deme.report("run", write_recipe())
+    assert report["merged"]["weights_digest"] == first_report["merged"]["weights_digest"]
+    assert report["rows"] == first_report["rows"]
+    assert not list(fresh_deme.home.glob("store/checkpoints/*/step-*")), "checkpoints of finished runs must go"
+
+
+def _wait(condition: Callable[[], Any], timeout_sec: float = 150) -> None:
+    deadline = time.monotonic() + timeout_sec
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+
+
+def _workers_of(pid: int) -> list[int]:
+    return [child for child in _children_of(pid) if "tasks.worker" in _command(child)]
+
+
+def _children_of(pid: int) -> list[int]:
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[1]) == pid and fields[0] != "Z":
+            children.append(int(stat.parent.name))
+    return children
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""

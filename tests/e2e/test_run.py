@@ -1,0 +1,137 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from PIL import Image
+
+from tests.e2e.conftest import CommandLine, WriteRecipe
+
+ROWS = {"pretrained", "finetuned", "ensemble", "merged"}
+VERDICTS = {"better", "worse", "too close to call"}
+METRICS = {"fd_efficientnet_lite0", "kd_efficientnet_lite0"}
+
+
+def test_the_report_has_what_scripts_rely_on(first_report: dict[str, Any]) -> None:
+    assert set(first_report["rows"]) == ROWS
+    for scores in first_report["rows"].values():
+        assert set(scores) == METRICS
+        for bounds in scores.values():
+            assert bounds["low"] <= bounds["mean"] <= bounds["high"]
+            assert all(math.isfinite(value) for value in bounds.values())
+    assert set(first_report["verdict"]) == {"vs_pretrained", "vs_finetuned"}
+    assert set(first_report["verdict"].values()) <= VERDICTS
+    assert set(first_report["merged"]) >= {"uri", "digest", "weights"}
+    assert len(first_report["merged"]["weights"]) == 2
+    assert {"recipe", "flow_run_id", "mlflow_run_id", "fingerprint", "seconds"} <= set(first_report)
+    assert {"pretrained", "finetune", "search", "merged", "evaluate", "total"} <= set(first_report["seconds"])
+
+
+def test_everything_is_in_mlflow(deme: CommandLine, first_report: dict[str, Any]) -> None:
+    client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
+    parent = client.get_run(first_report["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    for row in ROWS:
+        mean = first_report["rows"][row]["fd_efficientnet_lite0"]["mean"]
+        assert parent.data.metrics[f"fd_efficientnet_lite0/{row}"] == mean
+    gain = parent.data.metrics["fd_efficientnet_lite0/pretrained"] - parent.data.metrics["fd_efficientnet_lite0/merged"]
+    assert math.isclose(parent.data.metrics["fd_efficientnet_lite0/gain"], gain, rel_tol=1e-6, abs_tol=1e-9)
+    assert parent.data.params["finetune.num_steps"] == "8"
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
+        "samples.png",
+        "losses.png",
+        "recipe.yaml",
+        "report.json",
+    }
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    by_name = {child.info.run_name: child for child in children}
+    assert set(by_name) >= {"pretrain", "finetune/segment-0", "finetune/segment-1", "finetune/all", "merge"} | {
+        f"evaluate/{row}" for row in ROWS
+    }
+    assert all(child.info.status == "FINISHED" for child in children)
+    control, segment = by_name["finetune/all"], by_name["finetune/segment-0"]
+    assert (control.data.params["num_steps"], segment.data.params["num_steps"]) == ("16", "8")
+    steps = [metric.step for metric in client.get_metric_history(control.info.run_id, "loss/diffusion")]
+    assert sorted(steps)[-1] == 16
+    assert control.data.metrics["loss/consistency"] > 0
+
+
+def test_the_figures_show_something(first_report: dict[str, Any]) -> None:
+    for path in first_report["figures"].values():
+        with Image.open(path) as figure:
+            assert figure.width > 400
+            assert len(figure.convert("L").getcolors(256) or []) > 10
+
+
+def test_a_second_run_computes_nothing(
+    deme: CommandLine, write_recipe: WriteRecipe, first_report: dict[str, Any]
+) -> None:
+    again = deme.report("run", write_recipe())
+    assert again["rows"] == first_report["rows"]
+    assert again["merged"] == first_report["merged"]
+    assert again["fingerprint"] == first_report["fingerprint"]
+    client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
+    children = client.search_runs(
+        [client.get_run(again["mlflow_run_id"]).info.experiment_id],
+        f"tags.mlflow.parentRunId = '{again['mlflow_run_id']}'",
+    )
+    assert len(children) > 8
+    assert {child.data.tags["deme.cached"] for child in children} == {"true"}
+    trained = next(child for child in children if child.info.run_name == "finetune/segment-0")
+    assert trained.data.metrics["loss/diffusion"] > 0
+
+
+def test_the_exported_model_loads_in_stock_diffusers(
+    deme: CommandLine, first_report: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "merged model"
+    done = deme.run("export", first_report["mlflow_run_id"][:12], "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    script = (
+        "import sys; from diffusers import DDPMPipeline; pipeline = DDPMPipeline.from_pretrained(sys.argv[1]);"
+        "images = pipeline(batch_size=2, num_inference_steps=2).images; assert images[0].size == (8, 8);"
+        "assert not [m for m in sys.modules if m.startswith(('deme_core', 'tasks', 'flows'))]"
+    )
+    loaded = subprocess.run(
+        [sys.executable, "-c", script, str(out)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    assert "were not used" not in loaded.stderr
+
+    images = tmp_path / "images"
+    done = deme.run("generate", str(out), "--num-images", "3", "--num-inference-steps", "2", "--out", str(images))
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in images.iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert deme.run("export", "--out", str(out)).returncode == 2, "an existing folder must not be overwritten"
+
+
+def test_other_weights_train_nothing_and_equal_a_merge_by_hand(
+    deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    trained = sorted(deme.home.glob("store/finetune/*/manifest.json"))
+    report = deme.report("run", write_recipe(merge={"weights": [0.4, 0.3]}))
+    assert sorted(deme.home.glob("store/finetune/*/manifest.json")) == trained
+    assert report["rows"]["ensemble"].keys() == first_report["rows"]["ensemble"].keys()
+    assert report["merged"]["weights"] == [0.4, 0.3]
+    folders = _model_folders(deme)
+    out = tmp_path / "by-hand"
+    experts = [argument for segment in ("[0,500]", "[500,1000]") for argument in ("--expert", folders[segment])]
+    done = deme.run("merge", "--pretrained", folders["pretrained"], *experts, "--weights", "0.4,0.3", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    exported = tmp_path / "exported"
+    assert deme.run("export", report["mlflow_run_id"], "--out", str(exported)).returncode == 0
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (out / weights).read_bytes() == (exported / weights).read_bytes()
+
+
+def _model_folders(deme: CommandLine) -> dict[str, str]:
+    folders = {}
+    for path in deme.home.glob("store/*/*/manifest.json"):
+        manifest = json.loads(path.read_text())
+        if manifest["stage"] in ("pretrained", "finetune"):
+            key = json.dumps(manifest["settings"].get("segment", "pretrained"), separators=(",", ":")).strip('"')
+            folders[key] = str(next(path.parent.glob("upload-*")))
+    return folders
