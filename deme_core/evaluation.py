@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.features import FeatureExtractor
 from deme_core.generate import Denoiser, Sampling, generate
 from deme_core.metrics import Metric, Reference, score
@@ -40,12 +39,8 @@ class Evaluation:
     kid_subset_size: int
     device: torch.device | str
 
-    def fingerprint(self, seeds: Sequence[int]) -> str:
-        """Returns a digest of all that scores must share to be compared; batch size is not among it."""
-        return sha256_bytes(canonical_json(self.conditions(seeds)).encode())
-
-    def conditions(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """Returns what `fingerprint` digests, by name."""
+    def conditions(self) -> dict[str, Any]:
+        """Returns all that scores must share to be compared, by name; the batch size is not among it."""
         scheduler = self.sampling.build_scheduler(self.scheduler_config)
         return {
             "sampler": self.sampling.sampler,
@@ -55,7 +50,6 @@ class Evaluation:
             "dtype": "float32",
             "shape": list(self.shape),
             "num_images": self.num_images,
-            "seeds": list(seeds),
             "extractor": self.extractor.digest,
             "reference": {"images": self.reference.images_digest, "num_images": self.reference.num_images},
             "metrics": list(self.metrics),

@@ -87,7 +87,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
     if (index := folder / f"{WEIGHTS_NAME}.index.json").is_file():
-        files = tuple(folder / name for name in sorted(set(_read_json(index)["weight_map"].values())))
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ModelFolderError(f"{index} has no weight_map, which names the files of the weights.")
+        files = tuple(folder / name for name in sorted(set(weight_map.values())))
         if absent := [file.name for file in files if not file.is_file()]:
             raise ModelFolderError(f"{folder} misses {', '.join(absent)}, which {index.name} names.")
         return files
@@ -110,6 +113,8 @@ def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
             tensors = torch.load(folder.weights[0], map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds for a damaged or unsafe file
             raise ModelFolderError(f"{folder.weights[0]} cannot be read safely ({error}).") from error
+        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise ModelFolderError(f"{folder.weights[0]} does not hold named tensors and nothing else.")
     else:
         tensors = folder.checkpoint().tensors()
     return {_current_name(name): tensor for name, tensor in tensors.items()}
@@ -157,7 +162,7 @@ def load_unet(folder: ModelFolder, *, keep_projections: bool = False) -> nn.Modu
     except IncompatibleCheckpointsError as error:
         raise ModelFolderError(str(error)) from error
     model.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
-    return model.requires_grad_(True)
+    return model
 
 
 def tensor_infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:

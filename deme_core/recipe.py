@@ -11,10 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
+LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
 class _Spec(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class TrainingSpec(_Spec):
@@ -24,7 +25,7 @@ class TrainingSpec(_Spec):
     batch_size: int = Field(16, ge=1, description="Images per forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
-    lr_scheduler: str = Field("constant", description="A name diffusers' get_scheduler knows, e.g. cosine.")
+    lr_scheduler: LrScheduler = Field("constant", description="Learning rate over the steps, by diffusers' names.")
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW.")
     weight_decay: float = Field(1e-6, ge=0, description="Weight decay of AdamW.")
@@ -35,6 +36,12 @@ class TrainingSpec(_Spec):
     mixed_precision: Precision = Field("fp32", description="Autocast type of the forward pass.")
     checkpoint_every: int = Field(1000, ge=1, description="Optimizer steps between resumable checkpoints.")
     seed: int = Field(0, ge=0, description="Seeds data order, augmentation, noise, timesteps and dropout.")
+
+    @model_validator(mode="after")
+    def _warm_up_is_heeded(self) -> Self:
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
+            raise ValueError("lr_scheduler 'constant' ignores lr_warmup_steps; use constant_with_warmup")
+        return self
 
 
 class FinetuneSpec(TrainingSpec):

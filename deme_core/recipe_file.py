@@ -49,7 +49,7 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the recipe or an override is unknown or invalid; one sentence per problem.
     """
     path = find_recipe(name_or_path)
-    content = _parse_yaml(path.read_text(), str(path))
+    content = _parse_yaml(path.read_bytes(), str(path))
     if not isinstance(content, dict):
         raise RecipeError(f"{path} does not hold a mapping of recipe keys.")
     for override in overrides:
@@ -78,7 +78,7 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def _parse_yaml(text: str, where: str) -> Any:
+def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -10,6 +11,7 @@ from deme_core.segments import TimestepSegment
 
 # A correct sampler fails the check once in a billion runs; a wrong one is seen within a few hundred draws.
 _MIN_P_VALUE = 1e-9
+_MIN_EXPECTED_DRAWS = 10.0
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,29 @@ def histogram_p_value(counts: torch.Tensor, sampler: TimestepSampler, *, draws_p
     probabilities = sampler.probabilities()
     if (counts[probabilities == 0] > 0).any():
         return 0.0
-    edges = _bin_edges(sampler)
-    observed = torch.stack([counts[low:high].sum() for low, high in edges]).double()
-    expected = torch.stack([probabilities[low:high].sum() for low, high in edges]) * total
-    kept = expected > 0
-    statistic = ((observed - expected)[kept] ** 2 / expected[kept]).sum() / draws_per_decision
-    degrees = max(int(kept.sum()) - 1, 1)
-    return float(torch.special.gammaincc(torch.tensor(degrees / 2, dtype=torch.float64), statistic / 2))
+    bins = []
+    for low, high in _bin_edges(sampler):
+        observed = int(counts[low:high].sum()) / draws_per_decision
+        expected = float(probabilities[low:high].sum()) * total / draws_per_decision
+        bins.append((expected, observed))
+    pooled = _pool_rare_bins(bins)
+    statistic = sum((observed - expected) ** 2 / expected for expected, observed in pooled)
+    halves = torch.tensor([max(len(pooled) - 1, 1) / 2, statistic / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(*halves))
+
+
+def _pool_rare_bins(bins: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Joins the rarest bins until each expects enough draws for the chi-squared distribution to hold in its tail."""
+    pooled: list[tuple[float, float]] = []
+    for expected, observed in sorted(bins, key=itemgetter(0)):  # Not by what was observed: that would bias it.
+        if pooled and pooled[-1][0] < _MIN_EXPECTED_DRAWS:
+            pooled[-1] = (pooled[-1][0] + expected, pooled[-1][1] + observed)
+        else:
+            pooled.append((expected, observed))
+    if len(pooled) > 1 and pooled[-1][0] < _MIN_EXPECTED_DRAWS:
+        (expected, observed), (last_expected, last_observed) = pooled[-2:]
+        pooled[-2:] = [(expected + last_expected, observed + last_observed)]
+    return pooled
 
 
 def _bin_edges(sampler: TimestepSampler, num_bins: int = 10) -> list[tuple[int, int]]:

@@ -78,6 +78,7 @@ class _Sums:
 
     steps: list[torch.Tensor] = field(default_factory=list)
     num_images: int = 0
+    learning_rate: float = 0.0
     started: float = field(default_factory=time.perf_counter)
 
 
@@ -187,6 +188,7 @@ class Training:
                 self.optimizer.zero_grad()
             losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
             sums.num_images += len(clean_images)
+        sums.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         self.ema.step(self.model.parameters())
         return torch.cat([losses, grad_norm[None]])
@@ -221,7 +223,7 @@ class Training:
             loss=diffusion + self.plan.consistency_weight * consistency,
             diffusion_loss=diffusion,
             consistency_loss=consistency,
-            learning_rate=self.lr_scheduler.get_last_lr()[0],
+            learning_rate=sums.learning_rate,
             grad_norm=grad_norm,
             images_per_sec=sums.num_images / (time.perf_counter() - sums.started),
             gpu_memory_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else 0.0,

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deme_core.checkpoint import Checkpoint, save_tensors
 from deme_core.training import Training
 
@@ -48,7 +46,9 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
     optimizer_state = training.optimizer.state_dict()
     moments = sorted({key.split(".")[1] for key in checkpoint if key.startswith("optimizer.")})
     optimizer_state["state"] = {
-        index: {moment: _load_moment(checkpoint, moment, name) for moment in moments}
+        index: {
+            moment: checkpoint[key].clone() for moment in moments if (key := f"optimizer.{moment}.{name}") in checkpoint
+        }
         for index, name in enumerate(names)
     }
     training.optimizer.load_state_dict(optimizer_state)
@@ -59,7 +59,3 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
         training.accelerator.scaler.load_state_dict(state["scaler"])
     training.timestep_counts = checkpoint["timestep_counts"].clone()
     training.global_step = state["global_step"]
-
-
-def _load_moment(checkpoint: Checkpoint, moment: str, name: str) -> torch.Tensor:
-    return checkpoint[f"optimizer.{moment}.{name}"].clone()

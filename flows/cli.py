@@ -62,9 +62,13 @@ def _run_flow(path: str, recipe: str, overrides: list[str], *, verbose: bool) ->
     from importlib import import_module
 
     from deme_core.recipe_file import load_recipe
+    from deme_core.settings import Settings
+    from deme_core.store import check_access, open_store
     from flows.environment import make_folders
 
-    load_recipe(recipe, overrides)  # What is wrong with the recipe is said at once, before anything starts.
+    # What is wrong with the recipe or the store is said at once, before anything starts.
+    load_recipe(recipe, overrides)
+    check_access(open_store(Settings().store_uri))
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     make_folders()  # Before Prefect is imported, which wants its own.

@@ -58,6 +58,7 @@ def generate_images(
     """Writes ``num_images`` PNG files named by image index into the folder ``out``."""
     if sampler not in ("ddim", "ddpm"):
         raise InputError(f"--sampler '{sampler}' is neither ddim nor ddpm.")
+    import torch
     from PIL import Image
 
     from deme_core.generate import Sampling, SingleModel, generate, image_shape
@@ -66,13 +67,15 @@ def generate_images(
 
     folder = open_model_folder(fetch_source(model, revision=None, cache=Settings().cache_folder))
     sampling = Sampling(cast(Literal["ddim", "ddpm"], sampler), num_inference_steps, batch_size=batch_size)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = generate(
-        SingleModel(load_unet(folder).eval()),
+        SingleModel(load_unet(folder).eval().to(device)),
         folder.scheduler_config,
         sampling,
         shape=image_shape(folder.unet_config),
         seed=seed,
         indices=range(num_images),
+        device=device,
     )
     with new_folder(out) as partial:
         index = 0
@@ -95,7 +98,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"{path} exists and is not an empty folder; choose another --out.")
     with local_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".deme-") as name:
             partial = Path(name) / "whole"
             partial.mkdir()
             yield partial

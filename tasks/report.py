@@ -35,7 +35,7 @@ def write_report(
         "recipe": runtime.recipe.name,
         "flow_run_id": flow_run_id,
         "mlflow_run_id": runtime.tracker.run_id,
-        "fingerprint": fingerprint(rows),
+        "fingerprint": fingerprint(rows, runtime.recipe.evaluate.seeds),
         "rows": {row: {m: asdict(interval(v)) for m, v in metrics.items()} for row, metrics in scores.items()},
         "verdict": verdict,
         "gain": {
@@ -67,18 +67,18 @@ def _scores(rows: Rows) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def fingerprint(rows: Rows) -> str:
-    """Returns the evaluation fingerprint that all rows share.
+def fingerprint(rows: Rows, seeds: Sequence[int]) -> str:
+    """Returns the digest of all that the scores of all rows share: only scores with the same one can be compared.
 
     Raises:
         DemeError: rows were evaluated under different conditions; names those that differ.
     """
-    conditions = {row: results[0].metrics["conditions"] for row, results in rows.items()}
-    first = next(iter(conditions.values()))
-    different = sorted({key for other in conditions.values() for key in first if other.get(key) != first[key]})
+    conditions = [result.metrics["conditions"] for results in rows.values() for result in results]
+    first = conditions[0]
+    different = sorted({key for other in conditions for key in first if other.get(key) != first[key]})
     if different:
         raise DemeError(f"The rows cannot be compared: they differ in {', '.join(different)}.")
-    return sha256_bytes(canonical_json(first).encode())
+    return sha256_bytes(canonical_json({**first, "seeds": list(seeds)}).encode())
 
 
 def _track(runtime: Runtime, report: dict[str, Any], primary: str) -> None:

@@ -5,6 +5,7 @@ artifact's digest is made of, and ``run(job, context, out, digest)``, which writ
 yields progress records and returns the metrics. None of them knows Prefect or MLflow.
 """
 
+import errno
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -114,12 +115,19 @@ class JobContext:
 
     @contextmanager
     def scratch_folder(self) -> Iterator[Path]:
-        """Gives a folder under DEME_HOME, removed afterwards."""
+        """Gives a folder under DEME_HOME, removed afterwards; a disk that fills meanwhile is said so."""
         parent = self.settings.state_folder / "scratch"
         with local_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=parent) as name:
+            folder = tempfile.TemporaryDirectory(dir=parent)
+        with folder as name:
+            try:
                 yield Path(name)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                with local_errors(parent):
+                    raise
 
 
 def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> JobResult:

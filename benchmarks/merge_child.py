@@ -1,0 +1,117 @@
+"""One merge, or the copying it is compared with, in a fresh process: how long it takes without imports, or its peak of anonymous memory.
+
+Run by benchmarks.merge as ``python -m benchmarks.merge_child {copy,deme,load_all} {seconds,peak_bytes} FOLDER WEIGHT…``;
+prints the number. Not both at once, since sampling the memory slows a merge down. Only torch is imported before the
+idle memory is read: whatever else a merge needs counts as its own.
+"""
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch  # noqa: F401  # Idle memory is that of an interpreter with torch.
+
+WEIGHTS_PATH = Path("unet/diffusion_pytorch_model.safetensors")
+_SAMPLE_EVERY_SEC = 0.002
+
+
+def anonymous_bytes() -> int:
+    """Returns RssAnon of this process: memory that is not backed by a file, so no page cache."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/self/status has no RssAnon; this benchmark needs Linux.")
+
+
+class PeakAnonymousMemory:
+    """Samples `anonymous_bytes` in a thread while the context lasts; ``peak_bytes`` is the largest."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = anonymous_bytes()
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def _sample(self) -> None:
+        while not self._left.wait(_SAMPLE_EVERY_SEC):
+            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._left.set()
+        self._thread.join()
+
+
+def prepare_copy(pretrained: Path, experts: Sequence[Path], weights: Sequence[float], out: Path) -> Callable[[], None]:
+    """Imports what DeMe's merge imports, so that both find the machine alike, and returns the copying."""
+    import tasks.work.merge  # noqa: F401
+
+    def copy() -> None:
+        files = [str(folder / WEIGHTS_PATH) for folder in (pretrained, *experts)]
+        subprocess.run(["cat", *files], check=True, stdout=subprocess.DEVNULL)
+        (out / WEIGHTS_PATH).parent.mkdir(parents=True)
+        subprocess.run(["cp", files[0], str(out / WEIGHTS_PATH)], check=True)
+
+    return copy
+
+
+def prepare_deme(pretrained: Path, experts: Sequence[Path], weights: Sequence[float], out: Path) -> Callable[[], None]:
+    """Imports DeMe's merge and returns the call."""
+    from tasks.work.merge import merge_folders
+
+    return lambda: merge_folders(pretrained, list(experts), tuple(weights), out)
+
+
+def prepare_load_all(
+    pretrained: Path, experts: Sequence[Path], weights: Sequence[float], out: Path
+) -> Callable[[], None]:
+    """Imports safetensors and returns the plain way: load every model, add, save."""
+    from safetensors.torch import load_file, save_file
+
+    def merge() -> None:
+        base, *others = [load_file(folder / WEIGHTS_PATH) for folder in (pretrained, *experts)]
+        merged = {
+            key: tensor + sum(weight * (other[key] - tensor) for weight, other in zip(weights, others, strict=True))
+            for key, tensor in base.items()
+        }
+        (out / WEIGHTS_PATH).parent.mkdir(parents=True)
+        save_file(merged, out / WEIGHTS_PATH, metadata={"format": "pt"})
+
+    return merge
+
+
+def measure_seconds(prepare: Callable[[], Callable[[], None]]) -> float:
+    """Returns how long a merge takes once everything is imported."""
+    merge = prepare()
+    started = time.perf_counter()
+    merge()
+    return time.perf_counter() - started
+
+
+def measure_peak_bytes(prepare: Callable[[], Callable[[], None]]) -> int:
+    """Returns the peak of anonymous memory, imports included, over what this process had before."""
+    idle = anonymous_bytes()
+    with PeakAnonymousMemory() as memory:
+        prepare()()
+    return memory.peak_bytes - idle
+
+
+def main(method: str, quantity: str, folder: Path, weights: Sequence[float]) -> None:
+    """Merges ``folder``/0 and its experts ``folder``/1, 2, … into ``folder``/out."""
+    prepare = {"copy": prepare_copy, "deme": prepare_deme, "load_all": prepare_load_all}[method]
+    measure = {"seconds": measure_seconds, "peak_bytes": measure_peak_bytes}[quantity]
+    experts = [folder / str(index + 1) for index in range(len(weights))]
+    print(measure(lambda: prepare(folder / "0", experts, weights, folder / "out")))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), [float(weight) for weight in sys.argv[4:]])

@@ -1,0 +1,129 @@
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deme_core.evaluation import Evaluation, split_reference
+from deme_core.generate import Sampling, SingleModel
+from deme_core.metrics import Reference, score
+from tests.tiny_models import SCHEDULER_CONFIG, tiny_unet
+
+
+@dataclass(frozen=True)
+class QuarterMeans:
+    """A feature extractor in one line: the mean of each quarter of an image."""
+
+    name: str = "efficientnet_lite0"
+    digest: str = "quarters"
+    num_features: int = 4
+
+    def __call__(self, images: torch.Tensor) -> np.ndarray:
+        return torch.nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1).numpy()
+
+
+FEATURES = np.random.default_rng(0).random((30, 4)).astype(np.float32)
+EVALUATION = Evaluation(
+    scheduler_config=SCHEDULER_CONFIG,
+    sampling=Sampling(num_inference_steps=3, batch_size=4),
+    shape=(1, 8, 8),
+    num_images=11,
+    extractor=QuarterMeans(),
+    reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "real"),
+    metrics=("fid", "kid"),
+    kid_subset_size=5,
+    device="cpu",
+)
+
+
+def test_scores_are_those_of_the_images_of_the_seed() -> None:
+    scores, images = EVALUATION.score(SingleModel(tiny_unet()), 1, keep=11)
+    expected = score(QuarterMeans()(images), EVALUATION.reference, metrics=("fid", "kid"), kid_subset_size=5)
+    assert images.shape == (11, 1, 8, 8)
+    assert list(scores) == list(expected)
+    assert scores == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 11, 64])
+def test_scores_and_images_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    model = SingleModel(tiny_unet())
+    scores, images = EVALUATION.score(model, 1, keep=6)
+    other = replace(EVALUATION, sampling=replace(EVALUATION.sampling, batch_size=batch_size))
+    other_scores, other_images = other.score(model, 1, keep=6)
+    # Single pixels may differ by one grey level, see test_generate.
+    assert other_scores == pytest.approx(scores, rel=1e-2, abs=1e-4)
+    assert int((other_images.int() - images.int()).abs().max()) <= 1
+
+
+def test_seeds_differ() -> None:
+    model = SingleModel(tiny_unet())
+    assert EVALUATION.score(model, 1)[0] != EVALUATION.score(model, 2)[0]
+
+
+@pytest.mark.parametrize("keep", [0, 3, 4, 9, 11, 50])
+def test_the_first_images_are_kept(keep: int) -> None:
+    model = SingleModel(tiny_unet())
+    kept = EVALUATION.score(model, 1, keep=keep)[1]
+    assert kept.equal(EVALUATION.score(model, 1, keep=11)[1][:keep])
+
+
+def test_progress_is_reported_after_every_batch() -> None:
+    done: list[int] = []
+    EVALUATION.score(SingleModel(tiny_unet()), 1, report=done.append)
+    assert done == [4, 8, 11]
+
+
+def with_sampling(**changes: Any) -> Evaluation:
+    return replace(EVALUATION, sampling=replace(EVALUATION.sampling, **changes))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        with_sampling(sampler="ddpm"),
+        with_sampling(num_inference_steps=4),
+        with_sampling(eta=1.0),
+        with_sampling(timestep_spacing="trailing"),
+        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"clip_sample": False}),
+        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"beta_end": 0.03}),
+        replace(EVALUATION, shape=(3, 8, 8)),
+        replace(EVALUATION, num_images=12),
+        replace(EVALUATION, extractor=QuarterMeans(digest="others")),
+        replace(EVALUATION, reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "others")),
+        replace(EVALUATION, reference=Reference(FEATURES[:-1], "efficientnet_lite0", "quarters", "real")),
+        replace(EVALUATION, metrics=("fid",)),
+        replace(EVALUATION, kid_subset_size=6),
+    ],
+    ids=range(13),
+)
+def test_every_condition_of_a_score_is_stated(other: Evaluation) -> None:
+    assert other.conditions() != EVALUATION.conditions()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        with_sampling(batch_size=9),
+        with_sampling(timestep_spacing="leading"),  # What the scheduler config means by saying nothing.
+        replace(EVALUATION, device="cuda"),
+        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"_diffusers_version": "0.1.0"}),
+    ],
+    ids=["batch size", "default spelled out", "device", "diffusers version of the file"],
+)
+def test_what_changes_no_image_is_no_condition(other: Evaluation) -> None:
+    assert other.conditions() == EVALUATION.conditions()
+
+
+@pytest.mark.parametrize(("num_images", "num_for_search"), [(10, 0), (10, 4), (1797, 898), (10, 10)])
+def test_search_and_report_divide_the_real_images(num_images: int, num_for_search: int) -> None:
+    search, report = split_reference(num_images, num_for_search)
+    assert len(search) == num_for_search
+    assert sorted(search + report) == list(range(num_images))
+    assert (search, report) == (sorted(search), sorted(report))
+    assert split_reference(num_images, num_for_search) == (search, report)
+
+
+def test_the_images_for_the_search_are_spread_over_the_data_set() -> None:
+    search, _ = split_reference(10_000, 1000)
+    assert sum(search) / len(search) == pytest.approx(5000, abs=300)

@@ -1,0 +1,176 @@
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from torch import nn
+
+from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, image_shape, initial_noise, quantize
+from deme_core.seeds import generator
+from deme_core.segments import equal_segments
+from tests.tiny_models import SCHEDULER_CONFIG, tiny_unet
+
+SHAPE = (1, 8, 8)
+SAMPLINGS = {
+    "ddim": Sampling(num_inference_steps=4),
+    "ddim, eta 1": Sampling(num_inference_steps=4, eta=1.0),
+    "ddpm": Sampling(sampler="ddpm", num_inference_steps=4),
+}
+every_sampling = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS.keys())
+
+
+def images(
+    denoiser: Denoiser | nn.Module, sampling: Sampling, indices: Sequence[int] = range(7), seed: int = 1
+) -> torch.Tensor:
+    if isinstance(denoiser, nn.Module):
+        denoiser = SingleModel(denoiser)
+    made = generate(denoiser, SCHEDULER_CONFIG, sampling, shape=SHAPE, seed=seed, indices=indices)
+    return torch.cat(list(made))
+
+
+def assert_same_images(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal, but that sums in another order may turn a value between two grey levels: 1 level, 1 pixel in 100."""
+    difference = (actual.int() - expected.int()).abs()
+    assert actual.shape == expected.shape
+    assert int(difference.max()) <= 1
+    assert float((difference > 0).double().mean()) <= 0.01
+
+
+@every_sampling
+@pytest.mark.parametrize("batch_size", [1, 3, 6])
+def test_images_do_not_depend_on_the_batch_size(sampling: Sampling, batch_size: int) -> None:
+    model = tiny_unet()
+    whole = images(model, sampling)
+    assert_same_images(images(model, replace(sampling, batch_size=batch_size)), whole)
+
+
+@every_sampling
+def test_any_part_of_a_set_equals_the_whole(sampling: Sampling) -> None:
+    model = tiny_unet()
+    whole = images(model, sampling)
+    for indices in (range(3, 7), [5], [6, 0, 2]):
+        assert_same_images(images(model, sampling, indices), whole[list(indices)])
+
+
+@every_sampling
+def test_seeds_and_indices_differ(sampling: Sampling) -> None:
+    model = tiny_unet()
+    both = torch.cat([images(model, sampling, range(3), seed=seed) for seed in (1, 2)])
+    assert len({tuple(image.flatten().tolist()) for image in both}) == 6
+    assert images(model, sampling, range(3), seed=1).equal(both[:3])
+
+
+@every_sampling
+@pytest.mark.parametrize("spacing", [None, "trailing"])
+def test_images_equal_those_of_the_stock_pipeline(sampling: Sampling, spacing: str | None) -> None:
+    model, indices = tiny_unet(), range(5)
+    scheduler_class = DDPMScheduler if sampling.sampler == "ddpm" else DDIMScheduler
+    overrides = {} if spacing is None else {"timestep_spacing": spacing}
+    scheduler = scheduler_class.from_config(SCHEDULER_CONFIG, **overrides)
+    settings = {"batch_size": 5, "num_inference_steps": 4, "output_type": "np"}
+    settings["generator"] = [generator("image", 1, index) for index in indices]
+    if sampling.sampler == "ddpm":
+        pipeline = DDPMPipeline(model, scheduler)
+    else:
+        pipeline, settings["eta"] = DDIMPipeline(model, scheduler), sampling.eta
+    pipeline.set_progress_bar_config(disable=True)
+    stock = torch.from_numpy((pipeline(**settings).images * 255).round()).to(torch.uint8).permute(0, 3, 1, 2)
+
+    assert images(model, replace(sampling, timestep_spacing=spacing), indices).equal(stock)
+
+
+def test_every_setting_of_the_sampler_changes_the_images() -> None:
+    model, base = tiny_unet(), SAMPLINGS["ddim"]
+    settings = [{}, {"eta": 1.0}, {"num_inference_steps": 5}, {"timestep_spacing": "trailing"}, {"sampler": "ddpm"}]
+    made = [tuple(images(model, replace(base, **each), [0]).flatten().tolist()) for each in settings]
+    assert len(set(made)) == len(settings)
+
+
+def test_images_are_bytes_on_the_cpu_in_batches_of_the_size_asked_for() -> None:
+    sampling = replace(SAMPLINGS["ddim"], batch_size=4)
+    batches = list(
+        generate(SingleModel(tiny_unet()), SCHEDULER_CONFIG, sampling, shape=SHAPE, seed=1, indices=range(10))
+    )
+    assert [tuple(batch.shape) for batch in batches] == [(4, *SHAPE), (4, *SHAPE), (2, *SHAPE)]
+    assert {batch.dtype for batch in batches} == {torch.uint8}
+    assert not any(batch.is_inference() and batch.requires_grad for batch in batches)
+
+
+def test_no_indices_make_no_images() -> None:
+    assert list(generate(SingleModel(tiny_unet()), SCHEDULER_CONFIG, Sampling(), shape=SHAPE, seed=1, indices=[])) == []
+
+
+def test_an_ensemble_of_copies_of_one_model_equals_that_model() -> None:
+    model, sampling = tiny_unet(), Sampling(num_inference_steps=8)
+    ensemble = Ensemble(equal_segments(4, 1000), [model] * 4)
+    assert images(ensemble, sampling).equal(images(model, sampling))
+
+
+def test_the_expert_of_each_segment_denoises_in_it() -> None:
+    segments, experts = equal_segments(3, 1000), [tiny_unet(seed) for seed in range(3)]
+    ensemble = Ensemble(segments, experts)
+    noisy_images = initial_noise(0, [0, 1], SHAPE)[0]
+    with torch.no_grad():
+        for segment, expert in zip(segments, experts, strict=True):
+            for timestep in (segment.low, segment.low + 100, segment.high - 1):
+                assert ensemble(noisy_images, timestep).equal(expert(noisy_images, timestep).sample)
+
+
+def test_only_the_experts_of_the_timesteps_sampled_matter() -> None:
+    experts = [tiny_unet(seed) for seed in range(2)]
+    segments = equal_segments(2, 1000)
+    first = images(Ensemble(segments, experts), Sampling(num_inference_steps=2))
+    swapped = images(Ensemble(segments, experts[::-1]), Sampling(num_inference_steps=2))
+    assert not first.equal(swapped)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_a_timestep_of_no_segment_is_an_error(timestep: int) -> None:
+    ensemble = Ensemble(equal_segments(2, 1000), [tiny_unet()] * 2)
+    with pytest.raises(ValueError, match=rf"timestep {timestep} is in none of the segments .*\[500, 1000\)"):
+        ensemble(torch.zeros(1, *SHAPE), timestep)
+
+
+def test_initial_noise_depends_on_seed_and_index_alone() -> None:
+    noise, generators = initial_noise(3, [4, 9, 0], (2, 4, 4))
+    assert noise.shape == (3, 2, 4, 4)
+    assert initial_noise(3, [9], (2, 4, 4))[0][0].equal(noise[1])
+    assert not initial_noise(4, [9], (2, 4, 4))[0][0].equal(noise[1])
+    later = [torch.randn(5, generator=g) for g in generators]
+    assert torch.randn(5, generator=initial_noise(3, [9], (2, 4, 4))[1][0]).equal(later[1])
+
+
+def test_initial_noise_is_standard_normal() -> None:
+    noise = initial_noise(0, range(200), (1, 16, 16))[0]
+    assert float(noise.mean()) == pytest.approx(0.0, abs=0.02)
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.02)
+
+
+def test_images_outside_the_range_are_clipped() -> None:
+    values = torch.tensor([-7.0, -1.0, -1 / 255, 0.0, 1 / 255 + 1e-4, 1.0, 9.0])
+    assert quantize(values).tolist() == [0, 0, 127, 128, 128, 255, 255]
+
+
+@pytest.mark.parametrize(("size", "expected"), [(8, (3, 8, 8)), ([4, 6], (3, 4, 6))])
+def test_the_shape_of_an_image_follows_from_the_config(size: int | list[int], expected: tuple[int, int, int]) -> None:
+    assert image_shape({"sample_size": size, "in_channels": 3}) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@every_sampling
+def test_a_gpu_makes_the_images_of_the_cpu(sampling: Sampling) -> None:
+    model = tiny_unet()
+    expected = images(model, sampling)
+    made = generate(
+        SingleModel(model.to("cuda")),
+        SCHEDULER_CONFIG,
+        sampling,
+        shape=SHAPE,
+        seed=1,
+        indices=range(7),
+        device="cuda",
+    )
+    # Convolutions on a GPU round to TF32: a few grey levels.
+    assert int((torch.cat(list(made)).int() - expected.int()).abs().max()) <= 8

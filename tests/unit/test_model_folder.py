@@ -1,0 +1,319 @@
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import nn
+
+from deme_core.checkpoint import save_tensors
+from deme_core.errors import ModelFolderError
+from deme_core.model_folder import (
+    WEIGHTS_NAME,
+    build_unet,
+    load_tensors,
+    load_unet,
+    open_model_folder,
+    tensor_infos,
+    write_model_folder,
+)
+from deme_core.projection import attach_projections
+from tests.tiny_models import (
+    SCHEDULER_CONFIG,
+    UNET_CONFIG,
+    UNET_VARIANTS,
+    predict,
+    randomize,
+    same_bits,
+    tiny_unet,
+    write_tiny_folder,
+)
+
+OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole model folder that tests damage."""
+    return write_tiny_folder(tmp_path / "model", tiny_unet())
+
+
+def flatten(folder: Path) -> Path:
+    """Moves all parts into one folder, the other layout of the hub."""
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+    (folder / "model_index.json").unlink()
+    return folder
+
+
+def pickle_weights(folder: Path, content: Any = None) -> Path:
+    (folder / "unet" / WEIGHTS_NAME).unlink()
+    file = folder / "unet" / "diffusion_pytorch_model.bin"
+    torch.save(tiny_unet().state_dict() if content is None else content, file)
+    return file
+
+
+def shard(folder: Path) -> None:
+    tensors = tiny_unet().state_dict()
+    (folder / "unet" / WEIGHTS_NAME).unlink()
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, held in shards.items():
+        save_tensors(folder / "unet" / file, {name: tensors[name] for name in held})
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "unet" / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("variant", UNET_VARIANTS.values(), ids=UNET_VARIANTS.keys())
+def test_what_is_written_loads_again_with_every_bit(tmp_path: Path, variant: dict[str, Any]) -> None:
+    model = tiny_unet(**variant)
+    loaded = load_unet(open_model_folder(write_tiny_folder(tmp_path, model, **variant)))
+    state = loaded.state_dict()
+    assert all(same_bits(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert predict(loaded.eval()).equal(predict(model))
+    assert {name for name, p in loaded.named_parameters() if p.requires_grad} == {
+        name for name, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_stock_diffusers_loads_what_was_written(folder: Path) -> None:
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    assert type(pipeline.unet) is UNet2DModel
+    assert type(pipeline.scheduler) is DDPMScheduler
+    assert pipeline.scheduler.config.num_train_timesteps == 1000
+    assert predict(pipeline.unet).equal(predict(tiny_unet()))
+
+
+def test_a_ddim_scheduler_makes_a_ddim_pipeline(tmp_path: Path) -> None:
+    write_model_folder(
+        tmp_path,
+        unet_config=UNET_CONFIG,
+        scheduler_config={"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"},
+        tensors=tiny_unet().state_dict(),
+    )
+    pipeline = DDIMPipeline.from_pretrained(tmp_path)
+    assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
+
+
+def test_the_caller_may_write_the_weights(tmp_path: Path) -> None:
+    weights = write_model_folder(tmp_path, unet_config=UNET_CONFIG, scheduler_config=SCHEDULER_CONFIG)
+    assert not weights.exists()
+    save_tensors(weights, tiny_unet().state_dict())
+    assert predict(load_unet(open_model_folder(tmp_path)).eval()).equal(predict(tiny_unet()))
+
+
+def test_what_stock_diffusers_writes_is_read(tmp_path: Path) -> None:
+    DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
+    opened = open_model_folder(tmp_path)
+    assert opened.num_train_timesteps == 50
+    assert predict(load_unet(opened).eval()).equal(predict(tiny_unet()))
+
+
+def test_the_layout_in_one_folder_is_read(folder: Path) -> None:
+    opened = open_model_folder(flatten(folder))
+    assert opened.weights == (folder / WEIGHTS_NAME,)
+    assert predict(load_unet(opened).eval()).equal(predict(tiny_unet()))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", WEIGHTS_NAME])
+def test_a_missing_file_is_named(folder: Path, name: str, flat: bool) -> None:
+    if flat:
+        flatten(folder)
+    file = next(folder.rglob(name))
+    file.unlink()
+    with pytest.raises(ModelFolderError, match=rf"{file} is missing; a model folder needs it\."):
+        open_model_folder(folder)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=rf"There is no model folder {tmp_path / 'nowhere'}\."):
+        open_model_folder(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", "scheduler/scheduler_config.json"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(b'{"a": ', "is not valid JSON"), (b"\xff\xfe", "is not valid JSON"), (b"[1]", "does not hold a JSON object")],
+)
+def test_a_damaged_config_is_named(folder: Path, name: str, content: bytes, sentence: str) -> None:
+    (folder / name).write_bytes(content)
+    with pytest.raises(ModelFolderError, match=rf"{folder / name} {sentence}"):
+        open_model_folder(folder)
+
+
+def test_truncated_weights_are_named(folder: Path) -> None:
+    file = folder / "unet" / WEIGHTS_NAME
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelFolderError, match=rf"{file} is not a whole safetensors file"):
+        load_unet(open_model_folder(folder))
+
+
+@pytest.mark.parametrize("class_name", ["UNet2DConditionModel", None])
+def test_a_model_of_another_class_is_refused(folder: Path, class_name: str | None) -> None:
+    config = UNET_CONFIG | {"_class_name": class_name}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelFolderError, match=f"describes a {class_name}; known are UNet2DModel"):
+        open_model_folder(folder)
+
+
+def test_weights_of_other_shapes_than_the_config_gives_are_listed(folder: Path) -> None:
+    config = UNET_CONFIG | {"in_channels": 3}
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ModelFolderError,
+        match=r"of its config; mis-shaped tensors: conv_in.weight \(8, 1, 3, 3\) for \(8, 3, 3, 3\)\.$",
+    ):
+        load_unet(open_model_folder(folder))
+
+
+def test_missing_and_extra_weights_are_listed(folder: Path) -> None:
+    tensors = tiny_unet().state_dict() | {"head": torch.ones(1)}
+    del tensors["conv_in.bias"]
+    save_tensors(folder / "unet" / WEIGHTS_NAME, tensors)
+    with pytest.raises(ModelFolderError, match=r"missing tensors: conv_in\.bias; extra tensors: head\.$"):
+        load_unet(open_model_folder(folder))
+
+
+def test_pickled_weights_are_refused_unless_allowed(folder: Path) -> None:
+    file = pickle_weights(folder)
+    with pytest.raises(ModelFolderError, match=rf"{file} is pickled, .* set pretrained.allow_pickle: true\."):
+        open_model_folder(folder)
+    loaded = load_unet(open_model_folder(folder, allow_pickle=True))
+    assert predict(loaded.eval()).equal(predict(tiny_unet()))
+
+
+def test_safetensors_are_preferred_to_pickled_weights(folder: Path) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
+    assert predict(load_unet(open_model_folder(folder, allow_pickle=True)).eval()).equal(predict(tiny_unet()))
+
+
+class RunsCode:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.trace),)
+
+
+def test_a_malicious_pickle_is_refused_even_when_allowed(folder: Path, tmp_path: Path) -> None:
+    file = pickle_weights(folder, {"conv_in.weight": torch.ones(1), "evil": RunsCode(tmp_path / "trace")})
+    with pytest.raises(ModelFolderError, match=rf"{file} cannot be read safely"):
+        load_unet(open_model_folder(folder, allow_pickle=True))
+    assert not (tmp_path / "trace").exists()
+    torch.load(file, weights_only=False)
+    assert (tmp_path / "trace").exists()  # It would have run.
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"state_dict": {"a": torch.ones(1)}}, {"step": 3}], ids=str)
+def test_a_pickle_of_anything_else_is_refused(folder: Path, content: Any) -> None:
+    file = pickle_weights(folder, content)
+    with pytest.raises(ModelFolderError, match=rf"{file} does not hold named tensors and nothing else\."):
+        load_unet(open_model_folder(folder, allow_pickle=True))
+
+
+def test_a_damaged_pickle_is_refused(folder: Path) -> None:
+    file = pickle_weights(folder)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelFolderError, match=rf"{file} cannot be read safely"):
+        load_unet(open_model_folder(folder, allow_pickle=True))
+
+
+def test_sharded_weights_are_read(folder: Path) -> None:
+    shard(folder)
+    opened = open_model_folder(folder)
+    assert [file.name for file in opened.weights] == ["a.safetensors", "b.safetensors"]
+    assert predict(load_unet(opened).eval()).equal(predict(tiny_unet()))
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    shard(folder)
+    (folder / "unet" / "b.safetensors").unlink()
+    with pytest.raises(ModelFolderError, match=r"unet misses b\.safetensors, which .*index\.json names\."):
+        open_model_folder(folder)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}], ids=str)
+def test_an_index_without_files_is_named(folder: Path, index: dict[str, Any]) -> None:
+    file = folder / "unet" / f"{WEIGHTS_NAME}.index.json"
+    file.write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=rf"{file} has no weight_map"):
+        open_model_folder(folder)
+
+
+def test_attention_layers_under_their_old_names_are_read(folder: Path) -> None:
+    old = {}
+    for name, tensor in tiny_unet().state_dict().items():
+        for new_part, old_part in OLD_NAMES.items():
+            name = name.replace(f".{new_part}.", f".{old_part}.")
+        old[name] = tensor
+    assert sum(".query." in name for name in old) == 8
+    save_tensors(folder / "unet" / WEIGHTS_NAME, old)
+
+    loaded = load_unet(open_model_folder(folder))
+
+    assert predict(loaded.eval()).equal(predict(tiny_unet()))
+    assert predict(UNet2DModel.from_pretrained(folder, subfolder="unet")).equal(predict(tiny_unet()))
+
+
+def expert_with_projections() -> nn.Module:
+    model = tiny_unet()
+    attach_projections(model)
+    return randomize(model, seed=1)
+
+
+def test_an_expert_loads_folded(tmp_path: Path) -> None:
+    expert = expert_with_projections()
+    loaded = load_unet(open_model_folder(write_tiny_folder(tmp_path, expert)))
+    assert loaded.state_dict().keys() == tiny_unet().state_dict().keys()
+    torch.testing.assert_close(predict(loaded.eval()), predict(expert), atol=1e-5, rtol=1e-5)
+
+
+def test_an_expert_loads_with_its_projections_if_asked(tmp_path: Path) -> None:
+    expert = expert_with_projections()
+    loaded = load_unet(open_model_folder(write_tiny_folder(tmp_path, expert)), keep_projections=True)
+    assert tensor_infos(loaded.state_dict()) == tensor_infos(expert.state_dict())
+    assert predict(loaded.eval()).equal(predict(expert))
+
+
+def test_projections_that_are_not_there_cannot_be_kept(folder: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"missing tensors: .*channel_projection"):
+        load_unet(open_model_folder(folder), keep_projections=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_loads_as_float32(folder: Path, dtype: torch.dtype) -> None:
+    half = tiny_unet().to(dtype).state_dict()
+    save_tensors(folder / "unet" / WEIGHTS_NAME, half)
+    state = load_unet(open_model_folder(folder)).state_dict()
+    assert all(same_bits(state[name], tensor.float()) for name, tensor in half.items())
+
+
+def test_a_loaded_model_does_not_depend_on_its_files(folder: Path) -> None:
+    model = load_unet(open_model_folder(folder))
+    before = (folder / "unet" / WEIGHTS_NAME).read_bytes()
+    randomize(model, seed=1)
+    assert (folder / "unet" / WEIGHTS_NAME).read_bytes() == before
+    shutil.rmtree(folder)
+    assert not predict(model.eval()).equal(predict(tiny_unet()))
+
+
+def test_the_checkpoint_is_what_is_stored(folder: Path) -> None:
+    opened = open_model_folder(folder)
+    stored = opened.checkpoint().tensors()
+    assert all(same_bits(tensor, stored[name]) for name, tensor in load_tensors(opened).items())
+
+
+def test_a_model_without_weights_has_the_names_and_shapes_of_one_with() -> None:
+    empty = build_unet(UNET_CONFIG, materialize=False)
+    assert {tensor.device.type for tensor in empty.parameters()} == {"meta"}
+    assert tensor_infos(empty.state_dict()) == tensor_infos(build_unet(UNET_CONFIG).state_dict())

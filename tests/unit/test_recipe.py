@@ -1,0 +1,137 @@
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SegmentsSpec, TrainingSpec
+
+MINIMAL: dict[str, Any] = {
+    "name": "tiny",
+    "pretrained": {"source": "google/ddpm-cifar10-32"},
+    "dataset": {"source": "digits"},
+    "segments": {"count": 2},
+    "finetune": {"num_steps": 10},
+    "merge": {"weights": [0.5, 0.5]},
+    "evaluate": {"num_images": 100},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return Recipe.model_validate({**MINIMAL, **changes})
+
+
+def test_the_defaults_are_the_reference_settings_of_the_paper() -> None:
+    # METHOD section 1, "Reference settings for LSUN-Church".
+    finetune = recipe().finetune
+    assert (finetune.learning_rate, finetune.lr_scheduler, finetune.adam_betas) == (5e-5, "constant", (0.95, 0.999))
+    assert (finetune.weight_decay, finetune.max_grad_norm, finetune.batch_size) == (1e-6, 1.0, 16)
+    assert (finetune.ema_decay, finetune.ema_inv_gamma, finetune.ema_power) == (0.9999, 1.0, 0.75)
+    assert (finetune.global_sampling_probability, finetune.consistency_weight) == (0.3, 1.0)
+    assert finetune.channel_projection
+
+
+def specs(value: BaseModel) -> list[BaseModel]:
+    children = [getattr(value, name) for name in type(value).model_fields]
+    return [value, *(spec for child in children if isinstance(child, BaseModel) for spec in specs(child))]
+
+
+def test_no_part_of_a_recipe_can_be_changed() -> None:
+    parts = specs(recipe(merge={"search": {}}))
+    assert len(parts) == 9
+    for part in parts:
+        for name in type(part).model_fields:
+            with pytest.raises(ValidationError, match="frozen"):
+                setattr(part, name, getattr(part, name))
+
+
+@pytest.mark.parametrize("part", ["pretrained", "dataset", "segments", "finetune", "merge", "evaluate", "execution"])
+def test_no_part_takes_an_unknown_key(part: str) -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        recipe(**{part: {**MINIMAL.get(part, {}), "nonsense": 1}})
+
+
+def test_segments_are_counted_from_count_or_edges() -> None:
+    assert SegmentsSpec(count=3).num_segments == 3
+    assert SegmentsSpec(edges=(0, 10, 1000)).num_segments == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_merge_weights_are_one_per_segment(count: int) -> None:
+    assert recipe(segments={"count": count}, merge={"weights": [0.1] * count})
+    for wrong in (count - 1, count + 1):
+        with pytest.raises(ValidationError, match=f"merge.weights has {wrong} values for {count} segments"):
+            recipe(segments={"count": count}, merge={"weights": [0.1] * wrong})
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_numbers_are_finite(value: str) -> None:
+    with pytest.raises(ValidationError, match="finite number"):
+        recipe(merge={"weights": [0.5, float(value)]})
+    for key in ("learning_rate", "consistency_weight", "max_grad_norm", "weight_decay"):
+        with pytest.raises(ValidationError, match="finite number"):
+            FinetuneSpec.model_validate({"num_steps": 1, key: float(value)})
+
+
+@pytest.mark.parametrize("name", ["cosin", "piecewise_constant", ""])
+def test_a_learning_rate_schedule_that_cannot_be_built_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="Input should be 'constant', "):
+        TrainingSpec.model_validate({"num_steps": 1, "lr_scheduler": name})
+
+
+def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
+    with pytest.raises(ValidationError, match="'constant' ignores lr_warmup_steps; use constant_with_warmup"):
+        TrainingSpec(num_steps=10, lr_warmup_steps=5)
+    assert TrainingSpec(num_steps=10, lr_warmup_steps=5, lr_scheduler="constant_with_warmup")
+
+
+@pytest.mark.parametrize("seeds", [(1, 1, 2), (1, 2)])
+def test_a_report_needs_three_different_sampling_seeds(seeds: tuple[int, ...]) -> None:
+    with pytest.raises(ValidationError, match=r"at least 3 items|seeds must differ"):
+        EvaluateSpec(num_images=10, seeds=seeds)
+
+
+def test_a_search_must_not_see_a_seed_of_the_report() -> None:
+    assert recipe(merge={"search": {"seeds": [4]}}, evaluate={"num_images": 9, "seeds": [1, 2, 3]})
+    with pytest.raises(ValidationError, match=r"share \[2, 3\]: a search must not see the report"):
+        recipe(merge={"search": {"seeds": [2, 3, 4]}}, evaluate={"num_images": 9, "seeds": [1, 2, 3]})
+
+
+def test_the_default_seeds_do_not_overlap() -> None:
+    assert recipe(merge={"search": {}})
+
+
+@pytest.mark.parametrize("weights", [{}, {"weights": [0.5, 0.5], "search": {}}])
+def test_merge_weights_are_given_or_searched(weights: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="give either weights or search"):
+        recipe(merge=weights)
+
+
+def test_pretraining_needs_its_settings_and_only_pretraining_takes_them() -> None:
+    with pytest.raises(ValidationError, match=r"source 'pretrain' needs pretrained\.training"):
+        recipe(pretrained={"source": "pretrain"})
+    for extra in ({"training": {"num_steps": 1}}, {"unet": {"act_fn": "silu"}}, {"noise_scheduler": {"beta_end": 0.1}}):
+        assert recipe(pretrained={"source": "pretrain", "training": {"num_steps": 1}, **extra})
+        with pytest.raises(ValidationError, match="apply to source 'pretrain' only"):
+            recipe(pretrained={"source": "./model", **extra})
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "hub"])
+def test_a_data_set_needs_path_and_resolution(source: str) -> None:
+    with pytest.raises(ValidationError, match=f"source '{source}' needs a path"):
+        recipe(dataset={"source": source, "resolution": 32})
+    with pytest.raises(ValidationError, match=f"source '{source}' needs a resolution"):
+        recipe(dataset={"source": source, "path": "images"})
+    assert recipe(dataset={"source": source, "path": "images", "resolution": 32})
+
+
+@pytest.mark.parametrize("change", [{"metrics": ["fid", "fid"]}, {"extractor_resolution": 64}])
+def test_an_evaluation_is_of_something_that_is_defined(change: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"metrics must differ|inception is defined at 299 pixels only"):
+        recipe(evaluate={"num_images": 10, **change})
+    assert recipe(evaluate={"num_images": 10, "extractor": "efficientnet_lite0", "extractor_resolution": 64})
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../up", "-x", "a/b"])
+def test_a_name_is_plain(name: str) -> None:
+    with pytest.raises(ValidationError, match="should match pattern"):
+        recipe(name=name)

@@ -1,0 +1,214 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deme_core.errors import RecipeError
+from deme_core.recipe_file import RECIPES_FOLDER, dump_recipe, find_recipe, flatten, load_recipe, recipe_names
+
+CONTENT: dict[str, Any] = {
+    "name": "tiny",
+    "pretrained": {"source": "pretrain", "training": {"num_steps": 5}},
+    "dataset": {"source": "digits"},
+    "segments": {"count": 2},
+    "finetune": {"num_steps": 10},
+    "merge": {"weights": [0.5, 0.25]},
+    "evaluate": {"num_images": 100},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """A minimal recipe that overrides spoil."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONTENT))
+    return str(path)
+
+
+def message(name_or_path: str, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(name_or_path, overrides)
+    assert caught.value.exit_code == 2
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_that_comes_with_deme_loads_and_opens_with_its_command(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert find_recipe(name).read_text().startswith(f"# deme run {name}\n")
+
+
+def test_deme_comes_with_recipes() -> None:
+    assert "digits" in recipe_names()
+    assert [f"{name}.yaml" for name in recipe_names()] == sorted(p.name for p in RECIPES_FOLDER.glob("*.y*ml"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_written_recipe_reads_as_the_same_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["finetune.learning_rate=3.3e-7", "evaluate.seeds=[7, 8, 9]"])
+    (tmp_path / "written.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(str(tmp_path / "written.yaml")) == recipe
+    assert dump_recipe(load_recipe(str(tmp_path / "written.yaml"))) == dump_recipe(recipe)
+
+
+def test_a_written_recipe_spells_out_every_default(file: str) -> None:
+    written = yaml.safe_load(dump_recipe(load_recipe(file)))
+    assert written["finetune"]["learning_rate"] == 5e-5
+    assert written["evaluate"]["seeds"] == [1, 2, 3]
+    assert written["merge"]["search"] is None
+
+
+def test_a_recipe_file_is_found_from_anywhere(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("tiny.yaml") == load_recipe(file)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe("~/tiny.yaml") == load_recipe(file)
+
+
+def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
+    assert message("digit") == (
+        f"There is no recipe 'digit'; there are {', '.join(recipe_names())}, or give a .yaml file."
+    )
+    assert message("./digit.yaml") == "There is no recipe file ./digit.yaml."
+    assert message("digits.yml") == "There is no recipe file digits.yml."
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("finetune.num_stepz=5", "tiny.yaml: finetune.num_stepz is no recipe key (did you mean num_steps?)."),
+        ("finetun.num_steps=5", "tiny.yaml: finetun is no recipe key (did you mean finetune?)."),
+        ("merge.qqq=5", "tiny.yaml: merge.qqq is no recipe key (known there are method, search, weights)."),
+        (
+            "pretrained.training.lerning_rate=1e-3",
+            "tiny.yaml: pretrained.training.lerning_rate is no recipe key (did you mean learning_rate?).",
+        ),
+        ("finetune.num_steps=null", "tiny.yaml: finetune.num_steps: input should be a valid integer (got None)."),
+        ("finetune.num_steps=0", "finetune.num_steps: input should be greater than or equal to 1 (got 0)."),
+        (
+            "finetune.global_sampling_probability=1.5",
+            "finetune.global_sampling_probability: input should be less than or equal to 1 (got 1.5).",
+        ),
+        (
+            "finetune.global_sampling_probability=-0.1",
+            "finetune.global_sampling_probability: input should be greater than or equal to 0 (got -0.1).",
+        ),
+        ("merge.weights=[1, 2, 3]", "tiny.yaml: merge.weights has 3 values for 2 segments."),
+        ("merge.weights=[0.5, .nan]", "tiny.yaml: merge.weights.1: input should be a finite number (got nan)."),
+        ("segments.edges=[0, 1000]", "tiny.yaml: segments: give either count or edges (got {"),
+        ("segments={edges: [0, 5, 3]}", "segments: edges [0, 5, 3] must increase strictly (got {"),
+        ("segments={edges: [1, 5]}", "segments: edges [1, 5] must start at 0 and end at num_train_timesteps (got {"),
+        ("segments={edges: [0]}", "segments: edges [0] must start at 0 and end at num_train_timesteps (got {"),
+        ("segments.count=0", "segments.count: input should be greater than or equal to 1 (got 0)."),
+        ("evaluate.seeds=[1, 2]", "evaluate.seeds: tuple should have at least 3 items"),
+        ("evaluate.seeds=[1, 2, 2]", "evaluate: seeds must differ from one another (got {"),
+        (
+            "merge={search: {seeds: [3]}}",
+            "tiny.yaml: merge.search.seeds and evaluate.seeds share [3]: a search must not see the report.",
+        ),
+        ("evaluate.sampler=euler", "evaluate.sampler: input should be 'ddim' or 'ddpm' (got 'euler')."),
+        ("dataset.source=imagefolder", "dataset: source 'imagefolder' needs a path (got {"),
+        ("name=a b", "name: string should match pattern"),
+        ("finetune=5", "tiny.yaml: finetune: input should be a valid dictionary or instance of FinetuneSpec (got 5)."),
+    ],
+)
+def test_a_wrong_setting_is_answered_with_a_sentence(file: str, override: str, expected: str) -> None:
+    answer = message(file, override)
+    assert expected in answer
+    assert answer.endswith(".")
+
+
+def test_several_problems_are_told_at_once(file: str) -> None:
+    answer = message(file, "finetune.num_stepz=5", "finetune.batch_size=0").removeprefix("tiny.yaml: ").rstrip(".")
+    assert set(answer.split("; ")) == {
+        "finetune.num_stepz is no recipe key (did you mean num_steps?)",
+        "finetune.batch_size: input should be greater than or equal to 1 (got 0)",
+    }
+
+
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text(yaml.safe_dump({k: v for k, v in CONTENT.items() if k != "merge"}))
+    assert message(str(tmp_path / "part.yaml")) == "part.yaml: merge is missing."
+
+
+@pytest.mark.parametrize("override", ["finetune.num_steps", "=5", "num_steps"])
+def test_an_override_of_another_form_is_refused(file: str, override: str) -> None:
+    assert message(file, override) == f"The override '{override}' is not of the form key.subkey=value."
+
+
+def test_an_override_goes_below_no_value(file: str) -> None:
+    assert message(file, "name.first=5") == "The override 'name.first=5' goes below name, which is a plain value."
+
+
+def test_the_value_of_an_override_is_yaml(file: str) -> None:
+    assert message(file, "finetune.num_steps=[1").startswith("The value of --set finetune.num_steps is not valid YAML")
+    recipe = load_recipe(
+        file,
+        [
+            "finetune.learning_rate=5e-4",
+            "finetune.channel_projection=false",
+            "merge.weights=[0.1, 0.2]",
+            "dataset.path=a=b",
+            "evaluate.timestep_spacing=null",
+        ],
+    )
+    assert recipe.finetune.learning_rate == 5e-4
+    assert recipe.finetune.channel_projection is False
+    assert recipe.merge.weights == (0.1, 0.2)
+    assert recipe.dataset.path == "a=b"
+    assert recipe.evaluate.timestep_spacing is None
+
+
+def test_overrides_reach_parts_the_file_leaves_out_and_the_last_one_counts(file: str) -> None:
+    recipe = load_recipe(file, ["execution.num_workers=2", "pretrained.training.seed=4", "execution.num_workers=3"])
+    assert recipe.execution.num_workers == 3
+    assert recipe.pretrained.training is not None
+    assert recipe.pretrained.training.seed == 4
+
+
+def test_an_override_fills_an_explicit_null(file: str) -> None:
+    recipe = load_recipe(file, ["merge.weights=null", "merge.search=null", "merge.search.max_candidates=3"])
+    assert recipe.merge.search is not None
+    assert recipe.merge.search.max_candidates == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("", "does not hold a mapping of recipe keys."),
+        ("- 1\n", "does not hold a mapping of recipe keys."),
+        ("a: [1\n", "is not valid YAML: "),
+        ("a: !!python/object/apply:os.system ['true']\n", "is not valid YAML: "),
+        ("1: 2\n", "keys should be strings"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "odd.yaml").write_text(content)
+    assert sentence in message(str(tmp_path / "odd.yaml"))
+
+
+def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("# Größe\n".encode("latin-1"))
+    assert "latin.yaml is not valid YAML" in message(str(tmp_path / "latin.yaml"))
+
+
+def test_every_setting_has_a_dotted_name(file: str) -> None:
+    settings = flatten(load_recipe(file))
+    assert settings["finetune.num_steps"] == 10
+    assert settings["merge.weights"] == [0.5, 0.25]
+    assert settings["merge.search"] is None
+    assert settings["pretrained.unet"] == {}
+    assert settings["pretrained.training.num_steps"] == 5
+    assert json.loads(json.dumps(settings)) == settings
+
+
+def test_recipes_are_read_without_torch() -> None:
+    # `deme run` and `deme recipes` answer in a second only as long as this holds.
+    code = "import sys; from deme_core.recipe_file import *; load_recipe('digits'); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

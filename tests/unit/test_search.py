@@ -1,0 +1,177 @@
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deme_core.recipe import SearchSpec
+from deme_core.search import (
+    Candidate,
+    Weights,
+    best_candidate,
+    control_values,
+    coordinate_search,
+    grid_search,
+    max_candidates,
+    search_weights,
+)
+
+
+class Counted:
+    """An objective that remembers what it was asked."""
+
+    def __init__(self, function: Callable[[Weights], float]) -> None:
+        self.function, self.asked = function, list[Weights]()
+
+    def __call__(self, weights: Weights) -> float:
+        self.asked.append(weights)
+        return self.function(weights)
+
+
+def quadratic(optimum: Weights, *, curvature: float = 1.0, coupling: float = 0.0) -> Counted:
+    def value(weights: Weights) -> float:
+        offsets = [w - o for w, o in zip(weights, optimum, strict=True)]
+        return curvature * sum(d * d for d in offsets) + coupling * sum(offsets) ** 2
+
+    return Counted(value)
+
+
+@pytest.mark.parametrize("num_weights", [1, 2, 3])
+@pytest.mark.parametrize("values", [(0.0, 0.25, 0.5), (0.25, 0.5), (1.0,)])
+def test_a_grid_visits_all_combinations_once_and_the_pretrained_model_first(
+    values: tuple[float, ...], num_weights: int
+) -> None:
+    objective = quadratic((0.3,) * num_weights)
+    candidates = list(grid_search(objective, values, num_weights=num_weights))
+
+    visited = [candidate.weights for candidate in candidates]
+    zero = (0.0,) * num_weights
+    assert visited == objective.asked
+    assert visited[0] == zero
+    assert len(set(visited)) == len(visited)
+    assert set(visited) == {zero, *itertools.product(values, repeat=num_weights)}
+    assert all(candidate.score == objective.function(candidate.weights) for candidate in candidates)
+
+
+@pytest.mark.parametrize(
+    ("optimum", "coupling"),
+    [
+        ((0.4,), 0.0),
+        ((0.0,), 0.0),
+        ((2.3,), 0.0),
+        ((-0.6,), 0.0),
+        ((0.1, 0.5), 0.0),
+        ((0.1, 0.5), 3.0),
+        ((0.1, 0.1, 0.2, 0.5), 0.0),
+        ((0.1, 0.1, 0.2, 0.5), 2.0),
+        ((0.0, 0.0, 0.0), 0.0),
+        ((1.3, 1.3, 1.3), 0.0),
+    ],
+)
+def test_a_coordinate_search_finds_the_optimum_of_a_quadratic(optimum: Weights, coupling: float) -> None:
+    num_weights = len(optimum)
+    candidates = list(
+        coordinate_search(
+            quadratic(optimum, coupling=coupling), (1 / num_weights,) * num_weights, step_size=0.25, max_candidates=2000
+        )
+    )
+    best = best_candidate(candidates).weights
+    # No step of 1/32, the last above 0.02, along an axis lowers the objective any more.
+    assert best == pytest.approx(optimum, abs=(1 + coupling) / 64)
+
+
+bounds = st.floats(-3, 3, allow_nan=False).map(lambda value: round(value, 3))
+
+
+@settings(max_examples=80, database=None, deadline=None)
+@given(st.data())
+def test_a_coordinate_search_is_frugal_whatever_it_finds(data: st.DataObject) -> None:
+    num_weights = data.draw(st.integers(1, 4))
+    point = st.tuples(*[bounds] * num_weights)
+    start, limit = data.draw(point), data.draw(st.integers(1, 60))
+    objective = quadratic(data.draw(point), coupling=data.draw(st.floats(0, 4)))
+
+    candidates = list(coordinate_search(objective, start, step_size=0.25, max_candidates=limit))
+
+    visited = [candidate.weights for candidate in candidates]
+    assert visited == objective.asked
+    assert len(visited) <= limit
+    assert len(set(visited)) == len(visited)
+    assert visited[0] == (0.0,) * num_weights
+    assert limit == 1 or start in visited
+    assert best_candidate(candidates).score <= objective.function((0.0,) * num_weights)
+
+
+@pytest.mark.parametrize(
+    "objective", [lambda w: 1.0, lambda w: math.inf, lambda w: -sum(w), lambda w: sum(w)], ids=["flat", "inf", "↓", "↑"]
+)
+@pytest.mark.parametrize("num_weights", [1, 3])
+def test_a_coordinate_search_ends_on_any_objective(objective: Callable[[Weights], float], num_weights: int) -> None:
+    search = coordinate_search(objective, (0.5,) * num_weights, step_size=0.25, max_candidates=100)
+    assert 2 <= len(list(search)) <= 100
+
+
+def test_a_coordinate_search_goes_on_in_a_direction_that_helps() -> None:
+    search = coordinate_search(quadratic((2.0,)), (0.5,), step_size=0.25, max_candidates=9)
+    assert [candidate.weights for candidate in search] == [(0.0,), *((0.5 + 0.25 * i,) for i in range(8))]
+
+
+def test_a_coordinate_search_tries_the_common_scale_first() -> None:
+    search = coordinate_search(quadratic((9.0, 9.0)), (0.5, 0.5), step_size=0.25, max_candidates=4)
+    assert [candidate.weights for candidate in search] == [(0.0, 0.0), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
+
+
+def test_a_start_worse_than_the_pretrained_model_is_left() -> None:
+    search = list(coordinate_search(quadratic((0.0, 0.1)), (1.0, 1.0), step_size=0.1, max_candidates=30))
+    assert best_candidate(search).weights == pytest.approx((0.0, 0.1), abs=1e-6)
+
+
+def test_candidates_are_yielded_as_they_are_scored() -> None:
+    objective = quadratic((0.2, 0.4))
+    for count, candidate in enumerate(coordinate_search(objective, (0.5, 0.5), step_size=0.25, max_candidates=20), 1):
+        assert len(objective.asked) == count
+        assert objective.asked[-1] == candidate.weights
+
+
+def test_the_controls_scales_reach_as_far_as_all_segments_together() -> None:
+    assert control_values((0.0, 0.25, 0.5), 4) == (0.0, 0.25, 0.5, 1.0, 2.0)
+    assert control_values((0.1,), 3) == pytest.approx((0.1, 0.3, 1.0))
+    assert control_values((0.5, 0.5), 1) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize("num_weights", [1, 2])
+@pytest.mark.parametrize(
+    "spec", [SearchSpec(strategy="grid"), SearchSpec(max_candidates=9)], ids=["grid", "coordinate"]
+)
+def test_a_search_keeps_to_its_announced_number_of_candidates(spec: SearchSpec, num_weights: int) -> None:
+    candidates = list(search_weights(quadratic((0.33,) * num_weights), spec, num_weights=num_weights, num_segments=2))
+    limit = max_candidates(spec, num_weights=num_weights, num_segments=2)
+    assert len(candidates) == limit if spec.strategy == "grid" else len(candidates) <= limit == 9
+    assert candidates[0].weights == (0.0,) * num_weights
+
+
+def test_a_grid_offers_the_control_more_scales() -> None:
+    spec = SearchSpec(strategy="grid", values=(0.0, 0.25))
+    control = search_weights(quadratic((0.5,)), spec, num_weights=1, num_segments=4)
+    merged = search_weights(quadratic((0.5, 0.5)), spec, num_weights=2, num_segments=4)
+    assert {candidate.weights for candidate in control} == {(0.0,), (0.25,), (1.0,)}
+    assert {candidate.weights for candidate in merged} == set(itertools.product((0.0, 0.25), repeat=2))
+
+
+@pytest.mark.parametrize(
+    ("initial_weight", "num_weights", "start"),
+    [(None, 4, (0.25,) * 4), (0.7, 4, (0.7,) * 4), (None, 1, (1.0,)), (0.7, 1, (1.0,))],
+)
+def test_a_coordinate_search_starts_where_the_recipe_says_and_the_control_at_one(
+    initial_weight: float | None, num_weights: int, start: Weights
+) -> None:
+    spec = SearchSpec(initial_weight=initial_weight)
+    search = search_weights(quadratic((0.5,) * num_weights), spec, num_weights=num_weights, num_segments=4)
+    assert [next(search).weights for _ in range(2)] == [(0.0,) * num_weights, start]
+
+
+def test_the_best_candidate_is_the_earliest_of_the_lowest() -> None:
+    candidates = [Candidate((0.0,), 2.0), Candidate((0.5,), 1.0), Candidate((1.0,), 1.0)]
+    assert best_candidate(candidates) is candidates[1]

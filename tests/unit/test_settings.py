@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from deme_core.settings import Settings
+
+NAMES = ("DEME_HOME", "DEME_STORE_URI", "MLFLOW_TRACKING_URI")
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_everything_lies_in_the_working_folder_by_default(tmp_path: Path) -> None:
+    settings = Settings()
+    assert settings.state_folder == tmp_path / ".deme"
+    assert settings.cache_folder == tmp_path / ".deme" / "cache"
+    assert settings.store_uri == f"file://{tmp_path}/.deme/store"
+    assert settings.tracking_uri == f"sqlite:///{tmp_path}/.deme/mlflow.db"
+
+
+def test_the_folder_stays_where_it_was_when_the_process_moves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_HOME", "state")
+    assert Settings().state_folder == tmp_path / "state"
+    monkeypatch.setenv("DEME_HOME", "~/state")
+    assert Settings().state_folder == Path.home() / "state"
+
+
+def test_the_environment_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_STORE_URI", "s3://bucket/prefix")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    settings = Settings()
+    assert settings.store_uri == "s3://bucket/prefix"
+    assert settings.tracking_uri == "http://127.0.0.1:5000"
+
+
+@pytest.mark.parametrize("name", ["DEME_STORE_URI", "MLFLOW_TRACKING_URI"])
+def test_an_empty_variable_is_no_setting(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    default = Settings()
+    monkeypatch.setenv(name, "")
+    assert (Settings().store_uri, Settings().tracking_uri) == (default.store_uri, default.tracking_uri)
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Settings().home = Path("elsewhere")
