@@ -19,7 +19,6 @@ import torch
 from diffusers import UNet2DModel
 
 from benchmarks.measurement import median_ratio, print_result, print_table, take_turns
-from benchmarks.merge_child import WEIGHTS_PATH
 from deme_core.model_folder import write_model_folder
 from deme_core.projection import attach_projections
 

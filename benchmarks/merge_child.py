@@ -1,8 +1,9 @@
-"""One merge, or the copying it is compared with, in a fresh process: how long it takes without imports, or its peak of anonymous memory.
+"""One merge, or the copying it is compared with, in a fresh process.
 
-Run by benchmarks.merge as ``python -m benchmarks.merge_child {copy,deme,load_all} {seconds,peak_bytes} FOLDER WEIGHT…``;
-prints the number. Not both at once, since sampling the memory slows a merge down. Only torch is imported before the
-idle memory is read: whatever else a merge needs counts as its own.
+Run by benchmarks.merge as ``python -m benchmarks.merge_child METHOD QUANTITY FOLDER WEIGHT…`` with a method from
+`METHODS` and a quantity from `QUANTITIES`; prints the number. Time and memory are measured in processes of their own,
+since sampling the memory slows a merge down. Only torch is imported before the idle memory is read: whatever else a
+merge needs counts as its own.
 """
 
 import subprocess
@@ -105,12 +106,14 @@ def measure_peak_bytes(prepare: Callable[[], Callable[[], None]]) -> int:
     return memory.peak_bytes - idle
 
 
+METHODS = {"copy": prepare_copy, "deme": prepare_deme, "load_all": prepare_load_all}
+QUANTITIES = {"seconds": measure_seconds, "peak_bytes": measure_peak_bytes}
+
+
 def main(method: str, quantity: str, folder: Path, weights: Sequence[float]) -> None:
     """Merges ``folder``/0 and its experts ``folder``/1, 2, … into ``folder``/out."""
-    prepare = {"copy": prepare_copy, "deme": prepare_deme, "load_all": prepare_load_all}[method]
-    measure = {"seconds": measure_seconds, "peak_bytes": measure_peak_bytes}[quantity]
     experts = [folder / str(index + 1) for index in range(len(weights))]
-    print(measure(lambda: prepare(folder / "0", experts, weights, folder / "out")))
+    print(QUANTITIES[quantity](lambda: METHODS[method](folder / "0", experts, weights, folder / "out")))
 
 
 if __name__ == "__main__":
