@@ -41,6 +41,12 @@ def test_safetensors_reads_every_bit_of_what_was_written(tmp_path: Path) -> None
     assert_same(load_file(tmp_path / "all.safetensors"), TENSORS)
 
 
+def test_the_data_begin_at_a_multiple_of_eight_bytes(tmp_path: Path) -> None:
+    for length in range(1, 9):
+        save_tensors(tmp_path / "w.safetensors", {"w" * length: torch.ones(1)})
+        assert int.from_bytes((tmp_path / "w.safetensors").read_bytes()[:8], "little") % 8 == 0
+
+
 @pytest.mark.parametrize("name", TENSORS)
 def test_every_kind_of_tensor_is_written_alone_too(tmp_path: Path, name: str) -> None:
     save_tensors(tmp_path / "one.safetensors", {name: TENSORS[name]})

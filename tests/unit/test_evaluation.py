@@ -8,7 +8,7 @@ import torch
 from deme_core.evaluation import Evaluation, split_reference
 from deme_core.generate import Sampling, SingleModel
 from deme_core.metrics import Reference, score
-from tests.tiny_models import SCHEDULER_CONFIG, tiny_unet
+from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ EVALUATION = Evaluation(
 
 
 def test_scores_are_those_of_the_images_of_the_seed() -> None:
-    scores, images = EVALUATION.score(SingleModel(tiny_unet()), 1, keep=11)
+    scores, images = EVALUATION.score(SingleModel(one_level_unet()), 1, keep=11)
     expected = score(QuarterMeans()(images), EVALUATION.reference, metrics=("fid", "kid"), kid_subset_size=5)
     assert images.shape == (11, 1, 8, 8)
     assert list(scores) == list(expected)
@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_images_of_the_seed() -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 5, 11, 64])
 def test_scores_and_images_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    model = SingleModel(tiny_unet())
+    model = SingleModel(one_level_unet())
     scores, images = EVALUATION.score(model, 1, keep=6)
     other = replace(EVALUATION, sampling=replace(EVALUATION.sampling, batch_size=batch_size))
     other_scores, other_images = other.score(model, 1, keep=6)
@@ -57,20 +57,20 @@ def test_scores_and_images_do_not_depend_on_the_batch_size(batch_size: int) -> N
 
 
 def test_seeds_differ() -> None:
-    model = SingleModel(tiny_unet())
+    model = SingleModel(one_level_unet())
     assert EVALUATION.score(model, 1)[0] != EVALUATION.score(model, 2)[0]
 
 
 @pytest.mark.parametrize("keep", [0, 3, 4, 9, 11, 50])
 def test_the_first_images_are_kept(keep: int) -> None:
-    model = SingleModel(tiny_unet())
+    model = SingleModel(one_level_unet())
     kept = EVALUATION.score(model, 1, keep=keep)[1]
     assert kept.equal(EVALUATION.score(model, 1, keep=11)[1][:keep])
 
 
 def test_progress_is_reported_after_every_batch() -> None:
     done: list[int] = []
-    EVALUATION.score(SingleModel(tiny_unet()), 1, report=done.append)
+    EVALUATION.score(SingleModel(one_level_unet()), 1, report=done.append)
     assert done == [4, 8, 11]
 
 

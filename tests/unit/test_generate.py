@@ -9,7 +9,7 @@ from torch import nn
 from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, image_shape, initial_noise, quantize
 from deme_core.seeds import generator
 from deme_core.segments import equal_segments
-from tests.tiny_models import SCHEDULER_CONFIG, tiny_unet
+from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet
 
 SHAPE = (1, 8, 8)
 SAMPLINGS = {
@@ -40,14 +40,14 @@ def assert_same_images(actual: torch.Tensor, expected: torch.Tensor) -> None:
 @every_sampling
 @pytest.mark.parametrize("batch_size", [1, 3, 6])
 def test_images_do_not_depend_on_the_batch_size(sampling: Sampling, batch_size: int) -> None:
-    model = tiny_unet()
+    model = one_level_unet()
     whole = images(model, sampling)
     assert_same_images(images(model, replace(sampling, batch_size=batch_size)), whole)
 
 
 @every_sampling
 def test_any_part_of_a_set_equals_the_whole(sampling: Sampling) -> None:
-    model = tiny_unet()
+    model = one_level_unet()
     whole = images(model, sampling)
     for indices in (range(3, 7), [5], [6, 0, 2]):
         assert_same_images(images(model, sampling, indices), whole[list(indices)])
@@ -55,7 +55,7 @@ def test_any_part_of_a_set_equals_the_whole(sampling: Sampling) -> None:
 
 @every_sampling
 def test_seeds_and_indices_differ(sampling: Sampling) -> None:
-    model = tiny_unet()
+    model = one_level_unet()
     both = torch.cat([images(model, sampling, range(3), seed=seed) for seed in (1, 2)])
     assert len({tuple(image.flatten().tolist()) for image in both}) == 6
     assert images(model, sampling, range(3), seed=1).equal(both[:3])
@@ -64,7 +64,7 @@ def test_seeds_and_indices_differ(sampling: Sampling) -> None:
 @every_sampling
 @pytest.mark.parametrize("spacing", [None, "trailing"])
 def test_images_equal_those_of_the_stock_pipeline(sampling: Sampling, spacing: str | None) -> None:
-    model, indices = tiny_unet(), range(5)
+    model, indices = one_level_unet(), range(5)
     scheduler_class = DDPMScheduler if sampling.sampler == "ddpm" else DDIMScheduler
     overrides = {} if spacing is None else {"timestep_spacing": spacing}
     scheduler = scheduler_class.from_config(SCHEDULER_CONFIG, **overrides)
@@ -81,7 +81,7 @@ def test_images_equal_those_of_the_stock_pipeline(sampling: Sampling, spacing: s
 
 
 def test_every_setting_of_the_sampler_changes_the_images() -> None:
-    model, base = tiny_unet(), SAMPLINGS["ddim"]
+    model, base = one_level_unet(), SAMPLINGS["ddim"]
     settings = [{}, {"eta": 1.0}, {"num_inference_steps": 5}, {"timestep_spacing": "trailing"}, {"sampler": "ddpm"}]
     made = [tuple(images(model, replace(base, **each), [0]).flatten().tolist()) for each in settings]
     assert len(set(made)) == len(settings)
@@ -90,7 +90,7 @@ def test_every_setting_of_the_sampler_changes_the_images() -> None:
 def test_images_are_bytes_on_the_cpu_in_batches_of_the_size_asked_for() -> None:
     sampling = replace(SAMPLINGS["ddim"], batch_size=4)
     batches = list(
-        generate(SingleModel(tiny_unet()), SCHEDULER_CONFIG, sampling, shape=SHAPE, seed=1, indices=range(10))
+        generate(SingleModel(one_level_unet()), SCHEDULER_CONFIG, sampling, shape=SHAPE, seed=1, indices=range(10))
     )
     assert [tuple(batch.shape) for batch in batches] == [(4, *SHAPE), (4, *SHAPE), (2, *SHAPE)]
     assert {batch.dtype for batch in batches} == {torch.uint8}
@@ -98,17 +98,20 @@ def test_images_are_bytes_on_the_cpu_in_batches_of_the_size_asked_for() -> None:
 
 
 def test_no_indices_make_no_images() -> None:
-    assert list(generate(SingleModel(tiny_unet()), SCHEDULER_CONFIG, Sampling(), shape=SHAPE, seed=1, indices=[])) == []
+    assert (
+        list(generate(SingleModel(one_level_unet()), SCHEDULER_CONFIG, Sampling(), shape=SHAPE, seed=1, indices=[]))
+        == []
+    )
 
 
 def test_an_ensemble_of_copies_of_one_model_equals_that_model() -> None:
-    model, sampling = tiny_unet(), Sampling(num_inference_steps=8)
+    model, sampling = one_level_unet(), Sampling(num_inference_steps=8)
     ensemble = Ensemble(equal_segments(4, 1000), [model] * 4)
     assert images(ensemble, sampling).equal(images(model, sampling))
 
 
 def test_the_expert_of_each_segment_denoises_in_it() -> None:
-    segments, experts = equal_segments(3, 1000), [tiny_unet(seed) for seed in range(3)]
+    segments, experts = equal_segments(3, 1000), [one_level_unet(seed) for seed in range(3)]
     ensemble = Ensemble(segments, experts)
     noisy_images = initial_noise(0, [0, 1], SHAPE)[0]
     with torch.no_grad():
@@ -118,7 +121,7 @@ def test_the_expert_of_each_segment_denoises_in_it() -> None:
 
 
 def test_only_the_experts_of_the_timesteps_sampled_matter() -> None:
-    experts = [tiny_unet(seed) for seed in range(2)]
+    experts = [one_level_unet(seed) for seed in range(2)]
     segments = equal_segments(2, 1000)
     first = images(Ensemble(segments, experts), Sampling(num_inference_steps=2))
     swapped = images(Ensemble(segments, experts[::-1]), Sampling(num_inference_steps=2))
@@ -127,7 +130,7 @@ def test_only_the_experts_of_the_timesteps_sampled_matter() -> None:
 
 @pytest.mark.parametrize("timestep", [-1, 1000])
 def test_a_timestep_of_no_segment_is_an_error(timestep: int) -> None:
-    ensemble = Ensemble(equal_segments(2, 1000), [tiny_unet()] * 2)
+    ensemble = Ensemble(equal_segments(2, 1000), [one_level_unet()] * 2)
     with pytest.raises(ValueError, match=rf"timestep {timestep} is in none of the segments .*\[500, 1000\)"):
         ensemble(torch.zeros(1, *SHAPE), timestep)
 
@@ -161,7 +164,7 @@ def test_the_shape_of_an_image_follows_from_the_config(size: int | list[int], ex
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @every_sampling
 def test_a_gpu_makes_the_images_of_the_cpu(sampling: Sampling) -> None:
-    model = tiny_unet()
+    model = one_level_unet()
     expected = images(model, sampling)
     made = generate(
         SingleModel(model.to("cuda")),

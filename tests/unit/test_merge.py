@@ -134,6 +134,15 @@ def test_experts_of_another_dtype_do_not_decide_the_dtype_of_the_merge(tmp_path:
     assert same_bits(load_file(tmp_path / "m")["w"], torch.full((3,), 2.0).half())
 
 
+def test_experts_of_higher_precision_keep_it_until_the_end() -> None:
+    rng = torch.Generator().manual_seed(0)
+    pretrained, *experts = (torch.randn(50, generator=rng) for _ in range(3))
+    pretrained = pretrained.bfloat16()
+    expected = 0.5 * pretrained.double() + 0.25 * experts[0].double() + 0.25 * experts[1].double()
+    merged = merge_tensor(pretrained, experts, [0.25, 0.25])
+    torch.testing.assert_close(merged.double(), expected, atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_tensors_that_are_no_floats_are_kept(dtype: torch.dtype) -> None:
     pretrained, expert = torch.tensor([0, 1, 1]).to(dtype), torch.tensor([1, 0, 1]).to(dtype)

@@ -7,6 +7,7 @@ from tests.tiny_models import tiny_unet
 def test_the_digest_is_of_names_dtypes_shapes_and_bits() -> None:
     base = {"a": torch.arange(6.0), "b": torch.tensor(1.0)}
     others = [
+        base | {"a": torch.arange(6.0).view(torch.int32)},
         base | {"a": torch.arange(6.0).view(2, 3)},
         base | {"a": torch.arange(6.0).half()},
         base | {"a": torch.tensor([-0.0, 1, 2, 3, 4, 5])},

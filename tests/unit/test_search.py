@@ -123,6 +123,12 @@ def test_a_coordinate_search_tries_the_common_scale_first() -> None:
     assert [candidate.weights for candidate in search] == [(0.0, 0.0), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
 
 
+def test_a_point_reached_along_two_ways_is_one_candidate() -> None:
+    search = coordinate_search(quadratic((0.3, 0.4), coupling=1.0), (0.1, 0.1), step_size=0.1, max_candidates=50)
+    visited = [candidate.weights for candidate in search]
+    assert all(weight == round(weight, 6) for weights in visited for weight in weights)
+
+
 def test_a_start_worse_than_the_pretrained_model_is_left() -> None:
     search = list(coordinate_search(quadratic((0.0, 0.1)), (1.0, 1.0), step_size=0.1, max_candidates=30))
     assert best_candidate(search).weights == pytest.approx((0.0, 0.1), abs=1e-6)

@@ -1,0 +1,108 @@
+import json
+import mmap
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks import claim, finetune_step, merge_child
+from benchmarks.measurement import median_ratio, take_turns
+from deme_core.model_folder import write_model_folder
+from deme_core.verdict import Interval, interval, paired_difference
+from tests.tiny_models import randomize, tiny_unet
+
+BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
+
+
+def last_line(output: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    assert {"name", "ratio", "goal", "holds"} <= result.keys()
+    return result
+
+
+def test_contestants_take_turns_and_each_begins_in_turn() -> None:
+    calls: list[str] = []
+    contestants = {name: partial(calls.append, name) for name in "ab"}
+    assert take_turns(contestants, num_rounds=3) == {"a": [None] * 3, "b": [None] * 3}
+    assert "".join(calls) == "abbaab"
+
+
+def test_a_disturbed_round_does_not_move_the_median_ratio() -> None:
+    assert median_ratio([2.0, 40.0, 6.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+def test_the_finetuning_benchmark_ends_with_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    finetune_step.main(["--quick", "--rounds", "1", "--batch-size", "1"])
+    result = last_line(capsys.readouterr().out)
+    assert result["ratio"] == max(result["ratio_channel_projection_off"], result["ratio_channel_projection_on"]) > 0
+
+
+def test_both_contestants_of_the_merging_benchmark_write_the_same_merge(tmp_path: Path) -> None:
+    for index in range(3):
+        model = tiny_unet()
+        randomize(model, seed=index)
+        config = {"_class_name": "UNet2DModel"} | dict(model.config)
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        write_model_folder(tmp_path / str(index), unet_config=config, scheduler_config={}, tensors=tensors)
+    written = []
+    for method in ("deme", "load_all"):
+        out = tmp_path / method
+        merge_child.METHODS[method](tmp_path / "0", [tmp_path / "1", tmp_path / "2"], [0.3, 0.5], out)()
+        written.append(load_file(out / merge_child.WEIGHTS_PATH))
+    torch.testing.assert_close(*written)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_peak_counts_anonymous_memory_and_no_page_cache(tmp_path: Path) -> None:
+    size = 64 << 20
+    (tmp_path / "file").write_bytes(bytes(size))
+    idle = merge_child.anonymous_bytes()
+    with merge_child.PeakAnonymousMemory() as memory, (tmp_path / "file").open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        assert not any(mapped[::4096])
+        block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block[::4096] = bytes(range(256)) * (size // 4096 // 256)
+    assert 0.9 * size < memory.peak_bytes - idle < 1.5 * size
+
+
+def test_pooling_intervals_equals_the_interval_of_all_their_values() -> None:
+    everything = interval([value for values in BASELINE for value in values])
+    result = claim.pooled([interval(values) for values in BASELINE], num_sampling_seeds=3)
+    assert (result.mean, result.low, result.high) == pytest.approx((everything.mean, everything.low, everything.high))
+
+
+def report(merged: list[float], baseline: list[float]) -> dict[str, Any]:
+    rows = {"pretrained": baseline, "finetuned": baseline, "merged": merged}
+    difference = vars(paired_difference(merged, baseline))
+    return {
+        "recipe": "toy",
+        "rows": {row: {"fid": vars(interval(scores))} for row, scores in rows.items()},
+        "gain": {f"vs_{row}": {"fid": difference} for row in claim.BASELINES},
+        "verdict": {
+            f"vs_{row}": "better" if difference["high"] < 0 else "too close to call" for row in claim.BASELINES
+        },
+        "seeds": [1, 2, 3],
+        "num_images": 8,
+    }
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [
+        ([1.0, 1.1, 0.9], True),
+        ([1.0, 1.1, -0.1], False),  # Better for two training seeds out of three is no claim.
+    ],
+)
+def test_the_claim_is_judged_over_training_seeds(
+    gains: list[float], holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = [report([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
+    claim.print_claim(reports, [0, 1, 2])
+    result = last_line(capsys.readouterr().out)
+    assert result["holds"] is holds
+    assert Interval(**result["vs_finetuned"]["over_training_seeds"]).mean == pytest.approx(-sum(gains) / 3)
+    assert result["ratio"] == pytest.approx(1 - sum(gains) * 3 / sum(map(sum, BASELINE)))
