@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 T = TypeVar("T")
-_PIPED_WIDTH = 120
+_PIPED_WIDTH = 140
 
 
 @dataclass(frozen=True)

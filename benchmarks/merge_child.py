@@ -38,8 +38,11 @@ class PeakAnonymousMemory:
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
     def _sample(self) -> None:
-        while not self._left.wait(_SAMPLE_EVERY_SEC):
+        while True:
+            left = self._left.wait(_SAMPLE_EVERY_SEC)
             self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
+            if left:
+                return
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -7,14 +7,6 @@ from rich.table import Table
 
 from deme_core.settings import Settings
 
-_MEANINGS = {
-    "pretrained": "theta_0 as it came",
-    "finetuned": "the control: all timesteps, equal steps",
-    "ensemble": "an expert per segment, N models",
-    "merged": "one model",
-}
-
-
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Prints what a run found."""
     console.print(_table(report))
@@ -55,11 +47,10 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("row")
     for metric in metrics:
-        table.add_column(metric, justify="right")
-    table.add_column("")
+        table.add_column(metric, no_wrap=True)
     for row, scores in report["rows"].items():
-        cells = [f"{s['mean']:.4g}  [{s['low']:.4g}, {s['high']:.4g}]" for s in (scores[m] for m in metrics)]
-        table.add_row(row, *(cell.replace("[", "\\[") for cell in cells), _MEANINGS[row])
+        cells = [f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for s in (scores[m] for m in metrics)]
+        table.add_row(row, *cells)
     return table
 
 
