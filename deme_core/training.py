@@ -82,6 +82,17 @@ class _Sums:
     started: float = field(default_factory=time.perf_counter)
 
 
+class _MovingAverage(EMAModel):
+    """diffusers' moving average, updated in one pass over the parameters and without a copy of them."""
+
+    @torch.no_grad()
+    def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Moves the average towards ``parameters``: shadow <- shadow + (1 - decay) (parameters - shadow)."""
+        self.optimization_step += 1
+        self.cur_decay_value = self.get_decay(self.optimization_step)
+        torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
+
+
 class Training:
     """A training run: build it, optionally ``restore`` a checkpoint, iterate ``progress``, take ``averaged``.
 
@@ -134,13 +145,12 @@ class Training:
             num_warmup_steps=spec.lr_warmup_steps,
             num_training_steps=plan.num_steps,
         )
-        self.ema = EMAModel(
+        self.ema = _MovingAverage(
             model.parameters(),
             decay=spec.ema_decay,
             use_ema_warmup=True,
             inv_gamma=spec.ema_inv_gamma,
             power=spec.ema_power,
-            foreach=True,
         )
         self.global_step = 0
         self.timestep_counts = torch.zeros(plan.sampler.num_train_timesteps, dtype=torch.int64)

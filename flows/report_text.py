@@ -7,6 +7,7 @@ from rich.table import Table
 
 from deme_core.settings import Settings
 
+
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Prints what a run found."""
     console.print(_table(report))

@@ -36,7 +36,7 @@ TOY_RECIPE: dict[str, Any] = {
         "extractor_resolution": 32,
         "kid_subset_size": 4,
     },
-    "execution": {"num_workers": 1, "device": "cpu"},
+    "execution": {"num_workers": 2, "device": "cpu"},
 }
 
 
@@ -77,8 +77,8 @@ class CommandLine:
         return subprocess.Popen(
             [*self.command, *arguments],
             env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,  # A pipe would stay open for as long as any child of the command lives.
+            stderr=subprocess.DEVNULL,
             text=True,
         )
 

@@ -14,19 +14,20 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
     run = fresh_deme.start("run", write_recipe())
     try:
         _wait(lambda: any(fresh_deme.home.glob("store/checkpoints/*/step-*/manifest.json")))
-        (worker,) = _workers_of(run.pid)
-        os.kill(worker, signal.SIGKILL)
-        _wait(lambda: set(_workers_of(run.pid)) - {worker})  # The retry has a new process.
-        (second_worker,) = set(_workers_of(run.pid)) - {worker}
+        killed = set(_workers_of(run.pid))
+        assert killed
+        for worker in killed:
+            os.kill(worker, signal.SIGKILL)
+        _wait(lambda: set(_workers_of(run.pid)) - killed)  # The retries have new processes.
         _wait(lambda: any(fresh_deme.home.glob("store/finetune/*/manifest.json")))
     finally:
-        servers = _children_of(run.pid)
+        servers, orphans = _children_of(run.pid), _workers_of(run.pid)
         run.kill()
-        run.communicate()
+        run.wait()
         for pid in servers:  # Prefect's temporary server outlives a process that was killed.
             if _command(pid).find("uvicorn") >= 0:
                 os.kill(pid, signal.SIGKILL)
-    _wait(lambda: not Path(f"/proc/{second_worker}").exists())
+    _wait(lambda: not any(Path(f"/proc/{worker}").exists() for worker in orphans))
 
     report = fresh_deme.report("run", write_recipe())
     assert report["merged"]["weights_digest"] == first_report["merged"]["weights_digest"]
