@@ -45,7 +45,7 @@ class IncompatibleCheckpointsError(InputError):
     Attributes:
         missing: names the checkpoint lacks.
         extra: names only the checkpoint has.
-        mismatched: names whose shapes differ, each as ``name: (shape) != (shape)``.
+        mismatched: names whose shapes differ, each as ``name (shape) for (expected shape)``.
     """
 
     def __init__(

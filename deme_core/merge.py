@@ -40,9 +40,7 @@ def merge_tensor(pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], we
         return pretrained
     terms = [(1.0 - sum(weights), pretrained), *zip(weights, finetuned, strict=True)]
     terms = [(weight, tensor) for weight, tensor in terms if weight != 0.0]
-    if not terms:
-        return torch.zeros_like(pretrained, dtype=torch.float32)
-    (weight, tensor), *others = terms
+    (weight, tensor), *others = terms  # Never empty: the weights of all terms sum to one.
     merged = tensor.float() if weight == 1.0 and not others else torch.mul(tensor.float(), weight)
     for weight, tensor in others:
         merged.add_(tensor.float(), alpha=weight)

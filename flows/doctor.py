@@ -73,12 +73,7 @@ def _prefect() -> str:
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         return "no PREFECT_API_URL: each run starts a temporary server"
-    import httpx
+    from tasks.health import check_health
 
-    try:
-        httpx.get(f"{address}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
-        raise InputError(
-            f"PREFECT_API_URL {address} does not answer ({error}); start that server or unset it."
-        ) from error
+    check_health("PREFECT_API_URL", address)
     return address

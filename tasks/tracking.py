@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
+from tasks.health import check_health
 
 # The migrations of a new SQLite database are of no interest to anyone.
 for _name in ("alembic", "mlflow"):
@@ -132,9 +132,4 @@ def check_tracking(settings: Settings) -> None:
     """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
     if not settings.tracking_uri.startswith("http"):
         return
-    try:
-        httpx.get(f"{settings.tracking_uri.rstrip('/')}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
-        raise InputError(
-            f"MLFLOW_TRACKING_URI {settings.tracking_uri} does not answer ({error}); start that server or unset it."
-        ) from error
+    check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)
