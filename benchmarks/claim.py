@@ -6,20 +6,18 @@ training seeds' mean paired differences. Stages are kept in the store: to resume
 """
 
 import argparse
-import math
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
-
-from scipy.special import stdtrit
 
 from benchmarks.measurement import print_result, print_table
 from deme_core.recipe_file import load_recipe
-from deme_core.verdict import Interval, interval
+from deme_core.verdict import Interval, interval, paired_difference
 
 BASELINES = ("pretrained", "finetuned")
 _QUICK_OVERRIDES = (
@@ -56,29 +54,14 @@ class Comparison:
 
 def compare_rows(reports: Sequence[dict[str, Any]], baseline: str, metric: str) -> Comparison:
     """Compares merged with ``baseline`` in the reports of the training seeds."""
-    differences = [Interval(**report["gain"][f"vs_{baseline}"][metric]) for report in reports]
+    merged, other = ([report["scores"][row][metric] for report in reports] for row in ("merged", baseline))
+    by_training_seed = [paired_difference(*scores) for scores in zip(merged, other, strict=True)]
     return Comparison(
-        by_training_seed=differences,
-        over_training_seeds=interval([difference.mean for difference in differences]),
-        over_all_seeds=pooled(differences, num_sampling_seeds=len(reports[0]["seeds"])),
+        by_training_seed=by_training_seed,
+        over_training_seeds=interval([difference.mean for difference in by_training_seed]),
+        over_all_seeds=paired_difference(list(chain(*merged)), list(chain(*other))),
         verdicts=dict(Counter(report["verdict"][f"vs_{baseline}"] for report in reports)),
     )
-
-
-def pooled(intervals: Sequence[Interval], *, num_sampling_seeds: int) -> Interval:
-    """Returns the 95 % t interval of all values behind ``intervals``, each of ``num_sampling_seeds`` values.
-
-    With K intervals of n values each, of mean m_k and standard deviation s_k, which the interval's width tells:
-
-        mean m of the m_k,   s² = (Σ (n - 1) s_k² + Σ n (m_k - m)²) / (K n - 1)
-    """
-    n, total = num_sampling_seeds, num_sampling_seeds * len(intervals)
-    mean = sum(i.mean for i in intervals) / len(intervals)
-    deviations = [(i.high - i.low) / 2 * math.sqrt(n) / float(stdtrit(n - 1, 0.975)) for i in intervals]
-    within = sum((n - 1) * deviation**2 for deviation in deviations)
-    between = sum(n * (i.mean - mean) ** 2 for i in intervals)
-    half_width = float(stdtrit(total - 1, 0.975)) * math.sqrt((within + between) / (total - 1) / total)
-    return Interval(mean, mean - half_width, mean + half_width)
 
 
 def run_flows(recipe: str, training_seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[str, Any]]:

@@ -158,6 +158,11 @@ class ArtifactStore:
             raise _malformed(uri, f"it belongs to {manifest.stage}/{manifest.digest}")
         return manifest
 
+    def folder_uri(self, ref: ArtifactRef) -> str:
+        """URI of the folder that holds the artifact's files under their names, for programs that know no manifest."""
+        file = self.manifest(ref).files[0]
+        return f"{self.store.uri}/{file.key.removesuffix('/' + file.name)}"
+
     def publish(
         self,
         stage: str,

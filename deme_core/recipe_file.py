@@ -9,8 +9,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from deme_core.errors import RecipeError
+from deme_core.errors import ArtifactNotFoundError, RecipeError
 from deme_core.recipe import Recipe
+from deme_core.store import open_store
 
 RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -38,26 +39,43 @@ def find_recipe(name_or_path: str) -> Path:
     )
 
 
+def read_recipe(name_or_path: str) -> bytes:
+    """Returns the text of a recipe: a name, a path, or an object-store URI.
+
+    Raises:
+        RecipeError: there is no such recipe.
+        StoreUnavailableError: the object store of the URI does not answer.
+    """
+    if "://" not in name_or_path:
+        return find_recipe(name_or_path).read_bytes()
+    folder, _, name = name_or_path.rpartition("/")
+    try:
+        return open_store(folder).get_bytes(name)
+    except (ArtifactNotFoundError, ValueError) as error:
+        raise RecipeError(f"There is no recipe {name_or_path}.") from error
+
+
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads, overrides and validates a recipe.
 
     Args:
-        name_or_path: a name from `recipe_names`, or a YAML file.
+        name_or_path: a name from `recipe_names`, or path or object-store URI of a YAML file.
         overrides: settings such as ``finetune.num_steps=50``; values are YAML.
 
     Raises:
         RecipeError: the recipe or an override is unknown or invalid; one sentence per problem.
     """
-    path = find_recipe(name_or_path)
-    content = _parse_yaml(path.read_bytes(), str(path))
+    content = _parse_yaml(read_recipe(name_or_path), name_or_path)
     if not isinstance(content, dict):
-        raise RecipeError(f"{path} does not hold a mapping of recipe keys.")
+        raise RecipeError(f"{name_or_path} does not hold a mapping of recipe keys.")
     for override in overrides:
         _apply(content, override)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(f"{path.name}: {'; '.join(_sentence(details) for details in error.errors())}.") from error
+        raise RecipeError(
+            f"{name_or_path.rpartition('/')[2]}: {'; '.join(_sentence(details) for details in error.errors())}."
+        ) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

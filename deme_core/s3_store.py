@@ -166,3 +166,29 @@ def connect(bucket: str, prefix: str) -> S3Store:
     if "@" in client.meta.endpoint_url:
         raise StoreUnavailableError("AWS_ENDPOINT_URL must hold no password; use AWS_SECRET_ACCESS_KEY.")
     return S3Store(bucket, prefix, client)
+
+
+def make_bucket(name: str, *, endpoint_url: str, access_key: str, secret_key: str) -> None:
+    """Makes a bucket unless it is there, and writes to it, in one attempt: for a server that is just starting.
+
+    Raises:
+        StoreUnavailableError: the server does not take it (yet).
+    """
+    client = Session().client(
+        "s3",
+        endpoint_url=endpoint_url,
+        aws_access_key_id=access_key,
+        aws_secret_access_key=secret_key,
+        region_name="us-east-1",
+        config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
+    )
+    try:
+        try:
+            client.head_bucket(Bucket=name)
+        except ClientError as error:
+            if _status(error) != 404:
+                raise
+            client.create_bucket(Bucket=name)
+        client.put_object(Bucket=name, Key=".ready", Body=b"")
+    except (BotoCoreError, ClientError) as error:
+        raise NoAnswerError(f"{endpoint_url} takes no bucket {name} yet ({type(error).__name__}).") from error

@@ -14,6 +14,7 @@ class Settings(BaseSettings):
     home: Path = Field(Path(".deme"), alias="DEME_HOME")
     store_uri_override: str | None = Field(None, alias="DEME_STORE_URI")
     tracking_uri_override: str | None = Field(None, alias="MLFLOW_TRACKING_URI")
+    mlflow_ui_override: str | None = Field(None, alias="DEME_MLFLOW_UI_URL")
 
     @property
     def state_folder(self) -> Path:
@@ -34,3 +35,9 @@ class Settings(BaseSettings):
     def tracking_uri(self) -> str:
         """MLflow tracking URI."""
         return self.tracking_uri_override or f"sqlite:///{self.state_folder / 'mlflow.db'}"
+
+    @property
+    def mlflow_ui_url(self) -> str | None:
+        """Where people's browsers find MLflow, which may differ from where workers do; None without a server."""
+        url = self.mlflow_ui_override or self.tracking_uri
+        return url.rstrip("/") if url.startswith("http") else None

@@ -5,9 +5,9 @@ the seeds share cancels in their differences.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -99,3 +99,8 @@ def compare(candidate: Sequence[float], baseline: Sequence[float], confidence: f
     if difference.low > 0:
         return "worse"
     return "too close to call"
+
+
+def differing_conditions(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """Returns the names of the conditions under which two evaluations differ; only if none do, scores compare."""
+    return sorted(name for name in {*first, *other} if first.get(name) != other.get(name))

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from deme_core.errors import DemeError
+from flows.stack.commands import app as stack_app
 
 app = typer.Typer(
     name="deme",
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="List and show recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+app.add_typer(stack_app)
 
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")]
 SetOption = Annotated[

@@ -13,6 +13,7 @@ from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
 from flows.flow_runtime import flow_runtime
+from flows.parameters import Overrides, RecipeName
 from tasks.jobs import FinetuneJob, JobResult, MergeJob, ReferenceJob, SearchJob
 from tasks.report import write_report
 from tasks.stages import build_reference, evaluate_row, finetune, merge, obtain_pretrained, search
@@ -25,11 +26,11 @@ _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 
 
 @flow(name="deme", flow_run_name="{recipe}", task_runner=_TASK_RUNNER)
-def deme(recipe: str = "digits", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def deme(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, Any]:
     """Finetunes one copy of a pretrained diffusion model per timestep segment and merges the copies.
 
     Args:
-        recipe: name of a recipe, or path of a YAML file.
+        recipe: name of a recipe, or path or object-store URI of a YAML file.
         overrides: settings such as ``finetune.num_steps=50``.
 
     Returns:
@@ -50,8 +51,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
         _finetune(recipe, pretrained, (segment.low, segment.high), f"segment {i} {segment}", f"finetune/segment-{i}")
         for i, segment in enumerate(segments)
     ]
-    for_report = build_reference.submit(_reference_job(recipe, "report"))
-    for_search = build_reference.submit(_reference_job(recipe, "search")) if recipe.merge.search else None
+    for_report = build_reference.submit(reference_job(recipe, "report"))
+    for_search = build_reference.submit(reference_job(recipe, "search")) if recipe.merge.search else None
 
     control_result, *expert_results = _results([control, *experts])
     expert_refs, control_refs = tuple(expert.ref for expert in expert_results), (control_result.ref,)
@@ -105,7 +106,8 @@ def _results(futures: Sequence[PrefectFuture[JobResult]]) -> list[JobResult]:
     return [future.result() for future in futures]
 
 
-def _reference_job(recipe: Recipe, part: Literal["search", "report"]) -> ReferenceJob:
+def reference_job(recipe: Recipe, part: Literal["search", "report"]) -> ReferenceJob:
+    """Returns the job that extracts the features of the real images of one part."""
     num_for_search = recipe.merge.search.num_reference_images if recipe.merge.search else 0
     return ReferenceJob(dataset=recipe.dataset, evaluate=recipe.evaluate, part=part, num_for_search=num_for_search)
 

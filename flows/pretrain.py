@@ -1,21 +1,21 @@
 """The flow ``deme-pretrain``: theta_0 for those who bring none."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
 
 from deme_core.recipe_file import load_recipe
 from flows.flow_runtime import flow_runtime
+from flows.parameters import Overrides, RecipeName
 from tasks.stages import obtain_pretrained
 
 
 @flow(name="deme-pretrain", flow_run_name="pretrain {recipe}")
-def pretrain(recipe: str = "digits", overrides: Sequence[str] = ()) -> dict[str, Any]:
+def pretrain(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, Any]:
     """Trains, or imports, the pretrained model of a recipe into the object store.
 
     Args:
-        recipe: name of a recipe, or path of a YAML file.
+        recipe: name of a recipe, or path or object-store URI of a YAML file.
         overrides: settings such as ``pretrained.training.num_steps=50``.
 
     Returns:

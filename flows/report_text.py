@@ -7,6 +7,8 @@ from rich.table import Table
 
 from deme_core.settings import Settings
 
+_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "model")
+
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Prints what a run found."""
@@ -25,6 +27,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     lines = [
         f"merge weights  {weights}  (scale of the control: {report['finetuned']['scale']:g})",
         f"merged model   {report['merged']['uri']}",
+        f"registry       {_registration(report['registry'])}",
         f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
         f"pictures       {report['figures']['samples']}",
         f"               {report['figures']['losses']}",
@@ -32,6 +35,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"took           {_duration(report['seconds'])}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _registration(registry: dict[str, Any]) -> str:
+    version = f" version {registry['version']}" if registry["version"] else ""
+    return f"{registry['model']}{version}, {registry['decision']}: {registry['reason']}"
 
 
 def mlflow_command(settings: Settings) -> str:
@@ -49,7 +57,8 @@ def _table(report: dict[str, Any]) -> Table:
     table.add_column("row")
     for metric in metrics:
         table.add_column(metric, no_wrap=True)
-    for row, scores in report["rows"].items():
+    for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
+        scores = report["rows"][row]
         cells = [f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for s in (scores[m] for m in metrics)]
         table.add_row(row, *cells)
     return table

@@ -13,8 +13,10 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
 from deme_core.figures import save_loss_curves, save_sample_comparison
 from deme_core.metrics import metric_name
-from deme_core.verdict import compare, interval, paired_difference
+from deme_core.verdict import compare, differing_conditions, interval, paired_difference
 from tasks.jobs import JobResult
+from tasks.prefect_artifacts import show_report, show_scores
+from tasks.registry import register, registration_tags
 from tasks.runtime import Runtime, current_runtime
 
 Rows = Mapping[str, Sequence[JobResult]]
@@ -31,12 +33,15 @@ def write_report(
     verdict = {
         f"vs_{row}": compare(scores["merged"][primary], scores[row][primary]) for row in ("pretrained", "finetuned")
     }
+    conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
     report = {
         "recipe": runtime.recipe.name,
         "flow_run_id": flow_run_id,
         "mlflow_run_id": runtime.tracker.run_id,
-        "fingerprint": fingerprint(rows, runtime.recipe.evaluate.seeds),
-        "rows": {row: {m: asdict(interval(v)) for m, v in metrics.items()} for row, metrics in scores.items()},
+        "fingerprint": fingerprint(conditions),
+        "conditions": conditions,
+        "rows": {row: _intervals(by_metric) for row, by_metric in scores.items()},
+        "scores": scores,
         "verdict": verdict,
         "gain": {
             f"vs_{row}": {m: asdict(paired_difference(scores["merged"][m], scores[row][m])) for m in scores["merged"]}
@@ -53,10 +58,48 @@ def write_report(
         "seeds": list(runtime.recipe.evaluate.seeds),
     }
     _track(runtime, report, primary)
+    source = runtime.artifacts.folder_uri(merged.ref)
+    registration = register(runtime.settings, report, source=source, metric=primary)
+    report["registry"] = asdict(registration)
+    runtime.tracker.set_tags(runtime.tracker.run_id, registration_tags(registration))
     report["figures"] = _draw(runtime, rows, trainings)
     report["seconds"] = runtime.timing.seconds()
     runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(report), "report.json")
+    show_report(report, runtime.tracker)
     return report
+
+
+@task(name="score", cache_policy=NO_CACHE)
+def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> dict[str, Any]:
+    """Logs and returns the scores of one model."""
+    runtime = current_runtime()
+    rows = {"model": results}
+    conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
+    scores = _scores(rows)["model"]
+    report = {
+        "recipe": runtime.recipe.name,
+        "model": model,
+        "flow_run_id": flow_run_id,
+        "mlflow_run_id": runtime.tracker.run_id,
+        "fingerprint": fingerprint(conditions),
+        "conditions": conditions,
+        "rows": {"model": _intervals(scores)},
+        "scores": {"model": scores},
+        "num_images": runtime.recipe.evaluate.num_images,
+        "seeds": list(runtime.recipe.evaluate.seeds),
+        "seconds": runtime.timing.seconds(),
+    }
+    means = {f"{metric}/model": bounds["mean"] for metric, bounds in _intervals(scores).items()}
+    runtime.tracker.log_metrics(runtime.tracker.run_id, means)
+    tags = {"deme.model": model, "deme.fingerprint": report["fingerprint"], "deme.flow_run_id": flow_run_id}
+    runtime.tracker.set_tags(runtime.tracker.run_id, tags)
+    runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(report), "report.json")
+    show_scores(report, runtime.tracker)
+    return report
+
+
+def _intervals(scores: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
+    return {metric: asdict(interval(values)) for metric, values in scores.items()}
 
 
 def _scores(rows: Rows) -> dict[str, dict[str, list[float]]]:
@@ -67,18 +110,23 @@ def _scores(rows: Rows) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def fingerprint(rows: Rows, seeds: Sequence[int]) -> str:
-    """Returns the digest of all that the scores of all rows share: only scores with the same one can be compared.
+def shared_conditions(rows: Rows, seeds: Sequence[int]) -> dict[str, Any]:
+    """Returns all that the scores of all rows share.
 
     Raises:
         DemeError: rows were evaluated under different conditions; names those that differ.
     """
     conditions = [result.metrics["conditions"] for results in rows.values() for result in results]
     first = conditions[0]
-    different = sorted({key for other in conditions for key in first if other.get(key) != first[key]})
+    different = sorted({name for other in conditions for name in differing_conditions(first, other)})
     if different:
         raise DemeError(f"The rows cannot be compared: they differ in {', '.join(different)}.")
-    return sha256_bytes(canonical_json({**first, "seeds": list(seeds)}).encode())
+    return {**first, "seeds": list(seeds)}
+
+
+def fingerprint(conditions: Mapping[str, Any]) -> str:
+    """Returns the digest of evaluation conditions: only scores with the same one can be compared."""
+    return sha256_bytes(canonical_json(conditions).encode())
 
 
 def _track(runtime: Runtime, report: dict[str, Any], primary: str) -> None:

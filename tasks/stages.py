@@ -10,6 +10,7 @@ from prefect.tasks import exponential_backoff
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.jobs import EvaluateJob, FinetuneJob, ImportJob, JobResult, MergeJob, PretrainJob, ReferenceJob, SearchJob
+from tasks.prefect_artifacts import progress_artifact
 from tasks.runtime import Record, current_runtime
 
 
@@ -65,11 +66,13 @@ def _train(job: PretrainJob | FinetuneJob, *, task_name: str, child_name: str) -
     tracker = runtime.tracker
     child = tracker.child(child_name)
     logged: list[Record] = []
+    move_bar = progress_artifact(task_name)
 
     def log(record: Record) -> None:
         if "global_step" in record:
             tracker.log_training(child, [record])
             logged.append(record)
+            move_bar(record["global_step"] / record["num_steps"])
 
     result = runtime.run(job, task=task_name, child=child, on_record=log)
     history = result.metrics["history"]
@@ -79,6 +82,7 @@ def _train(job: PretrainJob | FinetuneJob, *, task_name: str, child_name: str) -
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
     tracker.finish(child)
+    move_bar(1.0)
     return result
 
 

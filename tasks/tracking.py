@@ -3,8 +3,10 @@
 Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store.
 """
 
+import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -44,7 +46,7 @@ class Tracker:
         os.environ.pop("MLFLOW_RUN_ID", None)
         if settings.tracking_uri.startswith("sqlite:"):
             settings.state_folder.mkdir(parents=True, exist_ok=True)
-        self._client = MlflowClient(settings.tracking_uri)
+        self._client, self._ui_url = MlflowClient(settings.tracking_uri), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
 
@@ -103,6 +105,16 @@ class Tracker:
         """Uploads a text."""
         self._client.log_text(run_id, text, name)
 
+    def run_url(self) -> str | None:
+        """Address of the parent run in MLflow's UI; None without a server."""
+        if self._ui_url is None:
+            return None
+        return f"{self._ui_url}/#/experiments/{self._experiment_id}/runs/{self.run_id}"
+
+    def file_url(self, name: str) -> str | None:
+        """Address of a file of the parent run; None without a server."""
+        return f"{self._ui_url}/get-artifact?path={name}&run_uuid={self.run_id}" if self._ui_url else None
+
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
@@ -114,9 +126,26 @@ def find_tag(settings: Settings, tag: str, run: str | None) -> str:
     Raises:
         InputError: there is no such run, or more than one.
     """
+    return str(_find_run(settings, f"tags.`{tag}` != ''", run).data.tags[tag])
+
+
+def find_report(settings: Settings, *, run: str | None = None, flow_run: str | None = None) -> dict[str, Any]:
+    """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest run.
+
+    Raises:
+        InputError: there is no such run, or more than one.
+    """
+    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else "tags.`deme.merged.uri` != ''"
+    found = _find_run(settings, query, run)
+    with tempfile.TemporaryDirectory() as folder:
+        path = MlflowClient(settings.tracking_uri).download_artifacts(found.info.run_id, "report.json", folder)
+        report: dict[str, Any] = json.loads(Path(path).read_text())
+    return report
+
+
+def _find_run(settings: Settings, query: str, run: str | None) -> Run:
     client = MlflowClient(settings.tracking_uri)
     experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
-    query = f"tags.`{tag}` != ''"
     found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
     if run is not None:
         found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
@@ -125,7 +154,8 @@ def find_tag(settings: Settings, tag: str, run: str | None) -> str:
         raise InputError(f"There is no run {which} in {settings.tracking_uri}; `deme run` makes one.")
     if run is not None and len(found) > 1:
         raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
-    return str(found[0].data.tags[tag])
+    first: Run = found[0]
+    return first
 
 
 def check_tracking(settings: Settings) -> None:

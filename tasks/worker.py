@@ -8,10 +8,16 @@ import argparse
 import json
 import os
 import queue
+import re
 import sys
+import tempfile
 import threading
 import traceback
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 _CUT_OFF = 70  # Exit status when the parent process is gone.
 
@@ -42,11 +48,20 @@ def main() -> None:
         torch.set_num_threads(request["num_threads"])
         try:
             job = JOBS[request["job"]].model_validate(request["content"])
-            result = execute(job, context, lambda record: send(record=record))
+            with _lock(request["gpu"]):
+                result = execute(job, context, lambda record: send(record=record))
             send(result=result.to_dict())
         except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
             trace = traceback.format_exc()
             send(error=type(error).__name__, message=str(error), traceback=trace, attributes=_plain(vars(error)))
+
+
+def _lock(gpu: str | None) -> AbstractContextManager[Any]:
+    """Returns what keeps other flow runs of this machine off a GPU; the system frees it when this process dies."""
+    if gpu is None:
+        return nullcontext()
+    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu)
+    return FileLock(Path(tempfile.gettempdir()) / f"deme-{os.getuid()}-gpu-{name}.lock")
 
 
 def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:

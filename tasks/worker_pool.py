@@ -79,6 +79,7 @@ class WorkerPool:
     """
 
     def __init__(self, slots: list[Slot], log: Callable[[str], None] = lambda _: None) -> None:
+        self._closed = False
         self._workers = [_Worker(slot, log) for slot in slots]
         self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
@@ -103,13 +104,20 @@ class WorkerPool:
         """
         worker = self._free.get()
         try:
+            if self._closed:
+                raise DemeError("The flow run is ending.")
             on_start()
             return worker.run(job, report)
+        except WorkerDiedError as error:
+            if self._closed:  # It did not die, it was dismissed: nobody shall try again.
+                raise DemeError("The flow run ended before the job did.") from error
+            raise
         finally:
             self._free.put(worker)
 
     def close(self) -> None:
-        """Ends every process; one that does not leave is killed."""
+        """Ends every process, in the middle of its job if need be, and starts no more."""
+        self._closed = True
         for worker in self._workers:
             worker.close()
 
@@ -147,6 +155,7 @@ class _Worker:
             "job": type(job).__name__,
             "content": job.model_dump(mode="json"),
             "num_threads": self._slot.num_threads,
+            "gpu": self._slot.gpu,
         }
         try:
             self._process.stdin.write(json.dumps(request) + "\n")

@@ -16,6 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
+
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.digests import stage_digest
 from deme_core.images import ImageDataset, load_images
@@ -114,6 +116,23 @@ class JobContext:
         return self._remembered[key]
 
     @contextmanager
+    def exclusive(self, digest: str, report: Callable[[Record], None]) -> Iterator[None]:
+        """Lets one process of this DEME_HOME at a time make an artifact; a killed one's lock ends with it."""
+        path = self.settings.state_folder / "locks" / f"{digest}.lock"
+        with local_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                report({"message": "waits for another run that does the same"})
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
     def scratch_folder(self) -> Iterator[Path]:
         """Gives a folder under DEME_HOME, removed afterwards; a disk that fills meanwhile is said so."""
         parent = self.settings.state_folder / "scratch"
@@ -143,12 +162,17 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
         version=job.version,
     )
     ref = context.find(job.stage, digest)
-    if cached := ref is not None:
+    cached = True
+    if ref is None:
+        with context.exclusive(digest, report):
+            ref = context.find(job.stage, digest)  # Another run may have made it in the meantime.
+            if ref is None:
+                cached = False
+                with context.scratch_folder() as out:
+                    metrics = _run(work.run(job, context, out, digest), report)
+                    ref = context.publish(job.stage, digest, out, identity, metrics)
+    if cached:
         metrics = context.artifacts.manifest(ref).metrics
-    else:
-        with context.scratch_folder() as out:
-            metrics = _run(work.run(job, context, out, digest), report)
-            ref = context.publish(job.stage, digest, out, identity, metrics)
     context.discard_checkpoints(digest)
     seconds = time.perf_counter() - started
     return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)

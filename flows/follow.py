@@ -1,0 +1,67 @@
+"""Follows a flow run on a Prefect server to its end."""
+
+import time
+from typing import Any
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.client.schemas.sorting import FlowRunSort
+from rich.console import Console
+
+from deme_core.errors import DemeError, InputError
+from deme_core.settings import Settings
+from tasks.tracking import find_report
+
+_POLL_SECONDS = 1.0
+
+
+def follow_run(run: str | None, console: Console) -> dict[str, Any]:
+    """Prints each task as it ends, and returns the report once the run has finished.
+
+    Args:
+        run: id of a flow run of ``deme``, or its beginning; None for the newest.
+        console: where progress goes.
+
+    Raises:
+        InputError: there is no such run.
+        DemeError: the run failed; says why.
+    """
+    with get_client(sync_client=True) as client:
+        found = _find(client, run)
+        with console.status(f"flow run {found.name} ({str(found.id)[:8]})"):
+            state = _wait(client, found, console)
+    if not state.is_completed():
+        raise DemeError(f"Flow run {found.name} is {state.name}: {state.message or 'without a reason'}")
+    return find_report(Settings(), flow_run=str(found.id))
+
+
+def _find(client: SyncPrefectClient, run: str | None) -> FlowRun:
+    ours = FlowFilter(name=FlowFilterName(any_=["deme"]))
+    newest_first = client.read_flow_runs(flow_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=200)
+    chosen = [found for found in newest_first if run is None or str(found.id).startswith(run)]
+    if not chosen:
+        which = f"whose id begins with '{run}'" if run else "yet"
+        raise InputError(
+            f"There is no run of the flow deme {which} on {client.api_url}; `prefect deployment run deme/full`."
+        )
+    return chosen[0]
+
+
+def _wait(client: SyncPrefectClient, found: FlowRun, console: Console) -> State[Any]:
+    seen: set[Any] = set()
+    only_it = FlowRunFilter(id=FlowRunFilterId(any_=[found.id]))
+    while True:
+        state = client.read_flow_run(found.id).state
+        for task in client.read_task_runs(flow_run_filter=only_it, limit=200):
+            if task.id not in seen and task.state is not None and task.state.is_final():
+                seen.add(task.id)
+                console.print(_line(task), highlight=False)
+        if state is not None and state.is_final():
+            return state
+        time.sleep(_POLL_SECONDS)
+
+
+def _line(task: TaskRun) -> str:
+    ended = f"{task.total_run_time.total_seconds():.1f} s" if task.state and task.state.is_completed() else "failed"
+    return f"{task.name}: {ended}"

@@ -1,0 +1,130 @@
+"""``deme up | down | status | env | deploy | follow``: the commands around a Prefect server."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from deme_core.errors import DemeError
+from deme_core.settings import Settings
+
+app = typer.Typer()
+
+PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default the usual one, or a free one.")]
+
+
+@app.command(epilog="Example: deme up")
+def up(
+    prefect_port: PortOption = None,
+    mlflow_port: PortOption = None,
+    s3_port: PortOption = None,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Also start a worker for the pool deme-gpu.")] = False,
+) -> None:
+    """Start Prefect, MLflow, an S3 server and a worker on this machine, and register the deployments."""
+    given = {"prefect": prefect_port, "mlflow": mlflow_port, "s3": s3_port}
+    console = Console()
+    layout = _stack(console).up({k: v for k, v in given.items() if v}, _deploy_in, gpu=gpu)
+    console.print(
+        f"Prefect  {layout.url('prefect')}\nMLflow   {layout.url('mlflow')}\n"
+        'this shell: eval "$(deme env)", then: prefect deployment run deme/full',
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command(epilog="Example: deme down")
+def down() -> None:
+    """Stop what `deme up` started; nothing stored is lost."""
+    console = Console()
+    if not _stack(console).down():
+        console.print("nothing was running")
+
+
+@app.command(epilog="Example: deme status --json")
+def status(json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
+    """Tell what of the local stack runs, since when, and what is broken; exit code 1 if anything is."""
+    console = Console()
+    found = _stack(console).status()
+    if json_:
+        print(json.dumps({each.name: vars(each) for each in found}))  # noqa: T201
+    else:
+        table = Table("service", "state", "url", "pid", "since")
+        for each in found:
+            table.add_row(each.name, each.state, each.url or "", str(each.pid or ""), each.since or "")
+        console.print(table)
+        for each in found:
+            if each.problem:
+                console.print(f"{each.name}: {each.problem}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if any(each.problem for each in found) else 0)
+
+
+@app.command(epilog='Example: eval "$(deme env)"')
+def env() -> None:
+    """Print what points this shell's prefect, mlflow, aws and deme at the local stack."""
+    for name, value in _stack(Console(stderr=True)).layout().client_environment().items():
+        print(f"export {name}={shlex.quote(value)}")  # noqa: T201
+
+
+@app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api deme deploy --pool-type kubernetes")
+def deploy(
+    pool_type: Annotated[
+        Literal["process", "docker", "kubernetes"], typer.Option(help="What the work pools start flow runs in.")
+    ] = "process",
+) -> None:
+    """Register work pools, deployments and automations with the Prefect server of PREFECT_API_URL."""
+    from flows.environment import make_folders
+    from tasks.health import check_health
+
+    address = os.environ.get("PREFECT_API_URL")
+    if not address:
+        raise DemeError('There is no PREFECT_API_URL; `deme up` starts a server, eval "$(deme env)" names it.')
+    check_health("PREFECT_API_URL", address)
+    make_folders()
+    from flows.deploy import deploy as register
+
+    for name in register(pool_type):
+        Console().print(name, highlight=False)
+
+
+@app.command(epilog="Example: prefect deployment run deme/full && deme follow")
+def follow(
+    run: Annotated[str | None, typer.Argument(help="Flow run id, or its beginning; default the newest.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
+) -> None:
+    """Follow a run of deme/full to its end, then print its report."""
+    from flows.environment import make_folders
+    from flows.follow import follow_run
+    from flows.report_text import print_report
+
+    make_folders()
+    report = follow_run(run, Console(stderr=True))
+    if json_:
+        print(json.dumps(report))  # noqa: T201
+    else:
+        print_report(report, Console())
+
+
+def _stack(console: Console) -> Any:
+    from flows.stack.stack import Stack
+
+    return Stack(Settings().state_folder, lambda line: console.print(line, style="dim", highlight=False))
+
+
+def _deploy_in(environment: Mapping[str, str]) -> None:
+    # In a process of its own: Prefect reads its settings once, when it is imported.
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "deploy"],
+        env=dict(environment),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise DemeError(f"The deployments could not be registered: {done.stderr.strip().removeprefix('deme: ')}")

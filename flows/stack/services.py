@@ -1,0 +1,222 @@
+"""The services of the local stack: how each is started, and when it is really ready.
+
+All of them listen on loopback alone and send no telemetry.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import httpx
+
+from deme_core.errors import InputError, StoreUnavailableError
+from flows.stack.credentials import Credentials, load_credentials, write_private
+from flows.stack.processes import STACK_VARIABLE
+
+HOST = "127.0.0.1"
+CPU_POOL, GPU_POOL = "deme-cpu", "deme-gpu"
+STORE_URI = "s3://deme/store"
+_MLFLOW_BUCKET = "mlflow"
+_FOREIGN = ("AWS_", "DEME_", "MLFLOW_", "PREFECT_")
+# What a flow run and its watchers both must know, so that a killed one is noticed.
+HEARTBEAT_SECONDS = 30
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process of the stack.
+
+    Attributes:
+        name: as users see it.
+        url: where it answers; what it serves, for a worker.
+        command: its command line; no secret is in it.
+        environment: all of its environment.
+        check: raises unless the service is ready; called again and again while it starts.
+        seconds_to_stop: how long it may take to leave.
+    """
+
+    name: str
+    url: str
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    check: Callable[[], None]
+    seconds_to_stop: float = 15.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything of a stack lies, and how it is reached.
+
+    Attributes:
+        home: DEME_HOME, absolute.
+        ports: port by name, see `flows.stack.ports`.
+    """
+
+    home: Path
+    ports: Mapping[str, int]
+    credentials: Credentials = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Reads, or makes, the credentials."""
+        object.__setattr__(self, "credentials", load_credentials(self.folder / "credentials.json"))
+
+    @property
+    def folder(self) -> Path:
+        """State of the stack."""
+        return self.home / "stack"
+
+    def url(self, name: str) -> str:
+        """Address of a service."""
+        return f"http://{HOST}:{self.ports[name]}"
+
+    def client_environment(self) -> dict[str, str]:
+        """Returns what points prefect, mlflow, aws and deme at this stack."""
+        return {
+            "DEME_HOME": str(self.home),
+            "DEME_STORE_URI": STORE_URI,
+            "PREFECT_API_URL": f"{self.url('prefect')}/api",
+            "PREFECT_HOME": str(self.folder / "prefect"),
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+            "MLFLOW_TRACKING_URI": self.url("mlflow"),
+            "MLFLOW_S3_ENDPOINT_URL": self.url("s3"),
+            "AWS_ENDPOINT_URL": self.url("s3"),
+            "AWS_ACCESS_KEY_ID": self.credentials.access_key,
+            "AWS_SECRET_ACCESS_KEY": self.credentials.secret_key,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def environment(self) -> dict[str, str]:
+        """Returns the environment of the services: this process's own, pointed at the stack."""
+        # The command line's defaults (DO_NOT_TRACK and the like) are in os.environ already.
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+        quiet = {name: os.environ[name] for name in os.environ if name.endswith(("_TELEMETRY", "_ANALYTICS_ENABLED"))}
+        binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        return kept | quiet | self.client_environment() | {STACK_VARIABLE: str(self.home), "PATH": binaries}
+
+
+def s3(layout: Layout) -> Service:
+    """The object store, with its buckets."""
+    data = layout.folder / "s3"
+    data.mkdir(parents=True, exist_ok=True)
+    keys = {"accessKey": layout.credentials.access_key, "secretKey": layout.credentials.secret_key}
+    identity = {"name": "deme", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    config = layout.folder / "s3.json"
+    write_private(config, json.dumps({"identities": [identity]}))
+    ports = {"s3": "s3", "master": "s3_master", "volume": "s3_volume", "filer": "s3_filer", "admin": "s3_admin"}
+    return Service(
+        name="s3",
+        url=layout.url("s3"),
+        command=(
+            _binary("weed", layout),
+            "-logtostderr=true",
+            "mini",
+            f"-dir={data}",
+            f"-ip={HOST}",
+            f"-ip.bind={HOST}",
+            *(f"-{option}.port={layout.ports[name]}" for option, name in ports.items()),
+            "-master.telemetry=false",
+            "-webdav=false",
+            "-admin.ui=false",
+            "-s3.port.iceberg=0",
+            "-s3.port.lance=0",
+            f"-s3.config={config}",
+            # A bucket that a misspelt URI names must be missed, not made.
+            "-s3.autoCreateBucket=false",
+            "-s3.allowDeleteBucketNotEmpty=false",
+        ),
+        environment=layout.environment(),
+        check=lambda: _make_buckets(layout),
+    )
+
+
+def _make_buckets(layout: Layout) -> None:
+    from deme_core.s3_store import make_bucket
+
+    for name in ("deme", _MLFLOW_BUCKET):
+        make_bucket(
+            name,
+            endpoint_url=layout.url("s3"),
+            access_key=layout.credentials.access_key,
+            secret_key=layout.credentials.secret_key,
+        )
+
+
+def prefect(layout: Layout) -> Service:
+    """The Prefect server, on SQLite."""
+    (layout.folder / "prefect").mkdir(parents=True, exist_ok=True)
+    command = ("server", "start", "--host", HOST, "--port", str(layout.ports["prefect"]))
+    return Service(
+        name="prefect",
+        url=layout.url("prefect"),
+        command=(_binary("prefect", layout), *command),
+        environment=layout.environment(),
+        check=lambda: _get(f"{layout.url('prefect')}/api/health"),
+    )
+
+
+def mlflow(layout: Layout) -> Service:
+    """The MLflow server: SQLite, artifacts in S3."""
+    command = ("server", "--host", HOST, "--port", str(layout.ports["mlflow"]), "--workers", "1")
+    return Service(
+        name="mlflow",
+        url=layout.url("mlflow"),
+        command=(
+            _binary("mlflow", layout),
+            *command,
+            "--backend-store-uri",
+            f"sqlite:///{layout.folder / 'mlflow.db'}",
+            "--artifacts-destination",
+            f"s3://{_MLFLOW_BUCKET}/artifacts",
+        ),
+        # The job runners are nine processes of 2 GB in all, for features that DeMe does not use.
+        environment=layout.environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        check=lambda: _get(f"{layout.url('mlflow')}/health"),
+    )
+
+
+def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Service:
+    """A Prefect worker that runs flows as processes of this machine.
+
+    Args:
+        layout: the stack.
+        pool: the work pool it serves.
+        since: when it was started (epoch seconds): a heartbeat before that is another worker's.
+    """
+    name = f"local-{pool}"
+    return Service(
+        name="worker" if pool == CPU_POOL else "worker-gpu",
+        url=f"work pool {pool}",
+        command=(_binary("prefect", layout), "worker", "start", "--pool", pool, "--type", "process", "--name", name),
+        # The default of ten seconds is felt at every start of a run.
+        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "3"},
+        check=lambda: _find_worker(layout, pool, name, since),
+        # It passes the signal on to its flow runs, which say that they were stopped before they leave.
+        seconds_to_stop=30.0,
+    )
+
+
+def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
+    url = f"{layout.url('prefect')}/api/work_pools/{pool}/workers/filter"
+    answer = httpx.post(url, json={}, timeout=5).raise_for_status().json()
+    for found in answer:
+        beat = found.get("last_heartbeat_time")
+        is_ours = found["name"] == name and found["status"] == "ONLINE"
+        if is_ours and beat and datetime.fromisoformat(beat).timestamp() >= since:
+            return
+    raise StoreUnavailableError(f"Work pool {pool} has no worker {name} yet.")
+
+
+def _get(url: str) -> None:
+    httpx.get(url, timeout=5).raise_for_status()
+
+
+def _binary(name: str, layout: Layout) -> str:
+    found = shutil.which(name, path=layout.environment()["PATH"])
+    if found is None:
+        raise InputError(f"There is no {name} command beside {sys.executable}; run `make install`.")
+    return found

@@ -1,0 +1,246 @@
+"""The local stack as a whole: started, looked at and stopped. Commands of one DEME_HOME run one at a time."""
+
+import contextlib
+import fcntl
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from deme_core.errors import DemeError, InputError
+from deme_core.store import local_errors
+from flows.stack import services
+from flows.stack.credentials import write_private
+from flows.stack.ports import choose_ports
+from flows.stack.processes import (
+    ProcessRecord,
+    find_started_by,
+    start_detached,
+    stop_all,
+    stop_tree,
+)
+from flows.stack.services import Layout, Service
+
+State = Literal["ready", "not answering", "died", "stopped"]
+_SECONDS_TO_START = 120.0
+_POLL_SECONDS = 0.3
+# What is stopped first depends on what is stopped last.
+_STOP_ORDER = ("worker", "mlflow", "prefect", "s3")
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """What is known of one service.
+
+    Attributes:
+        name: of the service.
+        state: ready; not answering (it runs); died (it was not stopped); stopped.
+        url: where it answers, or what it serves.
+        pid: process id, if it runs.
+        since: when it was started (ISO 8601, UTC), if it runs.
+        problem: what is broken, in a sentence.
+    """
+
+    name: str
+    state: State
+    url: str | None = None
+    pid: int | None = None
+    since: str | None = None
+    problem: str | None = None
+
+
+class Stack:
+    """The stack whose state lies in ``home``.
+
+    Args:
+        home: DEME_HOME, absolute.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, home: Path, say: Callable[[str], None] = lambda _: None) -> None:
+        self.home, self._say = home, say
+        self._folder = home / "stack"
+        self._state_path = self._folder / "state.json"
+
+    def up(self, ports: Mapping[str, int], deploy: Callable[[Mapping[str, str]], None], *, gpu: bool) -> Layout:
+        """Starts what does not run, waits until all is ready, and registers the deployments.
+
+        Args:
+            ports: ports the user asks for, by service.
+            deploy: registers pools and deployments with the Prefect server of an environment.
+            gpu: also start a worker for the GPU pool.
+
+        Raises:
+            DemeError: a service does not start; what this call started is stopped again.
+        """
+        with self._locked():
+            state = self._read()
+            alive = [name for name in state["services"] if self._process(state, name)]
+            layout = Layout(self.home, choose_ports(ports, state["ports"], alive))
+            self._write({**state, "ports": dict(layout.ports)})
+            started: list[str] = []
+            try:
+                self._start(layout, deploy, started, gpu=gpu)
+            except BaseException:
+                self._stop(started)
+                raise
+        return layout
+
+    def _start(
+        self, layout: Layout, deploy: Callable[[Mapping[str, str]], None], started: list[str], *, gpu: bool
+    ) -> None:
+        store, prefect, mlflow = services.s3(layout), services.prefect(layout), services.mlflow(layout)
+        waiting = [self._launch(service, started) for service in (store, prefect)]
+        waiting[0]()  # MLflow needs its bucket.
+        waiting.append(self._launch(mlflow, started))
+        waiting[1]()
+        if "prefect" in started or not self._read().get("deployed"):
+            self._say("registering work pools and deployments")
+            deploy(layout.environment())
+            self._write({**self._read(), "deployed": True})
+        for pool in (services.CPU_POOL, *([services.GPU_POOL] if gpu else [])):
+            waiting.append(self._launch(services.worker(layout, pool, since=time.time() - 1.0), started))
+        for wait in waiting:
+            wait()
+
+    def _launch(self, service: Service, started: list[str]) -> Callable[[], None]:
+        """Starts a service unless it runs; returns what waits until it is ready."""
+        state = self._read()
+        process: subprocess.Popen[bytes] | None = None
+        if self._process(state, service.name) is None:
+            log = self._log(service.name)
+            with local_errors(log):
+                record, process = start_detached(
+                    service.command, environment=service.environment, folder=self._folder, log=log
+                )
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            entry = {**asdict(record), "since": since, "url": service.url}
+            self._write({**state, "services": {**state["services"], service.name: entry}})
+            started.append(service.name)
+            self._say(f"starting {service.name}")
+        elif service.name.startswith("worker"):
+            return lambda: None  # It was ready when it was started; its heartbeat is older than this call.
+        return lambda: self._wait(service, process)
+
+    def _wait(self, service: Service, process: "subprocess.Popen[bytes] | None") -> None:
+        deadline = time.monotonic() + _SECONDS_TO_START
+        while True:
+            try:
+                return service.check()
+            except Exception as error:  # Whatever a server that is starting answers.
+                if process is not None and process.poll() is not None:
+                    raise DemeError(f"{service.name} stopped at its start: {self._last_words(service.name)}") from error
+                if time.monotonic() > deadline:
+                    raise DemeError(
+                        f"{service.name} at {service.url} was not ready in {_SECONDS_TO_START:.0f} s ({error}); see "
+                        f"{self._log(service.name)}."
+                    ) from error
+            time.sleep(_POLL_SECONDS)
+
+    def down(self) -> list[str]:
+        """Stops everything, the worker first; returns the names of what ran."""
+        with self._locked():
+            stopped = self._stop(list(self._read()["services"]))
+            # Flow runs whose worker was killed, and their own workers, belong to nobody else.
+            orphans = find_started_by(str(self.home))
+            if orphans:
+                self._say(f"ending {len(orphans)} processes that lost their worker")
+                stop_all(orphans, seconds=15.0)
+        return stopped
+
+    def _stop(self, names: list[str]) -> list[str]:
+        stopped = []
+        for name in sorted(names, key=lambda name: _STOP_ORDER.index(name.partition("-")[0])):
+            process = self._process(self._read(), name)
+            if process is not None:
+                self._say(f"stopping {name}")
+                stop_tree(process, seconds=30.0 if name.startswith("worker") else 15.0)
+                stopped.append(name)
+            state = self._read()
+            self._write({**state, "services": {k: v for k, v in state["services"].items() if k != name}})
+        return stopped
+
+    def layout(self) -> Layout:
+        """Returns where the stack is.
+
+        Raises:
+            InputError: it was never started.
+        """
+        state = self._read()
+        if not state["ports"]:
+            raise InputError(f"There is no stack in {self.home}; `deme up` starts one.")
+        return Layout(self.home, state["ports"])
+
+    def status(self) -> list[ServiceStatus]:
+        """Returns how each service fares, in the order in which they start."""
+        state = self._read()
+        names = dict.fromkeys(["s3", "prefect", "mlflow", "worker", *state["services"]])
+        checks = self._checks(state) if state["ports"] else {}
+        return [self._examine(state, name, checks.get(name)) for name in names]
+
+    def _checks(self, state: dict[str, Any]) -> dict[str, Callable[[], None]]:
+        layout = Layout(self.home, state["ports"])
+        built = [services.s3(layout), services.prefect(layout), services.mlflow(layout)]
+        built += [services.worker(layout, pool, since=time.time() - 120.0) for pool in ("deme-cpu", "deme-gpu")]
+        return {service.name: service.check for service in built}
+
+    def _examine(self, state: dict[str, Any], name: str, check: Callable[[], None] | None) -> ServiceStatus:
+        entry = state["services"].get(name)
+        if entry is None or check is None:
+            return ServiceStatus(name, "stopped")
+        process = self._process(state, name)
+        if process is None:
+            problem = f"pid {entry['pid']} is gone; {self._last_words(name)} `deme up` starts it again."
+            return ServiceStatus(name, "died", url=entry["url"], problem=problem)
+        known = {"url": entry["url"], "pid": entry["pid"], "since": entry["since"]}
+        try:
+            check()
+        except Exception as error:  # Whatever keeps a service from answering is its state.
+            return ServiceStatus(name, "not answering", **known, problem=f"{error}; see {self._log(name)}")
+        return ServiceStatus(name, "ready", **known)
+
+    def _process(self, state: dict[str, Any], name: str) -> psutil.Process | None:
+        entry = state["services"].get(name)
+        return ProcessRecord(entry["pid"], entry["created"]).find() if entry else None
+
+    def _log(self, name: str) -> Path:
+        return self._folder / "logs" / f"{name}.log"
+
+    def _last_words(self, name: str) -> str:
+        log = self._log(name)
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return f"{last[:200]} (all of it is in {log})."
+
+    def _read(self) -> dict[str, Any]:
+        empty: dict[str, Any] = {"ports": {}, "services": {}}
+        try:
+            return {**empty, **json.loads(self._state_path.read_text())}
+        except FileNotFoundError:
+            return empty
+        except json.JSONDecodeError as error:
+            raise DemeError(f"{self._state_path} is damaged; end its processes by hand and remove it.") from error
+
+    def _write(self, state: Mapping[str, Any]) -> None:
+        with local_errors(self._state_path):
+            write_private(self._state_path, json.dumps(state, indent=1))
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with local_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            # Inherited by no service: a lock ends with the process that took it.
+            lock = (self._folder / "lock").open("w")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._say("waiting for another deme command of this stack")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield

@@ -1,0 +1,121 @@
+"""The MLflow model registry: each merged model is a version, and the best one so far the champion."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from deme_core.settings import Settings
+from deme_core.verdict import compare, paired_difference
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What became of a merged model in the registry.
+
+    Attributes:
+        model: name of the registered model, ``deme-<recipe>``.
+        version: its version; None if the tracking server does not take it.
+        decision: promoted (it is the champion now), kept (the champion stays), or not registered.
+        reason: why, in a sentence.
+    """
+
+    model: str
+    version: str | None
+    decision: Literal["promoted", "kept", "not registered"]
+    reason: str
+
+
+def register(settings: Settings, report: Mapping[str, Any], *, source: str, metric: str) -> Registration:
+    """Registers the merged model of a run as challenger, and promotes it if it beats the champion.
+
+    Args:
+        settings: where MLflow is.
+        report: the run's report.
+        source: URI of the folder of the merged model, which stock diffusers loads.
+        metric: name of the metric that decides.
+    """
+    client = MlflowClient(settings.tracking_uri)
+    name = f"deme-{report['recipe']}"
+    try:
+        version = _find_version(client, name, report) or _create_version(client, name, report, source, metric)
+    except MlflowException as error:
+        return Registration(name, None, "not registered", f"MLflow at {settings.tracking_uri} refused: {error.message}")
+    client.set_registered_model_alias(name, CHALLENGER, version.version)
+    decision, reason = _decide(_champion(client, name), version, report, metric)
+    if decision == "promoted":
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+    for key, value in {"deme.decision": decision, "deme.reason": reason}.items():
+        client.set_model_version_tag(name, version.version, key, value)
+    return Registration(name, version.version, decision, reason)
+
+
+def _find_version(client: MlflowClient, name: str, report: Mapping[str, Any]) -> ModelVersion | None:
+    """Returns the version of the same model under the same evaluation: a run served from the store makes no new one."""
+    for version in client.search_model_versions(f"name = '{name}'"):
+        same_model = version.tags.get("deme.digest") == report["merged"]["digest"]
+        if same_model and version.tags.get("deme.fingerprint") == report["fingerprint"]:
+            return version
+    return None
+
+
+def _create_version(
+    client: MlflowClient, name: str, report: Mapping[str, Any], source: str, metric: str
+) -> ModelVersion:
+    try:
+        client.create_registered_model(name, description=f"Merged models of the recipe {report['recipe']}.")
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    merged = report["merged"]
+    tags = {
+        "deme.digest": merged["digest"],
+        "deme.uri": merged["uri"],
+        "deme.weights": json.dumps(merged["weights"]),
+        "deme.fingerprint": report["fingerprint"],
+        "deme.metric": metric,
+        "deme.scores": json.dumps(report["scores"]["merged"][metric]),
+    }
+    return client.create_model_version(name, source=source, run_id=report["mlflow_run_id"], tags=tags)
+
+
+def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+    try:
+        return client.get_model_version_by_alias(name, CHAMPION)
+    except MlflowException:
+        return None
+
+
+def _decide(
+    champion: ModelVersion | None, version: ModelVersion, report: Mapping[str, Any], metric: str
+) -> tuple[Literal["promoted", "kept"], str]:
+    scores = report["scores"]["merged"][metric]
+    if champion is None:
+        verdict = report["verdict"]["vs_pretrained"]
+        if verdict == "better":
+            return "promoted", "there was no champion, and it is better than its pretrained model"
+        return "kept", f"there is no champion, and against its pretrained model it is {verdict}"
+    if champion.version == version.version:
+        return "promoted", "it is the champion already"
+    if champion.tags.get("deme.fingerprint") != report["fingerprint"]:
+        return (
+            "kept",
+            f"champion version {champion.version} was evaluated under other conditions; scores cannot be compared",
+        )
+    theirs = json.loads(champion.tags["deme.scores"])
+    verdict, difference = compare(scores, theirs), paired_difference(scores, theirs)
+    numbers = f"{metric} {difference.mean:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+    return ("promoted" if verdict == "better" else "kept"), (
+        f"against champion version {champion.version} it is {verdict} ({numbers})"
+    )
+
+
+def registration_tags(registration: Registration) -> dict[str, str]:
+    """Returns the outcome as tags of the run."""
+    return {f"deme.registry.{key}": str(value) for key, value in asdict(registration).items()}
