@@ -1,4 +1,4 @@
-# make install | demo | test | lint | types | lock
+# make install | demo | down | test | lint | types | lock
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo test lint types check lock clean
+.PHONY: install demo down test lint types check lock clean
 
 install: $(VENV)/.installed
 
@@ -26,8 +26,13 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(UV)
 		  mkdir -p .uv/bin && ln -sf ../venv/bin/uv .uv/bin/uv; } || \
 		{ echo "Cannot install uv: install it yourself, or the Debian packages python3-pip or python3-venv."; exit 1; }
 
+# The way a team uses it: a local stack, a deployment, its report. `make down` stops the stack.
 demo: install
-	$(BIN)/deme run digits
+	$(BIN)/deme up
+	@eval "$$($(BIN)/deme env)" && $(BIN)/prefect deployment run deme/full && $(BIN)/deme follow && $(BIN)/deme status
+
+down:
+	$(BIN)/deme down
 
 test: install
 	$(BIN)/python -m pytest

@@ -13,7 +13,7 @@ from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
 from flows.flow_runtime import flow_runtime
-from flows.parameters import Overrides, RecipeName
+from flows.parameters import Overrides, RecipeName, recipe_name
 from tasks.jobs import FinetuneJob, JobResult, MergeJob, ReferenceJob, SearchJob
 from tasks.report import write_report
 from tasks.stages import build_reference, evaluate_row, finetune, merge, obtain_pretrained, search
@@ -25,7 +25,7 @@ ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 
 
-@flow(name="deme", flow_run_name="{recipe}", task_runner=_TASK_RUNNER)
+@flow(name="deme", flow_run_name=recipe_name, task_runner=_TASK_RUNNER)
 def deme(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, Any]:
     """Finetunes one copy of a pretrained diffusion model per timestep segment and merges the copies.
 

@@ -6,11 +6,13 @@ from pathlib import Path
 from deme_core.settings import Settings
 from deme_core.store import local_errors
 
-_QUIET = {
+QUIET = {
     "DO_NOT_TRACK": "1",
     "GIT_PYTHON_REFRESH": "quiet",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # A two-core machine that is busy takes longer than the default 20 seconds.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "90",
@@ -19,7 +21,7 @@ _QUIET = {
 
 def set_defaults() -> None:
     """Sets what the environment does not set already."""
-    for name, value in _QUIET.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(Settings().state_folder / "prefect"))
 

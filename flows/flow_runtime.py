@@ -34,7 +34,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         store = open_store(settings.store_uri)
         check_access(store)
         check_tracking(settings)
-        tracker = Tracker(settings, experiment=recipe.name, run_name=str(flow_run.name))
+        tracker = Tracker(settings, experiment=recipe.name, run_name=f"{recipe.name}-{str(flow_run.id)[:8]}")
         tracker.log_params(tracker.run_id, flatten(recipe))
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
         tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})

@@ -6,11 +6,11 @@ from prefect import flow
 
 from deme_core.recipe_file import load_recipe
 from flows.flow_runtime import flow_runtime
-from flows.parameters import Overrides, RecipeName
+from flows.parameters import Overrides, RecipeName, recipe_name
 from tasks.stages import obtain_pretrained
 
 
-@flow(name="deme-pretrain", flow_run_name="pretrain {recipe}")
+@flow(name="deme-pretrain", flow_run_name=recipe_name)
 def pretrain(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, Any]:
     """Trains, or imports, the pretrained model of a recipe into the object store.
 

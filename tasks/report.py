@@ -167,6 +167,7 @@ def _draw(runtime: Runtime, rows: Rows, trainings: Mapping[str, JobResult]) -> d
     save_loss_curves({name: result.metrics["history"] for name, result in trainings.items()}, figures["losses"])
     for path in figures.values():
         runtime.tracker.log_file(runtime.tracker.run_id, path)
+    runtime.tracker.log_image(runtime.tracker.run_id, figures["samples"], "samples")
     return {name: str(path) for name, path in figures.items()}
 
 

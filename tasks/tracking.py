@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
+from mlflow import Image, MlflowClient
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
@@ -100,6 +100,10 @@ class Tracker:
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Uploads a small file, e.g. a figure."""
         self._client.log_artifact(run_id, str(path), folder)
+
+    def log_image(self, run_id: str, path: Path, key: str) -> None:
+        """Uploads a picture so that MLflow's charts show it beside those of other runs."""
+        self._client.log_image(run_id, Image(str(path)), key=key, step=0)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
         """Uploads a text."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 
 from deme_core.errors import InputError, StoreUnavailableError
+from flows.environment import QUIET
 from flows.stack.credentials import Credentials, load_credentials, write_private
 from flows.stack.processes import STACK_VARIABLE
 
@@ -92,11 +93,9 @@ class Layout:
 
     def environment(self) -> dict[str, str]:
         """Returns the environment of the services: this process's own, pointed at the stack."""
-        # The command line's defaults (DO_NOT_TRACK and the like) are in os.environ already.
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-        quiet = {name: os.environ[name] for name in os.environ if name.endswith(("_TELEMETRY", "_ANALYTICS_ENABLED"))}
         binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-        return kept | quiet | self.client_environment() | {STACK_VARIABLE: str(self.home), "PATH": binaries}
+        return kept | QUIET | self.client_environment() | {STACK_VARIABLE: str(self.home), "PATH": binaries}
 
 
 def s3(layout: Layout) -> Service:

@@ -1,15 +1,13 @@
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import psutil
 import pytest
 import yaml
+
+from tests.e2e.command_line import CommandLine
+from tests.e2e.platform import Platform, belongs
 
 TOY_RECIPE: dict[str, Any] = {
     "name": "toy",
@@ -38,49 +36,6 @@ TOY_RECIPE: dict[str, Any] = {
     },
     "execution": {"num_workers": 2, "device": "cpu"},
 }
-
-
-@dataclass(frozen=True)
-class CommandLine:
-    """The ``deme`` command in a state folder of its own, as a user runs it."""
-
-    home: Path
-
-    @property
-    def environment(self) -> dict[str, str]:
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "MLFLOW_", "DEME_"))}
-        return kept | {"DEME_HOME": str(self.home), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
-
-    @property
-    def command(self) -> list[str]:
-        return [sys.executable, "-m", "flows.cli"]
-
-    def run(
-        self, *arguments: str, extra: Mapping[str, str] = MappingProxyType({}), timeout: float = 280
-    ) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [*self.command, *arguments],
-            env=self.environment | dict(extra),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
-
-    def report(self, *arguments: str) -> dict[str, Any]:
-        done = self.run(*arguments, "--json")
-        assert done.returncode == 0, done.stderr
-        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return report
-
-    def start(self, *arguments: str) -> "subprocess.Popen[str]":
-        return subprocess.Popen(
-            [*self.command, *arguments],
-            env=self.environment,
-            stdout=subprocess.DEVNULL,  # A pipe would stay open for as long as any child of the command lives.
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
 
 
 WriteRecipe = Callable[..., str]
@@ -113,3 +68,28 @@ def fresh_deme(tmp_path: Path) -> CommandLine:
 def first_report(deme: CommandLine, write_recipe: WriteRecipe) -> dict[str, Any]:
     """The report of the toy recipe, run once for the session."""
     return deme.report("run", write_recipe())
+
+
+@pytest.fixture(scope="session")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    deme = CommandLine(tmp_path_factory.mktemp("platform"))
+    done = deme.run("up")
+    assert done.returncode == 0, done.stderr
+    try:
+        exported = [line.removeprefix("export ").split("=", 1) for line in deme.run("env").stdout.splitlines()]
+        yield Platform(deme, {name: value.strip("'") for name, value in exported})
+    finally:
+        deme.run("down")
+        left = [p for p in psutil.process_iter() if belongs(p, deme.home)]
+        assert not left, left
+
+
+@pytest.fixture(scope="session")
+def full_report(platform: Platform, write_recipe: WriteRecipe) -> dict[str, Any]:
+    return platform.report(write_recipe())
+
+
+@pytest.fixture(scope="session")
+def second_report(platform: Platform, full_report: dict[str, Any], write_recipe: WriteRecipe) -> dict[str, Any]:
+    """The report of the same recipe, run once more."""
+    return platform.report(write_recipe())

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.e2e.conftest import CommandLine, WriteRecipe
+from tests.e2e.command_line import CommandLine
+from tests.e2e.conftest import WriteRecipe
 
 
 def _refused(done: Any, *words: str) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.conftest import CommandLine, WriteRecipe
+from tests.e2e.command_line import CommandLine
+from tests.e2e.conftest import WriteRecipe
 
 
 def test_killed_worker_and_killed_run_end_with_the_same_model(

@@ -6,123 +6,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-import pytest
 from mlflow import MlflowClient
 
-from tests.e2e.conftest import CommandLine, WriteRecipe
+from tests.e2e.command_line import CommandLine
+from tests.e2e.conftest import WriteRecipe
+from tests.e2e.platform import FINAL, Platform, belongs
 
 METRIC = "fd_efficientnet_lite0"
-FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
-
-
-@dataclass(frozen=True)
-class Platform:
-    """A running stack and what a user's shell knows of it."""
-
-    deme: CommandLine
-    variables: dict[str, str]
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return self.deme.environment | self.variables
-
-    def api(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
-        answer = httpx.request(method, f"{self.variables['PREFECT_API_URL']}/{path}", json=content, timeout=30)
-        return answer.raise_for_status().json()
-
-    def prefect(self, *arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments],
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def start(self, recipe: str, *overrides: str) -> str:
-        """Starts deme/full as users do and returns the id of the flow run."""
-        content = {"recipe": recipe, "overrides": list(overrides)}
-        out = self.prefect("deployment", "run", "deme/full", "--params", json.dumps(content))
-        return next(line.split()[-1] for line in out.splitlines() if "UUID" in line)
-
-    def state(self, flow_run: str) -> dict[str, Any]:
-        state: dict[str, Any] = self.api("GET", f"flow_runs/{flow_run}")["state"]
-        return state
-
-    def wait(self, flow_run: str, until: Callable[[dict[str, Any]], bool], seconds: float = 150) -> dict[str, Any]:
-        deadline = time.monotonic() + seconds
-        while not until(state := self.state(flow_run)):
-            assert time.monotonic() < deadline, f"after {seconds} s the flow run is still {state}"
-            time.sleep(0.5)
-        return state
-
-    def report(self, recipe: str, *overrides: str) -> dict[str, Any]:
-        """Runs deme/full to its end and returns what `deme follow` says."""
-        flow_run = self.start(recipe, *overrides)
-        done = self.deme.run("follow", flow_run, "--json", extra=self.variables)
-        assert done.returncode == 0, done.stderr
-        report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return report
-
-    def tasks(self, flow_run: str) -> dict[str, str]:
-        """Returns the state of each task run, by name."""
-        found = self.api("POST", "task_runs/filter", {"flow_runs": {"id": {"any_": [flow_run]}}})
-        return {task["name"]: task["state_type"] for task in found}
-
-    def processes(self, flow_run: str) -> list[psutil.Process]:
-        """Returns the processes of a flow run: its engine and the engine's workers."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.environ().get("PREFECT__FLOW_RUN_ID") == flow_run:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def wait_for_work(self, flow_run: str, task: str) -> psutil.Process:
-        """Waits until a task of the flow run is in the middle of its work; returns the flow's process."""
-        deadline = time.monotonic() + 90
-        while self.tasks(flow_run).get(task) != "RUNNING":
-            assert time.monotonic() < deadline, self.tasks(flow_run)
-            time.sleep(0.2)
-        return next(p for p in self.processes(flow_run) if "prefect.engine" in " ".join(p.cmdline()))
-
-
-@pytest.fixture(scope="session")
-def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
-    deme = CommandLine(tmp_path_factory.mktemp("platform"))
-    done = deme.run("up")
-    assert done.returncode == 0, done.stderr
-    try:
-        exported = [line.removeprefix("export ").split("=", 1) for line in deme.run("env").stdout.splitlines()]
-        yield Platform(deme, {name: value.strip("'") for name, value in exported})
-    finally:
-        deme.run("down")
-        left = [p for p in psutil.process_iter() if _belongs(p, deme.home)]
-        assert not left, left
-
-
-def _belongs(process: psutil.Process, home: Path) -> bool:
-    try:
-        return process.environ().get("DEME_STACK") == str(home)
-    except psutil.Error:
-        return False
-
-
-@pytest.fixture(scope="session")
-def full_report(platform: Platform, write_recipe: WriteRecipe) -> dict[str, Any]:
-    return platform.report(write_recipe())
 
 
 def test_status_names_every_service_and_its_process(platform: Platform) -> None:
@@ -134,7 +29,7 @@ def test_status_names_every_service_and_its_process(platform: Platform) -> None:
 
 
 def test_nothing_listens_beyond_loopback(platform: Platform) -> None:
-    ours = {p.pid for p in psutil.process_iter() if _belongs(p, platform.deme.home)}
+    ours = {p.pid for p in psutil.process_iter() if belongs(p, platform.deme.home)}
     listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]
     assert len(listening) >= 3
     assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
@@ -199,34 +94,30 @@ def test_the_champion_loads_in_stock_diffusers(platform: Platform, full_report: 
 
 
 def test_the_same_run_again_computes_nothing_and_registers_nothing(
-    platform: Platform, full_report: dict[str, Any], write_recipe: WriteRecipe
+    platform: Platform, full_report: dict[str, Any], second_report: dict[str, Any]
 ) -> None:
-    again = platform.report(write_recipe())
-    assert again["merged"] == full_report["merged"]
-    assert again["registry"]["version"] == full_report["registry"]["version"]
+    assert second_report["merged"] == full_report["merged"]
+    assert second_report["registry"]["version"] == full_report["registry"]["version"]
     client = MlflowClient(platform.variables["MLFLOW_TRACKING_URI"])
-    experiment = client.get_experiment_by_name("toy")
-    assert experiment is not None
-    children = client.search_runs([experiment.experiment_id], f"tags.mlflow.parentRunId = '{again['mlflow_run_id']}'")
+    children = client.search_runs(
+        [platform.experiment("toy")], f"tags.mlflow.parentRunId = '{second_report['mlflow_run_id']}'"
+    )
     assert {child.data.tags["deme.cached"] for child in children} == {"true"}
 
 
-def test_a_killed_flow_is_crashed_and_the_next_run_goes_on(
-    platform: Platform, full_report: dict[str, Any], write_recipe: WriteRecipe
-) -> None:
-    longer = write_recipe(finetune={"num_steps": 150, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10})
+def test_a_killed_flow_is_crashed_and_a_retry_goes_on(platform: Platform, write_recipe: WriteRecipe) -> None:
+    longer = write_recipe(finetune={"num_steps": 100, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10})
     flow_run = platform.start(longer)
     engine = platform.wait_for_work(flow_run, "finetune segment 1 [500, 1000)")
     family = [engine, *engine.children(recursive=True)]
-    time.sleep(1.0)
     engine.send_signal(signal.SIGKILL)
     _, left = psutil.wait_procs(family, timeout=15)
     assert not left, "workers outlive their flow"
     assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "CRASHED"
+    time.sleep(10)  # Prefect's worker reports the crash again, five seconds later: a retry before that is lost.
     platform.prefect("flow-run", "retry", flow_run)
     platform.wait(flow_run, lambda state: state["type"] not in FINAL, seconds=30)
     assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"
-    assert platform.report(longer)["merged"]["digest"] != full_report["merged"]["digest"]
 
 
 def test_cancelling_ends_every_process_within_half_a_minute(platform: Platform, write_recipe: WriteRecipe) -> None:
@@ -240,17 +131,15 @@ def test_cancelling_ends_every_process_within_half_a_minute(platform: Platform, 
     assert platform.wait(flow_run, lambda state: state["type"] in FINAL, seconds=60)["type"] == "CANCELLED"
 
 
-@pytest.mark.parametrize(
-    ("recipe", "override", "sentence"),
-    [
-        ("no-such-recipe", "segments.count=2", "There is no recipe 'no-such-recipe'"),
-        ("digits", "execution.device=cuda", "this machine shows no GPU"),
-    ],
-)
-def test_bad_parameters_fail_with_a_sentence(platform: Platform, recipe: str, override: str, sentence: str) -> None:
-    state = platform.wait(platform.start(recipe, override), lambda state: state["type"] in FINAL)
-    assert state["type"] == "FAILED"
-    assert sentence in state["message"]
+def test_bad_parameters_fail_with_a_sentence(platform: Platform) -> None:
+    expected = {
+        platform.start("no-such-recipe"): "There is no recipe 'no-such-recipe'",
+        platform.start("digits", "execution.device=cuda"): "this machine shows no GPU",
+    }
+    for flow_run, sentence in expected.items():
+        state = platform.wait(flow_run, lambda state: state["type"] in FINAL)
+        assert state["type"] == "FAILED"
+        assert sentence in state["message"]
 
 
 def test_a_service_that_died_is_told_and_started_again(platform: Platform) -> None:
@@ -273,4 +162,4 @@ def test_a_taken_port_is_said_and_nothing_stays_behind(fresh_deme: CommandLine, 
     done = fresh_deme.run("up", "--mlflow-port", taken)
     assert done.returncode == 2
     assert f"Port {taken} for mlflow is taken by" in done.stderr
-    assert not [p for p in psutil.process_iter() if _belongs(p, fresh_deme.home)]
+    assert not [p for p in psutil.process_iter() if belongs(p, fresh_deme.home)]

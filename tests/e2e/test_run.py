@@ -8,7 +8,8 @@ from typing import Any
 from mlflow import MlflowClient
 from PIL import Image
 
-from tests.e2e.conftest import CommandLine, WriteRecipe
+from tests.e2e.command_line import CommandLine
+from tests.e2e.conftest import WriteRecipe
 
 ROWS = {"pretrained", "finetuned", "ensemble", "merged"}
 VERDICTS = {"better", "worse", "too close to call"}
