@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from deme_core.digests import sha256_bytes
+from deme_core.downloads import download_once, listing_version
 from deme_core.errors import ModelFolderError
 from deme_core.store import open_store
 
@@ -24,7 +24,7 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
         StoreUnavailableError: the object store cannot be reached.
     """
     if "://" in source:
-        return _fetch_uri(source, cache / "sources" / sha256_bytes(source.encode())[:16])
+        return _fetch_uri(source, cache)
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     if _HUB_ID.fullmatch(source) and not source.startswith("."):
@@ -32,14 +32,12 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
     raise ModelFolderError(f"pretrained.source '{source}' is no folder, object-store URI or hub id.")
 
 
-def _fetch_uri(uri: str, folder: Path) -> Path:
+def _fetch_uri(uri: str, cache: Path) -> Path:
     store = open_store(uri)
-    keys = [item.key for item in store.list("") if Path(item.key).suffix in (".json", ".safetensors", ".bin")]
-    if not keys:
+    objects = [item for item in store.list("") if Path(item.key).suffix in (".json", ".safetensors", ".bin")]
+    if not objects:
         raise ModelFolderError(f"There is no model under {uri}.")
-    for key in keys:
-        store.get_file(key, folder / key)
-    return folder
+    return download_once(store, objects, cache / "sources" / listing_version(uri, objects))
 
 
 def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:

@@ -152,6 +152,8 @@ class Stack:
             if orphans:
                 self._say(f"ending {len(orphans)} processes that lost their worker")
                 stop_all(orphans, seconds=15.0)
+            # SeaweedFS leaves it behind, wherever TMPDIR is.
+            Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)
         return stopped
 
     def _stop(self, names: list[str]) -> list[str]:

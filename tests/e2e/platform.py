@@ -47,9 +47,18 @@ class Platform:
 
     def start(self, recipe: str, *overrides: str) -> str:
         """Starts deme/full as users do and returns the id of the flow run."""
-        content = {"recipe": recipe, "overrides": list(overrides)}
-        out = self.prefect("deployment", "run", "deme/full", "--params", json.dumps(content))
+        return self.start_deployment("deme/full", recipe=recipe, overrides=list(overrides))
+
+    def start_deployment(self, name: str, **parameters: Any) -> str:
+        """Starts a deployment as users do and returns the id of the flow run."""
+        out = self.prefect("deployment", "run", name, "--params", json.dumps(parameters))
         return next(line.split()[-1] for line in out.splitlines() if "UUID" in line)
+
+    def runs(self, flow: str) -> list[dict[str, Any]]:
+        """Returns the runs of a flow, newest first."""
+        content = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_DESC"}
+        found: list[dict[str, Any]] = self.api("POST", "flow_runs/filter", content)
+        return found
 
     def state(self, flow_run: str) -> dict[str, Any]:
         state: dict[str, Any] = self.api("GET", f"flow_runs/{flow_run}")["state"]

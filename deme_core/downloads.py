@@ -1,0 +1,54 @@
+"""Many objects of a store, brought into the local cache together."""
+
+import fcntl
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.store import ObjectStore, StoredObject, local_errors
+
+NUM_DOWNLOADS = 8
+
+
+def listing_version(uri: str, objects: Sequence[StoredObject]) -> str:
+    """Returns a digest that changes when anything under ``uri`` does."""
+    rows = sorted((o.key, o.size, o.modified.isoformat()) for o in objects)
+    return sha256_bytes(canonical_json([uri, rows]).encode())
+
+
+def download_once(store: ObjectStore, objects: Sequence[StoredObject], folder: Path) -> Path:
+    """Downloads objects into ``folder``, one process of this machine at a time; returns the folder.
+
+    What an earlier call has already brought is kept, whole files only, also when that call was killed.
+    """
+    with _only_one_process(folder):
+        _download(store, objects, folder)
+    return folder
+
+
+def _download(store: ObjectStore, objects: Sequence[StoredObject], folder: Path) -> None:
+    def get(item: StoredObject) -> None:
+        path = folder / item.key
+        if not path.exists() or path.stat().st_size != item.size:
+            store.get_file(item.key, path)
+
+    with ThreadPoolExecutor(NUM_DOWNLOADS) as executor:
+        futures = [executor.submit(get, item) for item in objects]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            executor.shutdown(cancel_futures=True)
+            raise
+
+
+@contextmanager
+def _only_one_process(folder: Path) -> Iterator[None]:
+    """Let the segments of one machine download a data set once: the others wait and then find it."""
+    with local_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with local_errors(folder), (folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
