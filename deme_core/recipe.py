@@ -214,7 +214,15 @@ class EvaluateSpec(_Spec):
 class ExecutionSpec(_Spec):
     """Where work runs. Changes the speed of a run, never its result."""
 
-    runner: Literal["local"] = Field("local", description="local: supervised worker processes on this machine.")
+    runner: Literal["local", "prefect"] = Field(
+        "local",
+        description="local: supervised worker processes on this machine. prefect: every job is a flow run of its own, "
+        "on whatever machine serves the work pool deme-gpu or deme-cpu.",
+    )
+    gpu_stages: tuple[Literal["pretrained", "finetune", "reference", "search", "merged", "evaluate"], ...] = Field(
+        ("pretrained", "finetune", "search", "evaluate"),
+        description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
+    )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
 

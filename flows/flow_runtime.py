@@ -12,7 +12,8 @@ from deme_core.recipe_file import dump_recipe, flatten
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from flows.environment import make_folders
-from tasks.runtime import Runtime, Timing, use_runtime
+from tasks.remote_pool import RemotePool
+from tasks.runtime import Pool, Runtime, Timing, use_runtime
 from tasks.tracking import Tracker, check_tracking
 from tasks.worker_pool import WorkerPool, plan_slots
 
@@ -28,10 +29,14 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         StoreUnavailableError: the object store cannot be used; said before any work starts.
     """
     timing, settings, logger = Timing(), Settings(), get_run_logger()
-    pool = WorkerPool(plan_slots(recipe.execution), log=lambda line: logger.info("worker: %s", line))
+    store = open_store(settings.store_uri)
+    pool: Pool
+    if recipe.execution.runner == "prefect":
+        pool = RemotePool(recipe.execution, store)
+    else:
+        pool = WorkerPool(plan_slots(recipe.execution), log=lambda line: logger.info("worker: %s", line))
     try:
         pool.start()  # First, since the imports of the workers take longest.
-        store = open_store(settings.store_uri)
         check_access(store)
         check_tracking(settings)
         tracker = Tracker(settings, experiment=recipe.name, run_name=f"{recipe.name}-{str(flow_run.id)[:8]}")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.recipe import Recipe
@@ -13,7 +13,6 @@ from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
 from tasks.progress import Event, tell
 from tasks.tracking import Tracker
-from tasks.worker_pool import WorkerPool
 
 Record = dict[str, Any]
 
@@ -54,6 +53,19 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return covered
 
 
+class Pool(Protocol):
+    """Has jobs done somewhere: `tasks.worker_pool.WorkerPool` or `tasks.remote_pool.RemotePool`."""
+
+    def start(self) -> None:
+        """Gets ready for the first job."""
+
+    def run(self, job: Job, report: Callable[[Record], None], *, on_start: Callable[[], None]) -> JobResult:
+        """Does ``job``, reporting its progress, and returns its result."""
+
+    def close(self) -> None:
+        """Ends all jobs and takes no more."""
+
+
 @dataclass
 class Runtime:
     """What the tasks of one flow run share."""
@@ -61,7 +73,7 @@ class Runtime:
     recipe: Recipe
     settings: Settings
     artifacts: ArtifactStore
-    pool: WorkerPool
+    pool: Pool
     tracker: Tracker
     timing: Timing
 

@@ -39,6 +39,7 @@ def main() -> None:
     import torch  # Heavy; done while the parent is still busy.
 
     from deme_core.settings import Settings
+    from tasks.error_messages import error_message
     from tasks.jobs import JOBS
     from tasks.work.base import JobContext, execute
 
@@ -52,8 +53,7 @@ def main() -> None:
                 result = execute(job, context, lambda record: send(record=record))
             send(result=result.to_dict())
         except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
-            trace = traceback.format_exc()
-            send(error=type(error).__name__, message=str(error), traceback=trace, attributes=_plain(vars(error)))
+            send(**error_message(error), traceback=traceback.format_exc())
 
 
 def _lock(gpu: str | None) -> AbstractContextManager[Any]:
@@ -69,10 +69,6 @@ def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:
         requests.put(json.loads(line))
     # The parent closed the pipe or died, perhaps by SIGKILL: nobody wants what is being done here.
     os._exit(_CUT_OFF)
-
-
-def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if isinstance(value, str | int | float | tuple | list)}
 
 
 if __name__ == "__main__":

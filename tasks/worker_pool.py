@@ -16,9 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deme_core import errors
 from deme_core.errors import DemeError, InputError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
+from tasks.error_messages import job_error
 from tasks.jobs import Job, JobResult
 
 _SECONDS_TO_LEAVE = 10.0
@@ -167,7 +167,8 @@ class _Worker:
                 elif "result" in message:
                     return JobResult.from_dict(message["result"])
                 else:
-                    raise self._error(message)
+                    self._log(message["traceback"])
+                    raise job_error(message)
         except BrokenPipeError:
             pass  # The process died between two jobs; its exit status tells how.
         raise WorkerDiedError(
@@ -190,16 +191,6 @@ class _Worker:
         assert process.stderr is not None
         for line in process.stderr:
             self._log(line.rstrip("\n"))
-
-    def _error(self, message: dict[str, Any]) -> DemeError:
-        self._log(message["traceback"])
-        error_class = getattr(errors, message["error"], None)
-        if not (isinstance(error_class, type) and issubclass(error_class, DemeError)):
-            return DemeError(f"{message['error']}: {message['message']}")
-        error = error_class.__new__(error_class)
-        Exception.__init__(error, message["message"])
-        vars(error).update(message["attributes"])
-        return error
 
 
 def _ending(status: int) -> str:
