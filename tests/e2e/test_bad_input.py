@@ -31,7 +31,7 @@ def _refused(done: Any, *words: str) -> None:
             ["run", "digits", "--set", "finetune.global_sampling_probability=1.5"],
             ["global_sampling_probability", "1.5"],
         ),
-        (["run", "digits", "--set", "merge={weights: [0.5, 0.5]}"], ["2", "4"]),
+        (["run", "digits", "--set", "merge={weights: [0.5, 0.5, 0.5]}"], ["2", "3"]),
         (["merge", "--pretrained", "nowhere", "--expert", "e", "--weights", "1", "--out", "o"], ["nowhere"]),
         (["generate", "nowhere", "--out", "o"], ["nowhere"]),
     ],
