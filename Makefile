@@ -1,4 +1,4 @@
-# make install | demo | down | test | lint | types | lock
+# make install | demo | down | test | test-compose | lint | types | lock
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test lint types check lock clean
+.PHONY: install demo down test test-compose lint types check lock clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ down:
 
 test: install
 	$(BIN)/python -m pytest
+
+# docker-compose.yml on a real engine (needs root, and debootstrap where no registry can be reached); some ten minutes.
+test-compose: install
+	$(BIN)/python -m pytest tests/compose
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,8 +21,12 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # As much as cp writes at once: larger writes make the kernel look for huge pages, which a virtual machine may have
@@ -79,7 +83,9 @@ class Checkpoint:
         infos = {}
         for name in self:
             piece = self._handles[name].get_slice(name)
-            infos[name] = TensorInfo(tuple(piece.get_shape()), _DTYPES[piece.get_dtype()])
+            if (dtype := _DTYPES.get(piece.get_dtype())) is None:
+                raise ModelFolderError(f"Tensor {name} is of type {piece.get_dtype()}, which DeMe does not merge.")
+            infos[name] = TensorInfo(tuple(piece.get_shape()), dtype)
         return infos
 
     def tensors(self) -> dict[str, torch.Tensor]:

@@ -5,12 +5,23 @@ failure of the run (exit code 1). Every message is one sentence that names the c
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class DemeError(Exception):
     """A failure that DeMe foresaw."""
 
     exit_code = 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickles what was said, whatever the arguments of a child's constructor: errors cross processes."""
+        return _rebuild, (type(self), self.args, self.__dict__)
+
+
+def _rebuild(kind: type[DemeError], arguments: tuple[Any, ...], attributes: dict[str, Any]) -> DemeError:
+    error = kind.__new__(kind, *arguments)
+    error.__dict__.update(attributes)
+    return error
 
 
 class InputError(DemeError, ValueError):

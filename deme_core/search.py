@@ -37,7 +37,8 @@ def search_weights(
         values = spec.values if num_weights > 1 else control_values(spec.values, num_segments)
         yield from grid_search(objective, values, num_weights=num_weights)
     else:
-        start = spec.initial_weight if spec.initial_weight is not None and num_weights > 1 else 1.0 / num_weights
+        is_control = num_weights == 1 < num_segments
+        start = 1.0 / num_weights if spec.initial_weight is None or is_control else spec.initial_weight
         yield from coordinate_search(
             objective,
             (start,) * num_weights,
@@ -66,7 +67,7 @@ def grid_search(objective: Objective, values: Sequence[float], *, num_weights: i
     """Yields every combination of ``values``, the pretrained model first: the paper's search."""
     zero = (0.0,) * num_weights
     yield Candidate(zero, objective(zero))
-    for weights in itertools.product(values, repeat=num_weights):
+    for weights in itertools.product(dict.fromkeys(values), repeat=num_weights):
         if any(weights):
             yield Candidate(weights, objective(weights))
 

@@ -26,6 +26,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(stack_app)
 
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")]
+ModelArgument = Annotated[str, typer.Argument(help="A diffusers folder, an object-store URI, or a hub id.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, e.g. finetune.num_steps=50. Repeatable.")
 ]
@@ -41,7 +42,7 @@ def run(
     """Decouple, merge and compare: the whole method on one recipe."""
     from flows.report_text import print_report
 
-    report = _run_flow("flows.decouple_then_merge:deme", recipe, set_ or [], verbose=verbose)
+    report = _run_flow("flows.decouple_then_merge:deme", recipe, set_, verbose=verbose)
     if json_:
         print(json.dumps(report))  # noqa: T201
     else:
@@ -53,14 +54,53 @@ def pretrain(
     recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
 ) -> None:
     """Train the pretrained model of a recipe into the object store, for those who bring none."""
-    report = _run_flow("flows.pretrain:pretrain", recipe, set_ or [], verbose=verbose)
+    report = _run_flow("flows.pretrain:pretrain", recipe, set_, verbose=verbose)
     if json_:
         print(json.dumps(report))  # noqa: T201
     else:
         Console().print(f"pretrained model  {report['uri']}", highlight=False, soft_wrap=True)
 
 
-def _run_flow(path: str, recipe: str, overrides: list[str], *, verbose: bool) -> dict[str, Any]:
+@app.command(epilog="Example: deme evaluate s3://bucket/my-model --recipe digits")
+def evaluate(
+    model: ModelArgument,
+    recipe: Annotated[str, typer.Option(help="The recipe whose evaluation is used.")] = "digits",
+    set_: SetOption = None,
+    json_: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Score any model under a recipe's evaluation."""
+    from flows.report_text import print_scores
+
+    report = _run_flow("flows.evaluate:evaluate", recipe, set_, verbose=verbose, model=model)
+    if json_:
+        print(json.dumps(report))  # noqa: T201
+    else:
+        print_scores(report, Console())
+
+
+@app.command(epilog="Example: deme compare 3f2a9c41 b07d5512")
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="MLflow run ids or their beginnings; the first is the baseline.")],
+    json_: JsonOption = False,
+) -> None:
+    """Put several runs in one table, if they were evaluated alike."""
+    from flows.environment import make_folders
+
+    make_folders()
+    from flows.report_text import print_comparison
+    from tasks.comparison import compare_reports
+
+    table = compare_reports(runs)
+    if json_:
+        print(json.dumps(table))  # noqa: T201
+    else:
+        print_comparison(table, Console())
+
+
+def _run_flow(
+    path: str, recipe: str, overrides: list[str] | None, *, verbose: bool, **parameters: str
+) -> dict[str, Any]:
     from importlib import import_module
 
     from deme_core.recipe_file import load_recipe
@@ -69,7 +109,7 @@ def _run_flow(path: str, recipe: str, overrides: list[str], *, verbose: bool) ->
     from flows.environment import make_folders
 
     # What is wrong with the recipe or the store is said at once, before anything starts.
-    load_recipe(recipe, overrides)
+    load_recipe(recipe, overrides or [])
     check_access(open_store(Settings().store_uri))
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
@@ -80,7 +120,7 @@ def _run_flow(path: str, recipe: str, overrides: list[str], *, verbose: bool) ->
         flow = getattr(import_module(module), name)
         from flows.progress_display import ProgressDisplay
     with ProgressDisplay(console):
-        result: dict[str, Any] = flow(recipe, overrides)
+        result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
     return result
 
 
@@ -112,7 +152,7 @@ def merge(
 
 @app.command(epilog="Example: deme generate merged-model --num-images 64 --out images")
 def generate(
-    model: Annotated[str, typer.Argument(help="A diffusers folder, an object-store URI, or a hub id.")],
+    model: ModelArgument,
     out: OutOption,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images.")] = 0,

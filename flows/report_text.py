@@ -37,6 +37,22 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
+def print_scores(report: dict[str, Any], console: Console) -> None:
+    """Prints the scores of one model."""
+    console.print(_table(report))
+    lines = [f"run            {report['mlflow_run_id']}", f"fingerprint    {report['fingerprint']}"]
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
+    """Prints runs side by side."""
+    columns = list(next(iter(rows.values())))
+    table = Table("run", *columns, title="mean and 95 % interval, lower is better", title_justify="left")
+    for run, row in rows.items():
+        table.add_row(run[:8], *row.values())
+    console.print(table)
+
+
 def _registration(registry: dict[str, Any]) -> str:
     version = f" version {registry['version']}" if registry["version"] else ""
     return f"{registry['model']}{version}, {registry['decision']}: {registry['reason']}"
@@ -50,7 +66,7 @@ def mlflow_command(settings: Settings) -> str:
 
 
 def _table(report: dict[str, Any]) -> Table:
-    metrics = list(report["rows"]["merged"])
+    metrics = list(next(iter(report["rows"].values())))
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
     title = f"{report['recipe']}: {counts}; mean and 95 % interval, lower is better"
     table = Table(title=title, title_justify="left")

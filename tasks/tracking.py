@@ -134,12 +134,13 @@ def find_tag(settings: Settings, tag: str, run: str | None) -> str:
 
 
 def find_report(settings: Settings, *, run: str | None = None, flow_run: str | None = None) -> dict[str, Any]:
-    """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest run.
+    """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest whole run.
 
     Raises:
         InputError: there is no such run, or more than one.
     """
-    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else "tags.`deme.merged.uri` != ''"
+    newest = "tags.`deme.merged.uri` != ''" if run is None else "tags.`deme.fingerprint` != ''"
+    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
     found = _find_run(settings, query, run)
     with tempfile.TemporaryDirectory() as folder:
         path = MlflowClient(settings.tracking_uri).download_artifacts(found.info.run_id, "report.json", folder)

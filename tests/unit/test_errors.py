@@ -1,4 +1,5 @@
 import inspect
+import pickle
 
 import pytest
 
@@ -24,3 +25,11 @@ def test_a_non_finite_loss_names_run_step_and_mend() -> None:
     error = NonFiniteLossError("segment 2 [500, 750)", 17)
     assert (error.run, error.global_step) == ("segment 2 [500, 750)", 17)
     assert "segment 2 [500, 750) is not finite at step 17; lower finetune.learning_rate" in str(error)
+
+
+@pytest.mark.parametrize(
+    "error", [NonFiniteLossError("segment 2", 17), IncompatibleCheckpointsError("a", reference="b", missing=["c"])]
+)
+def test_errors_cross_processes(error: DemeError) -> None:
+    back = pickle.loads(pickle.dumps(error))
+    assert (type(back), str(back), vars(back)) == (type(error), str(error), vars(error))

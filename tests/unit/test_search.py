@@ -39,7 +39,7 @@ def quadratic(optimum: Weights, *, curvature: float = 1.0, coupling: float = 0.0
 
 
 @pytest.mark.parametrize("num_weights", [1, 2, 3])
-@pytest.mark.parametrize("values", [(0.0, 0.25, 0.5), (0.25, 0.5), (1.0,)])
+@pytest.mark.parametrize("values", [(0.0, 0.25, 0.5), (0.25, 0.5), (0.5, 0.25, 0.5), (1.0,)])
 def test_a_grid_visits_all_combinations_once_and_the_pretrained_model_first(
     values: tuple[float, ...], num_weights: int
 ) -> None:
@@ -176,6 +176,11 @@ def test_a_coordinate_search_starts_where_the_recipe_says_and_the_control_at_one
     spec = SearchSpec(initial_weight=initial_weight)
     search = search_weights(quadratic((0.5,) * num_weights), spec, num_weights=num_weights, num_segments=4)
     assert [next(search).weights for _ in range(2)] == [(0.0,) * num_weights, start]
+
+
+def test_a_single_segment_starts_where_the_recipe_says_too() -> None:
+    search = search_weights(quadratic((0.5,)), SearchSpec(initial_weight=0.7), num_weights=1, num_segments=1)
+    assert [next(search).weights for _ in range(2)] == [(0.0,), (0.7,)]
 
 
 def test_the_best_candidate_is_the_earliest_of_the_lowest() -> None:
