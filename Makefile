@@ -35,7 +35,7 @@ down:
 	$(BIN)/deme down
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # docker-compose.yml on a real engine (needs root, and debootstrap where no registry can be reached); some ten minutes.
 test-compose: install

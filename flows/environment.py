@@ -12,6 +12,9 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    # MLflow's files are small and go through its server: the object store behind it may have another name for us.
+    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # A two-core machine that is busy takes longer than the default 20 seconds.

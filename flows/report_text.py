@@ -1,5 +1,6 @@
 """The report in the terminal: the table of the rows, the verdict, and where everything lies."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -29,8 +30,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"merged model   {report['merged']['uri']}",
         f"registry       {_registration(report['registry'])}",
         f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
-        f"pictures       {report['figures']['samples']}",
-        f"               {report['figures']['losses']}",
+        *_pictures(report),
         f"compare runs   {mlflow_command(Settings())}",
         f"took           {_duration(report['seconds'])}",
     ]
@@ -51,6 +51,13 @@ def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     for run, row in rows.items():
         table.add_row(run[:8], *row.values())
     console.print(table)
+
+
+def _pictures(report: dict[str, Any]) -> list[str]:
+    here = [path for path in report["figures"].values() if Path(path).exists()]
+    if not here:  # Another machine drew them.
+        return [f"pictures       artifacts of MLflow run {report['mlflow_run_id']}"]
+    return [f"{'' if i else 'pictures':<15}{path}" for i, path in enumerate(here)]
 
 
 def _registration(registry: dict[str, Any]) -> str:

@@ -53,7 +53,8 @@ def register(settings: Settings, report: Mapping[str, Any], *, source: str, metr
         client.set_registered_model_alias(name, CHAMPION, version.version)
     for key, value in {"deme.decision": decision, "deme.reason": reason}.items():
         client.set_model_version_tag(name, version.version, key, value)
-    return Registration(name, version.version, decision, reason)
+    # A database gives a number, a server text.
+    return Registration(name, str(version.version), decision, reason)
 
 
 def _find_version(client: MlflowClient, name: str, report: Mapping[str, Any]) -> ModelVersion | None:
@@ -101,7 +102,7 @@ def _decide(
         if verdict == "better":
             return "promoted", "there was no champion, and it is better than its pretrained model"
         return "kept", f"there is no champion, and against its pretrained model it is {verdict}"
-    if champion.version == version.version:
+    if str(champion.version) == str(version.version):
         return "promoted", "it is the champion already"
     if champion.tags.get("deme.fingerprint") != report["fingerprint"]:
         return (

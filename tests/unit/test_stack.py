@@ -1,0 +1,131 @@
+"""The parts of the local stack that need no server: ports, credentials, processes, state."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deme_core.errors import DemeError, InputError
+from flows.stack.credentials import load_credentials
+from flows.stack.ports import NAMES, choose_ports, is_free
+from flows.stack.processes import STACK_VARIABLE, find_started_by, start_detached, stop_tree, who_listens
+from flows.stack.stack import Stack
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield listener.getsockname()[1]
+
+
+def test_every_service_has_a_free_port_of_its_own() -> None:
+    ports = choose_ports({}, {})
+    assert set(ports) == set(NAMES)
+    assert len(set(ports.values())) == len(NAMES)
+    assert all(is_free(port, name) for name, port in ports.items())
+
+
+def test_ports_stay_as_they_were() -> None:
+    ports = choose_ports({}, {})
+    assert choose_ports({}, ports) == ports
+
+
+def test_a_port_that_was_taken_since_is_replaced(taken_port: int) -> None:
+    assert choose_ports({}, {"mlflow": taken_port})["mlflow"] != taken_port
+
+
+def test_a_port_asked_for_and_taken_names_who_has_it(taken_port: int) -> None:
+    with pytest.raises(InputError, match=rf"Port {taken_port} for mlflow is taken by .*{os.getpid()}"):
+        choose_ports({"mlflow": taken_port}, {})
+
+
+def test_a_service_that_runs_keeps_its_port(taken_port: int) -> None:
+    assert choose_ports({}, {"mlflow": taken_port}, ["mlflow"])["mlflow"] == taken_port
+    with pytest.raises(InputError, match="`deme down` first"):
+        choose_ports({"mlflow": taken_port + 1}, {"mlflow": taken_port}, ["mlflow"])
+
+
+def test_an_s3_port_needs_its_grpc_port_too(taken_port: int) -> None:
+    if taken_port > 20_000:
+        assert not is_free(taken_port - 10_000, "s3")
+    assert not is_free(taken_port, "mlflow")
+
+
+def test_credentials_are_made_once_and_are_private(tmp_path: Path) -> None:
+    path = tmp_path / "stack" / "credentials.json"
+    first = load_credentials(path)
+    assert load_credentials(path) == first
+    assert load_credentials(tmp_path / "other.json") != first
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(first.secret_key) >= 32
+    assert first.secret_key not in repr(first)
+
+
+def test_a_process_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
+    sleep = "import time; time.sleep(60)"
+    script = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', '{sleep}']); {sleep}"
+    environment = os.environ | {STACK_VARIABLE: str(tmp_path)}
+    record, _ = start_detached(
+        [sys.executable, "-c", script], environment=environment, folder=tmp_path, log=tmp_path / "logs" / "x.log"
+    )
+    process = record.find()
+    assert process is not None
+    while len(family := find_started_by(str(tmp_path))) < 2:
+        assert process.is_running()
+    stop_tree(process, seconds=5)
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert record.find() is None
+
+
+def test_a_pid_that_was_given_to_another_process_is_not_ours(tmp_path: Path) -> None:
+    created = psutil.Process().create_time()
+    record, process = start_detached(
+        [sys.executable, "-c", "input()"], environment=os.environ, folder=tmp_path, log=tmp_path / "log"
+    )
+    process.wait()
+    assert record.find() is None
+    assert replace(record, pid=os.getpid(), created=created).find() is not None
+    assert replace(record, pid=os.getpid(), created=created - 3600).find() is None
+
+
+def test_who_listens_is_told_by_name_and_pid(taken_port: int) -> None:
+    found = who_listens(taken_port)
+    assert found is not None
+    assert f"(pid {os.getpid()})" in found
+
+
+def test_nothing_was_started_yet(tmp_path: Path) -> None:
+    stack = Stack(tmp_path)
+    assert {service.state for service in stack.status()} == {"stopped"}
+    assert stack.down() == []
+    with pytest.raises(InputError, match="`deme up` starts one"):
+        stack.layout()
+
+
+def test_a_service_whose_pid_is_gone_has_died(tmp_path: Path) -> None:
+    entry = {"pid": os.getpid(), "created": 0.0, "since": "2026-01-01T00:00:00+00:00", "url": "http://127.0.0.1:1"}
+    state = {"ports": choose_ports({}, {}), "services": {"mlflow": entry}}
+    folder = tmp_path / "stack"
+    (folder / "logs").mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "logs" / "mlflow.log").write_text("starting\nOut of memory\n\n")
+    mlflow = next(service for service in Stack(tmp_path).status() if service.name == "mlflow")
+    assert mlflow.state == "died"
+    assert mlflow.problem
+    assert "Out of memory" in mlflow.problem
+    assert "`deme up`" in mlflow.problem
+
+
+def test_a_damaged_state_is_said(tmp_path: Path) -> None:
+    (tmp_path / "stack").mkdir()
+    (tmp_path / "stack" / "state.json").write_text("{")
+    with pytest.raises(DemeError, match=r"state\.json is damaged"):
+        Stack(tmp_path).status()
