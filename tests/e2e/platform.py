@@ -29,6 +29,11 @@ class Platform:
     def environment(self) -> dict[str, str]:
         return self.deme.environment | self.variables
 
+    def pid(self, service: str) -> int:
+        """Returns the process id of a service of the stack."""
+        pid: int = json.loads(self.deme.run("status", "--json").stdout)[service]["pid"]
+        return pid
+
     def api(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
         answer = httpx.request(method, f"{self.variables['PREFECT_API_URL']}/{path}", json=content, timeout=30)
         return answer.raise_for_status().json()

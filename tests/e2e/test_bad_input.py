@@ -9,9 +9,6 @@ from PIL import Image
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 
-# Tests that share fixtures stay in one process.
-pytestmark = pytest.mark.xdist_group("run")
-
 
 def _refused(done: Any, *words: str) -> None:
     assert done.returncode == 2, (done.returncode, done.stderr)

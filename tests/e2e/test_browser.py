@@ -14,9 +14,6 @@ from selenium.webdriver.common.by import By
 
 from tests.e2e.platform import Platform
 
-# Tests that share fixtures stay in one process.
-pytestmark = pytest.mark.xdist_group("platform")
-
 ARGUMENTS = """
     --headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --window-size=1500,1500

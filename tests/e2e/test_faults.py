@@ -5,13 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
-
-# Tests that share fixtures stay in one process.
-pytestmark = pytest.mark.xdist_group("run")
 
 
 def test_killed_worker_and_killed_run_end_with_the_same_model(

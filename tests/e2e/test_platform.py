@@ -11,15 +11,11 @@ from typing import Any
 
 import httpx
 import psutil
-import pytest
 from mlflow import MlflowClient
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 from tests.e2e.platform import FINAL, Platform, belongs
-
-# Tests that share fixtures stay in one process.
-pytestmark = pytest.mark.xdist_group("platform")
 
 METRIC = "fd_efficientnet_lite0"
 

@@ -5,15 +5,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
-
-# Tests that share fixtures stay in one process.
-pytestmark = pytest.mark.xdist_group("run")
 
 ROWS = {"pretrained", "finetuned", "ensemble", "merged"}
 VERDICTS = {"better", "worse", "too close to call"}

@@ -5,14 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import pytest
 
 from tests.e2e.conftest import WriteRecipe
 from tests.e2e.platform import FINAL, Platform
 from tests.tiny_models import randomize, tiny_unet, write_tiny_folder
-
-# Tests that share fixtures stay in one process.
-pytestmark = pytest.mark.xdist_group("platform")
 
 
 def upload(platform: Platform, folder: Path, prefix: str) -> None:

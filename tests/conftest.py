@@ -1,0 +1,27 @@
+"""Which tests share a process when they run side by side (`make test`)."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+# Files that share a running stack, or the artifacts of one run.
+_SHARED = {
+    "test_platform.py": "stack",
+    "test_browser.py": "stack",
+    "test_watch.py": "stack",
+    "test_run.py": "run",
+    "test_faults.py": "run",
+    "test_bad_input.py": "run",
+}
+
+
+class _ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return _SHARED.get(PurePosixPath(file).name, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)

@@ -1,0 +1,79 @@
+"""`kill -9` of each service in the middle of a run, and of all of them: `make test-faults`, some ten minutes.
+
+Each time: what is whole stays, nothing is Running for ever, and the next run ends with the very weights of an
+undisturbed one, computing only what was missing.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.e2e.command_line import CommandLine
+from tests.e2e.conftest import WriteRecipe, platform, write_recipe
+from tests.e2e.platform import FINAL, Platform
+
+__all__ = ["platform", "write_recipe"]
+
+pytestmark = pytest.mark.timeout(900)
+_TASK = "finetune segment 1 [500, 1000)"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandLine]:
+    """A state folder of its own, in which the same recipes run without faults."""
+    yield CommandLine(tmp_path_factory.mktemp("undisturbed"))
+
+
+def _recipe(write_recipe: WriteRecipe, seed: int) -> str:
+    finetune = {"num_steps": 150, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 25, "seed": seed}
+    return write_recipe(finetune=finetune)
+
+
+def _kill(victim: str, process: psutil.Process) -> None:
+    # Servers are families; a worker's and a flow's children must be able to lose their parent.
+    children = [] if victim in ("worker", "flow") else process.children(recursive=True)
+    for member in (process, *children):
+        member.send_signal(signal.SIGKILL)
+    psutil.wait_procs([process, *children], timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("seed", "victims"),
+    [
+        (101, ["mlflow"]),
+        (102, ["s3"]),
+        (103, ["prefect"]),
+        (104, ["worker"]),
+        (105, ["worker", "flow"]),
+        (106, ["worker", "flow", "mlflow", "prefect", "s3"]),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_killed_loses_nothing(
+    platform: Platform, undisturbed: CommandLine, write_recipe: WriteRecipe, seed: int, victims: list[str]
+) -> None:
+    recipe = _recipe(write_recipe, seed)
+    expected = undisturbed.report("run", recipe)
+    flow_run = platform.start(recipe)
+    engine = platform.wait_for_work(flow_run, _TASK)
+    doomed = {name: engine if name == "flow" else psutil.Process(platform.pid(name)) for name in victims}
+    for name, process in doomed.items():
+        _kill(name, process)
+
+    time.sleep(5)
+    assert platform.deme.run("up").returncode == 0
+    # Two minutes without heartbeat, and what a server that has just started needs to notice.
+    state = platform.wait(flow_run, lambda state: state["type"] in FINAL, seconds=400)
+    assert state["type"] in ("COMPLETED", "FAILED", "CRASHED"), state
+    report = platform.report(recipe)
+    assert report["merged"]["weights_digest"] == expected["merged"]["weights_digest"]
+    assert report["rows"] == expected["rows"]
+    assert _orphans(flow_run, platform) == []
+
+
+def _orphans(flow_run: str, platform: Platform) -> list[Any]:
+    return [process for process in platform.processes(flow_run) if process.is_running()]
