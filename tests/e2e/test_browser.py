@@ -43,16 +43,19 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.5)
 
 
+def click(browser: webdriver.Chrome, path: str, what: str) -> None:
+    # By script: the element may lie outside of the window.
+    wait_until(lambda: bool(browser.find_elements(By.XPATH, path)), what)
+    browser.execute_script("arguments[0].click()", browser.find_element(By.XPATH, path))
+
+
 def test_prefect_shows_the_table_on_the_page_of_the_run(
     browser: webdriver.Chrome, platform: Platform, full_report: dict[str, Any]
 ) -> None:
     server = platform.variables["PREFECT_API_URL"].removesuffix("/api")
     browser.get(f"{server}/runs/flow-run/{full_report['flow_run_id']}")
-    tab = "//li[normalize-space(.)='Artifacts']"
-    wait_until(lambda: bool(browser.find_elements(By.XPATH, tab)), "the page has no tab for artifacts")
-    browser.find_element(By.XPATH, tab).click()
-    wait_until(lambda: "toy-rows" in browser.page_source, "the table is not there")
-    browser.find_element(By.XPATH, "//*[text()='toy-rows']").click()
+    click(browser, "//li[normalize-space(.)='Artifacts']", "the page has no tab for artifacts")
+    click(browser, "//*[text()='toy-rows']", "the table is not there")
     wait_until(lambda: all(row in browser.page_source for row in full_report["rows"]), "the table misses rows")
 
 
@@ -65,5 +68,7 @@ def test_mlflow_compares_two_runs(
     browser.get(f"{server}/#/compare-runs?{query}")
     wanted = [*runs, *(f"fd_efficientnet_lite0/{row}" for row in full_report["rows"])]
     wait_until(lambda: all(text in browser.page_source for text in wanted), "runs or metrics are missing")
-    browser.get(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
-    wait_until(lambda: "samples" in browser.page_source, "the pictures are not among the charts")
+    click(browser, "//*[text()='samples.png']", "the artifacts are not there")
+    images = "[...document.images].filter(i => i.src.startsWith('blob:') && i.naturalWidth > 100)"
+    loaded = f"return new Set({images}.map(i => i.src)).size"
+    wait_until(lambda: browser.execute_script(loaded) == len(runs), "the pictures of both runs are not there")
