@@ -70,9 +70,10 @@ def prepare_copy(pretrained: Path, experts: Sequence[Path], weights: Sequence[fl
 
 def prepare_deme(pretrained: Path, experts: Sequence[Path], weights: Sequence[float], out: Path) -> Callable[[], None]:
     """Imports DeMe's merge and returns the call."""
+    from deme_core.recipe import MethodSpec
     from tasks.work.merge import merge_folders
 
-    return lambda: merge_folders(pretrained, list(experts), tuple(weights), out)
+    return lambda: merge_folders(pretrained, list(experts), MethodSpec(), tuple(weights), out)
 
 
 def prepare_load_all(

@@ -113,5 +113,9 @@ class TimestepHistogramError(DemeError):
     """The timesteps that were drawn contradict the settings of the run."""
 
 
+class BadExpertError(DemeError):
+    """A finetuned copy is not better than the pretrained model where it should be."""
+
+
 class WorkerDiedError(DemeError):
     """A worker process ended without finishing its job."""

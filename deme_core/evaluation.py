@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deme_core.features import FeatureExtractor
+from deme_core.extractors import FeatureExtractor
 from deme_core.generate import Denoiser, Sampling, generate
 from deme_core.metrics import Metric, Reference, score
 from deme_core.seeds import derive_seed

@@ -1,5 +1,6 @@
 """Figures: grids of generated images and loss curves, as PNG files."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+
+    from deme_core.binned_losses import RelativeLosses
 
 _SMALLEST_TILE = 32  # Pixels; smaller images are enlarged by a whole factor so that a person can see them.
 _MARGIN = 2
@@ -72,6 +75,35 @@ def save_loss_curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path:
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
+
+
+def save_heldout_losses(rows: Mapping[str, "RelativeLosses"], path: Path) -> None:
+    """Writes the change of the held-out loss against the pretrained model, by timestep, one line per row.
+
+    Args:
+        rows: by row; bands are 95 % intervals over the images.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for row, losses in rows.items():
+        middles = [(low + high) / 2 for low, high in itertools.pairwise(losses.edges)]
+        (line,) = axes.plot(middles, [100 * c.mean for c in losses.changes], label=row, **_style(row))
+        low, high = [100 * c.low for c in losses.changes], [100 * c.high for c in losses.changes]
+        if not row.startswith("segment") and all(math.isfinite(value) for value in (*low, *high)):
+            axes.fill_between(middles, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xlabel("timestep (0: least noise)")
+    axes.set_ylabel("held-out loss against pretrained, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _style(row: str) -> dict[str, Any]:
+    return {"linewidth": 1.0, "linestyle": ":"} if row.startswith("segment") else {"linewidth": 1.5}
 
 
 def _read_png(file: Path) -> Any:

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from deme_core.checkpoint import Checkpoint
-from deme_core.merge import check_experts, check_weights, merged_tensors
+from deme_core.merge import check_experts, merged_tensors
+from deme_core.merge_methods import TensorMerge
 from deme_core.model_folder import tensor_infos
 
 
@@ -14,7 +15,7 @@ class LiveMerge:
     """Holds theta_0 and the experts in memory and rewrites ``model`` for each candidate; nothing touches the disk.
 
     Args:
-        model: the pretrained model; it is changed by ``set_weights``.
+        model: the pretrained model; it is changed by ``apply``.
         experts: tensors of the experts, lowest timesteps first.
 
     Raises:
@@ -31,10 +32,14 @@ class LiveMerge:
             {f"expert {index}": tensor_infos(expert) for index, expert in enumerate(self._experts)},
         )
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the model's tensors."""
+        return list(self._pretrained)
+
     @torch.no_grad()
-    def set_weights(self, weights: Sequence[float]) -> None:
-        """Makes ``model`` the merge under ``weights``, projections folded in."""
-        check_weights(weights, num_experts=len(self._experts))
+    def apply(self, method: TensorMerge) -> None:
+        """Makes ``model`` the merge by ``method``, projections folded in."""
         state = self.model.state_dict()
-        for name, tensor in merged_tensors(self._pretrained, self._experts, weights):
+        for name, tensor in merged_tensors(self._pretrained, self._experts, method):
             state[name].copy_(tensor)

@@ -1,8 +1,4 @@
-"""Task arithmetic in weight space (Ilharco et al. 2023, arXiv 2212.04089), as DeMe uses it.
-
-theta_merged = theta_0 + sum_i w_i (theta_i - theta_0), computed as (1 - sum_i w_i) theta_0 + sum_i w_i theta_i,
-so that all w = 0 gives theta_0, and N = 1 with w = 1 gives theta_1, bit for bit.
-"""
+"""Merging in weight space: tensor by tensor from files, whatever the method (`deme_core.merge_methods`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +7,7 @@ from pathlib import Path
 import torch
 
 from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, write_tensors
-from deme_core.errors import InputError
+from deme_core.merge_methods import TensorMerge
 from deme_core.projection import fold_into, is_projection, projection_key
 
 
@@ -30,27 +26,10 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-@_one_thread()
-def merge_tensor(pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Returns pretrained + sum_i weights[i] (finetuned[i] - pretrained), in float32; inputs are not changed.
-
-    Tensors that are not floating point (counters, masks) are returned as they came.
-    """
-    if not pretrained.is_floating_point():
-        return pretrained
-    terms = [(1.0 - sum(weights), pretrained), *zip(weights, finetuned, strict=True)]
-    terms = [(weight, tensor) for weight, tensor in terms if weight != 0.0]
-    (weight, tensor), *others = terms  # Never empty: the weights of all terms sum to one.
-    merged = tensor.float() if weight == 1.0 and not others else torch.mul(tensor.float(), weight)
-    for weight, tensor in others:
-        merged.add_(tensor.float(), alpha=weight)
-    return merged
-
-
 def merged_tensors(
     pretrained: Mapping[str, torch.Tensor] | Checkpoint,
     experts: Sequence[Mapping[str, torch.Tensor] | Checkpoint],
-    weights: Sequence[float],
+    method: TensorMerge,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the merged stock tensors, float32, one at a time, with merged projections folded in.
 
@@ -58,13 +37,20 @@ def merged_tensors(
     afterwards, as the paper merges them.
     """
     for key in pretrained:
-        merged = merge_tensor(pretrained[key], [expert[key] for expert in experts], weights)
+        merged = _merge_one(method, key, pretrained[key], [expert[key] for expert in experts])
         projection = projection_key(key)
         if experts and projection in experts[0]:
             projections = [expert[projection] for expert in experts]
             identity = torch.eye(len(projections[0]), device=projections[0].device)
-            merged = fold_into(merged, merge_tensor(identity, projections, weights))
+            merged = fold_into(merged, _merge_one(method, projection, identity, projections))
         yield key, merged
+
+
+@_one_thread()
+def _merge_one(
+    method: TensorMerge, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    return method(name, pretrained, finetuned)
 
 
 def check_experts(pretrained: Mapping[str, TensorInfo], experts: Mapping[str, Mapping[str, TensorInfo]]) -> None:
@@ -90,29 +76,19 @@ def _projects(key: str, info: TensorInfo, pretrained: Mapping[str, TensorInfo]) 
 
 
 def merge_checkpoints(
-    pretrained: Checkpoint, experts: Mapping[str, Checkpoint], weights: Sequence[float], path: Path
+    pretrained: Checkpoint, experts: Mapping[str, Checkpoint], method: TensorMerge, path: Path
 ) -> None:
     """Writes the merge of ``experts`` as a safetensors file with the pretrained model's names and dtypes.
 
     Args:
         pretrained: theta_0.
         experts: theta_1 … theta_N by name, lowest timesteps first.
-        weights: w_1 … w_N.
+        method: combines them.
         path: the file to write.
 
     Raises:
-        InputError: there are not as many weights as experts, or one is not finite.
         IncompatibleCheckpointsError: the tensors do not match.
     """
-    check_weights(weights, num_experts=len(experts))
     check_experts(pretrained.infos, {name: expert.infos for name, expert in experts.items()})
     infos = {key: pretrained.infos[key] for key in pretrained}
-    write_tensors(path, infos, merged_tensors(pretrained, list(experts.values()), weights))
-
-
-def check_weights(weights: Sequence[float], *, num_experts: int) -> None:
-    """Raises InputError unless there is one finite weight per expert."""
-    if len(weights) != num_experts:
-        raise InputError(f"{len(weights)} merge weights were given for {num_experts} experts; give one for each.")
-    if not all(torch.tensor(list(weights), dtype=torch.float64).isfinite()):
-        raise InputError(f"Merge weights must be finite numbers, not {list(weights)}.")
+    write_tensors(path, infos, merged_tensors(pretrained, list(experts.values()), method))

@@ -1,10 +1,11 @@
-"""Fréchet and kernel distance between the features of generated and of real images.
+"""Fréchet and kernel distance, precision and recall, from the features of generated and of real images.
 
 Scores are comparable only among rows with equal counts of images and one extractor; `metric_name` keeps the
 scales of different extractors apart.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,24 +16,23 @@ import numpy as np
 import numpy.typing as npt
 
 from deme_core.errors import ArtifactNotFoundError, InputError
+from deme_core.precision_recall import precision_recall
 
-Metric = Literal["fid", "kid"]
+Metric = Literal["fid", "kid", "precision", "recall"]
 Features = npt.NDArray[np.floating[Any]]
 Float64Array = npt.NDArray[np.float64]
 
 REFERENCE_FILE = "reference.safetensors"
 _METADATA_KEY = "deme"  # one key only: safetensors does not keep the order of several, and so not the bytes
-_NAMES = {
-    "inception": {"fid": "fid", "kid": "kid"},
-    "efficientnet_lite0": {"fid": "fd_efficientnet_lite0", "kid": "kd_efficientnet_lite0"},
-}
+_EXTRACTORS = ("inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32")
+_PREFIXES: dict[str, str] = {"fid": "fd", "kid": "kd", "precision": "precision", "recall": "recall"}
 
 
 def metric_name(metric: Metric, extractor_name: str) -> str:
     """Name a score is reported under: 'fid' and 'kid' belong to the Inception features alone.
 
     Args:
-        metric: 'fid' (Fréchet distance) or 'kid' (kernel distance).
+        metric: 'fid' (Fréchet distance), 'kid' (kernel distance), 'precision' or 'recall' (Kynkäänniemi et al. 2019).
         extractor_name: name of a feature extractor.
 
     Returns:
@@ -41,10 +41,14 @@ def metric_name(metric: Metric, extractor_name: str) -> str:
     Raises:
         ValueError: for an unknown metric or extractor.
     """
-    try:
-        return _NAMES[extractor_name][metric]
-    except KeyError:
-        raise ValueError(f"There is no metric {metric!r} of extractor {extractor_name!r}.") from None
+    if metric not in _PREFIXES or extractor_name not in _EXTRACTORS:
+        raise ValueError(f"There is no metric {metric!r} of extractor {extractor_name!r}.")
+    return metric if extractor_name == "inception" else f"{_PREFIXES[metric]}_{extractor_name}"
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether a metric, called as `metric_name` does, grows as images get better; distances fall."""
+    return name.startswith(("precision", "recall"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,13 +225,18 @@ def score(
         kid_seed: seed of those subsets: one constant for all that is compared.
 
     Returns:
-        Scores by `metric_name`, in the order of metrics; lower is better.
+        Scores by `metric_name`, in the order of metrics; see `higher_is_better`.
     """
     scores: dict[str, float] = {}
+    shares = (
+        precision_recall(features, reference.features) if {"precision", "recall"} & set(metrics) else (math.nan,) * 2
+    )
     for metric in metrics:
         name = metric_name(metric, reference.extractor_name)
         if metric == "fid":
             scores[name] = frechet_distance_to(reference, features)
+        elif metric in ("precision", "recall"):
+            scores[name] = shares[metric == "recall"]
         else:
             scores[name] = kernel_distance(features, reference.features, subset_size=kid_subset_size, seed=kid_seed)
     return scores

@@ -98,6 +98,9 @@ class DatasetSpec(_Spec):
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
     random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
+    num_heldout_images: int | None = Field(
+        None, ge=1, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
+    )
     skip_broken: bool = Field(
         False, description="Leave out images that cannot be decoded; otherwise they are an error."
     )
@@ -137,15 +140,22 @@ class SegmentsSpec(_Spec):
 class SearchSpec(_Spec):
     """How merge weights are searched; the control's scale is searched the same way (METHOD section 5.1)."""
 
-    strategy: Literal["grid", "coordinate"] = Field(
-        "coordinate", description="Every combination of values, or one weight at a time around the best so far."
+    strategy: Literal["grid", "coordinate", "quadratic", "tpe", "cma_es"] = Field(
+        "coordinate",
+        description="Every combination of values; one weight at a time around the best so far; a quadratic fit of the "
+        "held-out loss and a few scores along the line to its minimum; Optuna's TPE or CMA-ES, started from that fit.",
     )
     values: tuple[float, ...] = Field(
         (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
     )
     initial_weight: float | None = Field(
-        None, description="coordinate: where every weight starts; default 1/N, control 1."
+        None, gt=0, description="Where every weight starts, and the step of the fit; default 1/N, control 1."
     )
+    max_weight: float = Field(2.0, gt=0, description="quadratic, tpe, cma_es: no weight is tried beyond it.")
+    few_steps: int | None = Field(
+        None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."
+    )
+    survivors: float = Field(0.25, gt=0, le=1, description="few_steps: share of the candidates scored in full.")
     step_size: float = Field(0.25, gt=0, description="coordinate: first step, halved when no step helps.")
     max_candidates: int = Field(24, ge=2, description="Score at most so many candidates (of each search).")
     num_images: int = Field(500, ge=2, description="Images generated per candidate and seed.")
@@ -157,16 +167,41 @@ class SearchSpec(_Spec):
     )
 
 
-class MergeSpec(_Spec):
-    """How the copies become one model (METHOD section 2)."""
+class MethodSpec(_Spec):
+    """How task vectors are combined (METHOD section 2)."""
 
-    method: Literal["task_arithmetic"] = Field("task_arithmetic", description="theta_0 + sum of w_i tau_i.")
-    weights: tuple[float, ...] | None = Field(None, description="Fixed merge weights, lowest timesteps first.")
+    method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average"] = Field(
+        "task_arithmetic",
+        description="theta_0 + sum of w_i tau_i; with one weight per segment and UNet level; trimmed and with elected "
+        "signs (TIES); with random entries dropped (DARE); or the plain mean of the copies.",
+    )
+    density: float = Field(0.2, gt=0, le=1, description="ties: share of each task vector's entries that is kept.")
+    drop_rate: float = Field(0.5, ge=0, lt=1, description="dare: share of each task vector's entries that is dropped.")
+    seed: int = Field(0, ge=0, description="dare: decides which entries are dropped.")
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides the result of this method."""
+        own = {"ties": ["density"], "dare": ["drop_rate", "seed"]}.get(self.method, [])
+        return {"method": self.method} | {name: getattr(self, name) for name in own}
+
+
+class MergeSpec(MethodSpec):
+    """How the copies become one model, and which weights they get."""
+
+    weights: tuple[float, ...] | None = Field(
+        None, description="Fixed merge weights, lowest timesteps first; block_weights takes one for each copy."
+    )
     search: SearchSpec | None = Field(None, description="Search the weights instead.")
+    on_bad_expert: Literal["drop", "keep", "fail"] = Field(
+        "drop", description="What to do with a copy that is no better than the pretrained model on its own segment."
+    )
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
-        if (self.weights is None) == (self.search is None):
+        if self.method == "average":
+            if self.weights is not None or self.search is not None:
+                raise ValueError("method 'average' takes neither weights nor search")
+        elif (self.weights is None) == (self.search is None):
             raise ValueError("give either weights or search")
         return self
 
@@ -185,7 +220,9 @@ class EvaluateSpec(_Spec):
         None, description="Spacing of the sampling timesteps; default the model's own scheduler config."
     )
     batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
-    extractor: Literal["inception", "efficientnet_lite0"] = Field("inception", description="Feature extractor.")
+    extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
+        "inception", description="Feature extractor; distances are named after it."
+    )
     extractor_weights: str | None = Field(
         None, description="Path or object-store URI of the extractor's weights; default the library's own."
     )
@@ -194,7 +231,9 @@ class EvaluateSpec(_Spec):
         ge=32,
         description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299.",
     )
-    metrics: tuple[Literal["fid", "kid"], ...] = Field(("fid", "kid"), min_length=1, description="What is computed.")
+    metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = Field(
+        ("fid", "kid"), min_length=1, description="What is computed; the first is searched and decides the verdict."
+    )
     kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images in the reference; default all that the search does not set aside."
@@ -206,6 +245,8 @@ class EvaluateSpec(_Spec):
             raise ValueError("seeds must differ from one another")
         if len(set(self.metrics)) != len(self.metrics):
             raise ValueError("metrics must differ from one another")
+        if self.metrics[0] not in ("fid", "kid"):
+            raise ValueError("metrics must begin with fid or kid: neither precision nor recall decides alone")
         if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
             raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
         return self
@@ -219,8 +260,10 @@ class ExecutionSpec(_Spec):
         description="local: supervised worker processes on this machine. prefect: every job is a flow run of its own, "
         "on whatever machine serves the work pool deme-gpu or deme-cpu.",
     )
-    gpu_stages: tuple[Literal["pretrained", "finetune", "reference", "search", "merged", "evaluate"], ...] = Field(
-        ("pretrained", "finetune", "search", "evaluate"),
+    gpu_stages: tuple[
+        Literal["pretrained", "finetune", "reference", "heldout", "search", "merged", "evaluate"], ...
+    ] = Field(
+        ("pretrained", "finetune", "heldout", "search", "evaluate"),
         description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")

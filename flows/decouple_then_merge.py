@@ -8,15 +8,17 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.binned_losses import bin_edges
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
 from flows.flow_runtime import flow_runtime
+from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
-from tasks.jobs import FinetuneJob, JobResult, MergeJob, ReferenceJob, SearchJob
+from tasks.experts import judge_experts
+from tasks.jobs import FinetuneJob, JobResult, ReferenceJob
 from tasks.report import write_report
-from tasks.stages import build_reference, evaluate_row, finetune, merge, obtain_pretrained, search
+from tasks.stages import build_reference, evaluate_row, finetune, heldout_loss, obtain_pretrained
 
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 
@@ -41,39 +43,50 @@ def deme(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, 
 
 
 def _compare_rows(recipe: Recipe) -> dict[str, Any]:
-    """The picture of DESIGN.md: decouple, search, merge, evaluate, report."""
+    """The picture of DESIGN.md: decouple, judge, search, merge, evaluate, report."""
     pretrained = obtain_pretrained()
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
     edges = (segments[0].low, *(segment.high for segment in segments))
+    bins = bin_edges(edges[-1], edges)
 
     control = _finetune(recipe, pretrained, (edges[0], edges[-1]), "all timesteps", "finetune/all", len(segments))
-    experts = [
+    copies = [
         _finetune(recipe, pretrained, (segment.low, segment.high), f"segment {i} {segment}", f"finetune/segment-{i}")
         for i, segment in enumerate(segments)
     ]
+    losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
     for_report = build_reference.submit(reference_job(recipe, "report"))
     for_search = build_reference.submit(reference_job(recipe, "search")) if recipe.merge.search else None
 
-    control_result, *expert_results = _results([control, *experts])
-    expert_refs, control_refs = tuple(expert.ref for expert in expert_results), (control_result.ref,)
-    weights = _find_weights(recipe, pretrained, expert_refs, len(segments), for_search, "merge weights")
-    scale = _find_weights(recipe, pretrained, control_refs, len(segments), for_search, "scale of the control")
+    control_result, *copy_results = _results([control, *copies])
+    copy_refs = tuple(copy.ref for copy in copy_results)
+    copy_losses = [heldout_loss.submit(ref, bins, f"segment {i}") for i, ref in enumerate(copy_refs)]
     reference = for_report.result().ref
     rows = {
         "pretrained": evaluate_row.submit("pretrained", (pretrained.ref,), None, reference),
-        "ensemble": evaluate_row.submit("ensemble", expert_refs, edges, reference),
+        "ensemble": evaluate_row.submit("ensemble", copy_refs, edges, reference),
     }
-    merged = _merge(pretrained, expert_refs, weights or recipe.merge.weights, "experts")
-    scaled = _merge(pretrained, control_refs, scale or (1.0,), "control")
-    rows["merged"] = evaluate_row.submit("merged", (merged.ref,), None, reference)
-    rows["finetuned"] = evaluate_row.submit("finetuned", (scaled.ref,), None, reference)
+    experts = judge_experts(segments, copy_refs, _results(copy_losses), losses["pretrained"].result())
+
+    plan = MergePlan(recipe, pretrained.ref, edges, for_search.result().ref if for_search else None)
+    weights = plan.find_weights(tuple(expert.ref for expert in experts if expert.merged), "merge weights")
+    scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
+    merged = plan.merge(tuple(expert.ref for expert in experts if expert.merged), weights, experts, "experts")
+    scaled = plan.merge((control_result.ref,), scale, None, "control")
+    for row, model in {"merged": merged, "finetuned": scaled}.items():
+        rows[row] = evaluate_row.submit(row, (model.ref,), None, reference)
+        losses[row] = heldout_loss.submit(model.ref, bins, row)
 
     names = ["all timesteps", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
     return write_report(
         rows={row: rows[row].result() for row in ROWS},
-        trainings=dict(zip(names, [control_result, *expert_results], strict=True)),
+        trainings=dict(zip(names, [control_result, *copy_results], strict=True)),
+        losses={row: future.result() for row, future in losses.items()},
+        expert_losses=_results(copy_losses),
+        experts=experts,
         merged=merged,
         scale=scaled.metrics["weights"][0],
+        searches={what: found.metrics for what, found in plan.searches.items()},
         flow_run_id=str(flow_run.id),
     )
 
@@ -110,36 +123,3 @@ def reference_job(recipe: Recipe, part: Literal["search", "report"]) -> Referenc
     """Returns the job that extracts the features of the real images of one part."""
     num_for_search = recipe.merge.search.num_reference_images if recipe.merge.search else 0
     return ReferenceJob(dataset=recipe.dataset, evaluate=recipe.evaluate, part=part, num_for_search=num_for_search)
-
-
-def _find_weights(
-    recipe: Recipe,
-    pretrained: JobResult,
-    experts: tuple[ArtifactRef, ...],
-    num_segments: int,
-    reference: PrefectFuture[JobResult] | None,
-    what: str,
-) -> PrefectFuture[JobResult] | None:
-    """Submits the search for weights; None if the recipe fixes them."""
-    if recipe.merge.search is None or reference is None:
-        return None
-    job = SearchJob(
-        pretrained=pretrained.ref,
-        experts=experts,
-        num_segments=num_segments,
-        search=recipe.merge.search,
-        evaluate=recipe.evaluate,
-        reference=reference.result().ref,
-    )
-    return search.submit(job, what)
-
-
-def _merge(
-    pretrained: JobResult,
-    experts: tuple[ArtifactRef, ...],
-    weights: PrefectFuture[JobResult] | tuple[float, ...] | None,
-    what: str,
-) -> JobResult:
-    assert weights is not None
-    found = weights if isinstance(weights, tuple) else tuple(weights.result().metrics["weights"])
-    return merge(MergeJob(pretrained=pretrained.ref, experts=experts, weights=found), what)

@@ -37,10 +37,11 @@ def merge_models(pretrained: Path, experts: list[Path], weights: str, out: Path)
         parsed = tuple(float(weight) for weight in weights.split(","))
     except ValueError:
         raise InputError(f"--weights '{weights}' are not numbers separated by commas.") from None
+    from deme_core.recipe import MethodSpec
     from tasks.work.merge import merge_folders
 
     with new_folder(out) as folder:
-        merge_folders(pretrained, experts, parsed, folder)
+        merge_folders(pretrained, experts, MethodSpec(), parsed, folder)
     return out
 
 

@@ -79,7 +79,7 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column("row")
     for metric in metrics:
-        table.add_column(metric, no_wrap=True)
+        table.add_column(f"{metric} (higher is better)" if metric.startswith(("precision", "recall")) else metric)
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]
         cells = [f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for s in (scores[m] for m in metrics)]

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, SearchSpec, TrainingSpec
+from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
 
 
 class Job(BaseModel):
@@ -84,25 +84,53 @@ class ReferenceJob(Job):
 
 
 class SearchJob(Job):
-    """Find the weights whose merge scores best on the search's own seeds and real images."""
+    """Find the weights whose merge scores best on the search's own seeds and real images.
+
+    Attributes:
+        segment_edges: 0, inner edges, T of all segments.
+        is_control: the only expert is the control, whose scale is searched.
+    """
 
     stage: ClassVar[str] = "search"
     work: ClassVar[str] = "search"
+    version: ClassVar[int] = 2
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
-    num_segments: int
+    method: MethodSpec
+    segment_edges: tuple[int, ...]
+    is_control: bool
     search: SearchSpec
     evaluate: EvaluateSpec
+    dataset: DatasetSpec
     reference: ArtifactRef
 
 
+class HeldoutJob(Job):
+    """Measure the denoising loss by timestep on images that no training saw.
+
+    Attributes:
+        edges: edges of the timestep bins.
+    """
+
+    stage: ClassVar[str] = "heldout"
+    work: ClassVar[str] = "heldout"
+    model: ArtifactRef
+    dataset: DatasetSpec
+    edges: tuple[int, ...]
+
+
 class MergeJob(Job):
-    """Merge experts into theta_0; with one expert, scale its task vector."""
+    """Merge experts into theta_0; with one expert, scale its task vector.
+
+    Attributes:
+        weights: as `deme_core.merge_methods.build_method` takes them.
+    """
 
     stage: ClassVar[str] = "merged"
     work: ClassVar[str] = "merge"
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
+    method: MethodSpec
     weights: tuple[float, ...]
 
 
@@ -123,9 +151,8 @@ class EvaluateJob(Job):
     reference: ArtifactRef
 
 
-JOBS: dict[str, type[Job]] = {
-    job.__name__: job for job in (PretrainJob, ImportJob, FinetuneJob, ReferenceJob, SearchJob, MergeJob, EvaluateJob)
-}
+_ALL = (PretrainJob, ImportJob, FinetuneJob, ReferenceJob, HeldoutJob, SearchJob, MergeJob, EvaluateJob)
+JOBS: dict[str, type[Job]] = {job.__name__: job for job in _ALL}
 
 
 @dataclass(frozen=True)

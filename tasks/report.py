@@ -9,11 +9,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deme_core.artifacts import ArtifactRef
+from deme_core.binned_losses import RelativeLosses
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
-from deme_core.figures import save_loss_curves, save_sample_comparison
-from deme_core.metrics import metric_name
+from deme_core.figures import save_heldout_losses, save_loss_curves, save_sample_comparison
+from deme_core.metrics import higher_is_better, metric_name
 from deme_core.verdict import compare, differing_conditions, interval, paired_difference
+from tasks.experts import Expert, relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
 from tasks.prefect_artifacts import show_report, show_scores
 from tasks.registry import register, registration_tags
@@ -24,7 +26,15 @@ Rows = Mapping[str, Sequence[JobResult]]
 
 @task(name="report", cache_policy=NO_CACHE)
 def write_report(
-    rows: Rows, trainings: Mapping[str, JobResult], merged: JobResult, scale: float, flow_run_id: str
+    rows: Rows,
+    trainings: Mapping[str, JobResult],
+    losses: Mapping[str, JobResult],
+    expert_losses: Sequence[JobResult],
+    experts: Sequence[Expert],
+    merged: JobResult,
+    scale: float,
+    searches: Mapping[str, Mapping[str, Any]],
+    flow_run_id: str,
 ) -> dict[str, Any]:
     """Compares the rows, draws the figures, logs both, and returns what ``deme run --json`` prints."""
     runtime = current_runtime()
@@ -50,10 +60,13 @@ def write_report(
         "merged": {
             "uri": merged.ref.uri,
             "digest": merged.ref.digest,
-            "weights": list(merged.metrics["weights"]),
+            "weights": spread_weights(experts, merged.metrics["weights"]),
             "weights_digest": merged.metrics["weights_digest"],
         },
         "finetuned": {"scale": scale},
+        "experts": [expert.to_dict() for expert in experts],
+        "heldout_loss": {row: result.metrics["mean"] for row, result in losses.items()},
+        "search": {what: _search_summary(metrics) for what, metrics in searches.items()},
         "num_images": runtime.recipe.evaluate.num_images,
         "seeds": list(runtime.recipe.evaluate.seeds),
     }
@@ -62,7 +75,8 @@ def write_report(
     registration = register(runtime.settings, report, source=source, metric=primary)
     report["registry"] = asdict(registration)
     runtime.tracker.set_tags(runtime.tracker.run_id, registration_tags(registration))
-    report["figures"] = _draw(runtime, rows, trainings)
+    relative = relative_heldout_losses(runtime, losses, expert_losses, experts)
+    report["figures"] = _draw(runtime, rows, trainings, relative)
     report["seconds"] = runtime.timing.seconds()
     runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(report), "report.json")
     show_report(report, runtime.tracker)
@@ -138,9 +152,11 @@ def _track(runtime: Runtime, report: dict[str, Any], primary: str) -> None:
             metrics[f"{metric}_interval/{row}_low"] = bounds["low"]
             metrics[f"{metric}_interval/{row}_high"] = bounds["high"]
     for metric in report["rows"]["merged"]:
-        # Positive when merging helped: scores are distances, lower is better.
-        metrics[f"{metric}/gain"] = -report["gain"]["vs_pretrained"][metric]["mean"]
-        metrics[f"{metric}/gain_over_finetuned"] = -report["gain"]["vs_finetuned"][metric]["mean"]
+        # Positive when merging helped.
+        sign = 1.0 if higher_is_better(metric) else -1.0
+        metrics[f"{metric}/gain"] = sign * report["gain"]["vs_pretrained"][metric]["mean"]
+        metrics[f"{metric}/gain_over_finetuned"] = sign * report["gain"]["vs_finetuned"][metric]["mean"]
+    metrics |= {f"heldout_loss/{row}": loss for row, loss in report["heldout_loss"].items()}
     run_id = runtime.tracker.run_id
     runtime.tracker.log_metrics(run_id, metrics)
     runtime.tracker.set_tags(
@@ -158,13 +174,23 @@ def _track(runtime: Runtime, report: dict[str, Any], primary: str) -> None:
     )
 
 
-def _draw(runtime: Runtime, rows: Rows, trainings: Mapping[str, JobResult]) -> dict[str, str]:
+def _search_summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a search cost, and how well its proxies ranked what was scored in full."""
+    kept = ("score", "num_images", "num_losses", "rank_correlation")
+    return {"num_candidates": len(metrics["candidates"]), **{name: metrics[name] for name in kept}}
+
+
+def _draw(
+    runtime: Runtime, rows: Rows, trainings: Mapping[str, JobResult], relative: Mapping[str, RelativeLosses]
+) -> dict[str, str]:
     """Draws the figures into DEME_HOME/reports/<MLflow run> and MLflow; returns their paths."""
     folder = runtime.settings.state_folder / "reports" / runtime.tracker.run_id
     folder.mkdir(parents=True, exist_ok=True)
     seed = rows["merged"][0].metrics["seed"]
     grids = {row: _fetch_grid(runtime, results[0].ref) for row, results in rows.items()}
-    figures = {"samples": folder / "samples.png", "losses": folder / "losses.png"}
+    names = ("samples", "losses", "heldout_loss")
+    figures = {name: folder / f"{name}.png" for name in names}
+    save_heldout_losses(relative, figures["heldout_loss"])
     save_sample_comparison(grids, figures["samples"], title=f"{runtime.recipe.name}, same initial noise (seed {seed})")
     save_loss_curves({name: result.metrics["history"] for name, result in trainings.items()}, figures["losses"])
     for path in figures.values():

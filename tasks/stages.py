@@ -9,7 +9,17 @@ from prefect.tasks import exponential_backoff
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
-from tasks.jobs import EvaluateJob, FinetuneJob, ImportJob, JobResult, MergeJob, PretrainJob, ReferenceJob, SearchJob
+from tasks.jobs import (
+    EvaluateJob,
+    FinetuneJob,
+    HeldoutJob,
+    ImportJob,
+    JobResult,
+    MergeJob,
+    PretrainJob,
+    ReferenceJob,
+    SearchJob,
+)
 from tasks.prefect_artifacts import progress_artifact
 from tasks.runtime import Record, current_runtime
 
@@ -97,6 +107,19 @@ def build_reference(job: ReferenceJob) -> JobResult:
     return current_runtime().run(job, task=f"reference for the {job.part}")
 
 
+@task(name="heldout loss", task_run_name="held-out loss of {what}", **_OPTIONS)
+def heldout_loss(model: ArtifactRef, edges: tuple[int, ...], what: str) -> JobResult:
+    """Measures the denoising loss by timestep on images that no training saw."""
+    runtime = current_runtime()
+    child = runtime.tracker.child(f"heldout/{what}")
+    job = HeldoutJob(model=model, dataset=runtime.recipe.dataset, edges=edges)
+    result = runtime.run(job, task=f"held-out loss of {what}", child=child)
+    for low, loss in zip(edges, result.metrics["bins"], strict=False):
+        runtime.tracker.log_metrics(child, {"heldout_loss": loss}, step=low)
+    runtime.tracker.finish(child)
+    return result
+
+
 @task(name="search", task_run_name="search {what}", **_OPTIONS)
 def search(job: SearchJob, what: str) -> JobResult:
     """Searches merge weights, or the control's scale."""
@@ -105,7 +128,11 @@ def search(job: SearchJob, what: str) -> JobResult:
     result = runtime.run(job, task=f"search {what}", child=child)
     for step, candidate in enumerate(result.metrics["candidates"]):
         weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
-        runtime.tracker.log_metrics(child, {"score": candidate["score"], **weights}, step=step)
+        name = "rough_score" if candidate["rough"] else "score"
+        runtime.tracker.log_metrics(child, {name: candidate["score"], **weights}, step=step)
+    correlations = {f"rank_correlation/{name}": rho for name, rho in result.metrics["rank_correlation"].items()}
+    cost = {name: result.metrics[name] for name in ("num_images", "num_losses")}
+    runtime.tracker.log_metrics(child, correlations | cost)
     runtime.tracker.finish(child)
     return result
 

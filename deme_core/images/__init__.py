@@ -2,5 +2,6 @@
 
 from deme_core.images.batches import TrainingBatches, normalize
 from deme_core.images.dataset import ImageDataset, load_images
+from deme_core.images.subset import ImageSubset, split_heldout
 
-__all__ = ["ImageDataset", "TrainingBatches", "load_images", "normalize"]
+__all__ = ["ImageDataset", "ImageSubset", "TrainingBatches", "load_images", "normalize", "split_heldout"]

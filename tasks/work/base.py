@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.digests import stage_digest
-from deme_core.images import ImageDataset, load_images
+from deme_core.images import ImageDataset, load_images, split_heldout
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
@@ -108,6 +108,14 @@ class JobContext:
         """Opens a data set, once per process."""
         key = spec.model_dump_json()
         return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
+
+    def training_images(self, spec: DatasetSpec) -> ImageDataset:
+        """Returns the images that training sees."""
+        return split_heldout(self.images(spec), spec.num_heldout_images)[0]
+
+    def heldout_images(self, spec: DatasetSpec) -> ImageDataset:
+        """Returns the images that no training sees."""
+        return split_heldout(self.images(spec), spec.num_heldout_images)[1]
 
     def remember(self, key: str, load: Callable[[], T]) -> T:
         """Returns what ``load`` returned the first time ``key`` was asked for in this process."""

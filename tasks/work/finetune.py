@@ -22,7 +22,7 @@ def identity(job: FinetuneJob, context: JobContext) -> Identity:
             "num_steps": job.num_steps,
         },
         inputs={"pretrained": job.pretrained.digest},
-        dataset=context.images(job.dataset).fingerprint,
+        dataset=context.training_images(job.dataset).fingerprint,
     )
 
 
@@ -30,7 +30,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
     """Finetunes, and writes the EMA weights with their projections beside the stock tensors."""
     from diffusers import DDPMScheduler
 
-    images = context.images(job.dataset)
+    images = context.training_images(job.dataset)
     folder = open_model_folder(context.fetch(job.pretrained))
     model = load_unet(folder)
     if job.finetune.channel_projection:

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 from deme_core.merge import merge_checkpoints
+from deme_core.merge_methods.build import build_method
 from deme_core.model_digest import tensors_digest
 from deme_core.model_folder import open_model_folder, write_model_folder
+from deme_core.recipe import MethodSpec
 from tasks.jobs import MergeJob
 from tasks.work.base import Identity, JobContext, Work
 
@@ -13,23 +15,31 @@ def identity(job: MergeJob, context: JobContext) -> Identity:
     """Weights and models."""
     inputs = {"pretrained": job.pretrained.digest}
     inputs |= {f"expert-{index}": expert.digest for index, expert in enumerate(job.experts)}
-    return Identity(settings={"method": "task_arithmetic", "weights": list(job.weights)}, inputs=inputs)
+    return Identity(settings=job.method.settings() | {"weights": list(job.weights)}, inputs=inputs)
 
 
 def run(job: MergeJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the merged model as a folder that stock diffusers loads."""
     yield {"message": "merging"}
     folders = [open_model_folder(context.fetch(expert)) for expert in job.experts]
-    merge_folders(context.fetch(job.pretrained), [f.path for f in folders], job.weights, out)
+    merge_folders(context.fetch(job.pretrained), [f.path for f in folders], job.method, job.weights, out)
     tensors = open_model_folder(out).checkpoint().tensors()
     return {"weights": list(job.weights), "weights_digest": tensors_digest(tensors)}
 
 
-def merge_folders(pretrained: Path, experts: list[Path], weights: tuple[float, ...], out: Path) -> None:
-    """Merges model folders into the folder ``out``; see `deme_core.merge.merge_checkpoints` for the errors."""
+def merge_folders(
+    pretrained: Path, experts: list[Path], spec: MethodSpec, weights: tuple[float, ...], out: Path
+) -> None:
+    """Merges model folders into the folder ``out``.
+
+    Raises:
+        InputError: there are not as many weights as experts, or one is not finite.
+        IncompatibleCheckpointsError: the tensors do not match.
+    """
     base = open_model_folder(pretrained)
     checkpoints = {
         f"expert {index} ({path})": open_model_folder(path).checkpoint() for index, path in enumerate(experts)
     }
     destination = write_model_folder(out, unet_config=base.unet_config, scheduler_config=base.scheduler_config)
-    merge_checkpoints(base.checkpoint(), checkpoints, weights, destination)
+    method = build_method(spec, weights, len(experts), base.checkpoint().infos)
+    merge_checkpoints(base.checkpoint(), checkpoints, method, destination)

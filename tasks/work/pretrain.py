@@ -23,7 +23,7 @@ def identity(job: PretrainJob, context: JobContext) -> Identity:
             "noise_scheduler": job.noise_scheduler,
             "training": job.training.model_dump(mode="json", exclude={"checkpoint_every"}),
         },
-        dataset=context.images(job.dataset).fingerprint,
+        dataset=context.training_images(job.dataset).fingerprint,
     )
 
 
@@ -32,7 +32,7 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     import torch
     from diffusers import DDPMScheduler
 
-    images = context.images(job.dataset)
+    images = context.training_images(job.dataset)
     fixed = {"sample_size": images.resolution, "in_channels": images.channels, "out_channels": images.channels}
     torch.manual_seed(derive_seed("initial weights", job.training.seed))
     try:

@@ -8,7 +8,7 @@ import torch
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
 from deme_core.evaluation import split_reference
-from deme_core.features import FeatureExtractor, load_extractor
+from deme_core.extractors import FeatureExtractor, load_extractor
 from deme_core.metrics import Reference
 from deme_core.recipe import EvaluateSpec
 from tasks.jobs import ReferenceJob

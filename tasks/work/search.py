@@ -1,18 +1,30 @@
 """The search for merge weights, or for the control's scale."""
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from deme_core.binned_losses import bin_edges, widths
 from deme_core.evaluation import Evaluation
 from deme_core.generate import SingleModel
+from deme_core.heldout_loss import heldout_losses
 from deme_core.live_merge import LiveMerge
+from deme_core.merge_methods.build import build_method, num_weights
 from deme_core.metrics import metric_name
-from deme_core.model_folder import load_unet, open_model_folder
+from deme_core.model_folder import ModelFolder, load_unet, open_model_folder
 from deme_core.search import Candidate, Weights, best_candidate, max_candidates, search_weights
+from deme_core.search.score_log import ScoreLog
 from tasks.jobs import SearchJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.scoring import build_evaluation
+
+# Other noise than the report's held-out loss has.
+_PROXY_SEED = 1
 
 
 def identity(job: SearchJob, context: JobContext) -> Identity:
@@ -24,46 +36,158 @@ def identity(job: SearchJob, context: JobContext) -> Identity:
         settings={
             "search": job.search.model_dump(mode="json", exclude={"num_reference_images"}),
             "evaluate": job.evaluate.model_dump(mode="json", exclude=report_only),
-            "num_segments": job.num_segments,
+            "segment_edges": list(job.segment_edges),
+            "is_control": job.is_control,
+            "merge": job.method.settings(),
         },
         inputs=inputs,
+        dataset=context.heldout_images(job.dataset).reference_fingerprint,
     )
 
 
 def run(job: SearchJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Scores candidate after candidate; writes all of them."""
-    folder = open_model_folder(context.fetch(job.pretrained))
-    merge = LiveMerge(
-        load_unet(folder).eval().to(context.device),
-        [open_model_folder(context.fetch(expert)).checkpoint() for expert in job.experts],
+    """Scores candidate after candidate; writes all of them, and how well the held-out loss ranks them."""
+    problem = _Problem(job, context, ScoreLog(context.settings.state_folder / "searches" / f"{digest}.jsonl"))
+    num_segments = len(job.segment_edges) - 1
+    total = max_candidates(
+        job.search, num_weights=problem.num_weights, num_segments=num_segments, is_control=job.is_control
     )
-    evaluation = build_evaluation(
-        context, job.evaluate, model=folder, reference=job.reference, num_images=job.search.num_images
-    )
-    candidates = []
-    for candidate in _candidates(job, merge, evaluation):
+    candidates: list[Candidate] = []
+    uses_proxy = job.search.strategy in ("quadratic", "tpe", "cma_es")
+    for candidate in search_weights(
+        problem.score,
+        job.search,
+        num_weights=problem.num_weights,
+        num_segments=num_segments,
+        is_control=job.is_control,
+        proxy=problem.loss if uses_proxy else None,
+        rough=problem.rough_score if job.search.few_steps else None,
+    ):
         candidates.append(candidate)
-        best = best_candidate(candidates)
         yield {
             "done": len(candidates),
-            "total": max_candidates(job.search, num_weights=len(job.experts), num_segments=job.num_segments),
+            "total": total,
             "weights": list(candidate.weights),
             "score": candidate.score,
-            "best_score": best.score,
+            "rough": candidate.rough,
+            "best_score": min(c.score for c in candidates if c.rough == candidate.rough),
         }
     best = best_candidate(candidates)
-    tried = [{"weights": list(c.weights), "score": c.score} for c in candidates]
-    (out / "candidates.json").write_text(json.dumps(tried, indent=1))
-    return {"weights": list(best.weights), "score": best.score, "candidates": tried}
+    (out / "candidates.json").write_text(json.dumps([asdict(c) for c in candidates], indent=1))
+    metrics = {
+        "weights": list(best.weights),
+        "score": best.score,
+        "candidates": [asdict(c) for c in candidates],
+        "num_images": problem.num_images,
+        "num_losses": problem.num_losses,
+        "rank_correlation": _rank_correlations(candidates, problem, uses_proxy=uses_proxy),
+    }
+    problem.log.discard()
+    return metrics
 
 
-def _candidates(job: SearchJob, merge: LiveMerge, evaluation: Evaluation) -> Iterator[Candidate]:
-    metric = metric_name(job.evaluate.metrics[0], evaluation.reference.extractor_name)
-    denoiser = SingleModel(merge.model)
+def _rank_correlations(candidates: list[Candidate], problem: "_Problem", *, uses_proxy: bool) -> dict[str, float]:
+    """Returns Spearman's rank correlation of each proxy that was used with the full scores, if three are there."""
+    full = {c.weights: c.score for c in candidates if not c.rough}
+    proxies: dict[str, Callable[[Weights], float]] = {"heldout_loss": problem.loss} if uses_proxy else {}
+    if rough := {c.weights: c.score for c in candidates if c.rough}:
+        proxies["few_steps"] = rough.__getitem__
+    if len(full) < 3:
+        return {}
+    return {name: _spearman([proxy(w) for w in full], list(full.values())) for name, proxy in proxies.items()}
 
-    def mean_score(weights: Weights) -> float:
-        merge.set_weights(weights)
-        scores = [evaluation.score(denoiser, seed)[0][metric] for seed in job.search.seeds]
-        return sum(scores) / len(scores)
 
-    return search_weights(mean_score, job.search, num_weights=len(job.experts), num_segments=job.num_segments)
+def _spearman(left: list[float], right: list[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return round(float(spearmanr(left, right).statistic), 4)
+
+
+class _Problem:
+    """Scores and losses of weights, each computed once, and what they cost.
+
+    Attributes:
+        num_weights: how many weights a candidate has.
+        num_images: images generated so far, those of an earlier process included.
+        num_losses: held-out losses measured so far.
+    """
+
+    def __init__(self, job: SearchJob, context: JobContext, log: ScoreLog) -> None:
+        self._job, self._context, self.log = job, context, log
+        self._folder = open_model_folder(context.fetch(job.pretrained))
+        self._merge = LiveMerge(
+            load_unet(self._folder).eval().to(context.device),
+            [open_model_folder(context.fetch(expert)).checkpoint() for expert in job.experts],
+        )
+        self.num_weights = num_weights(job.method, len(job.experts), self._merge.names)
+        self.num_images, self.num_losses = 0, 0
+        self._full = self._evaluation(job.evaluate.num_inference_steps)
+        self._rough = self._evaluation(job.search.few_steps) if job.search.few_steps else None
+
+    def _evaluation(self, num_inference_steps: int) -> Evaluation:
+        job = self._job
+        evaluate = job.evaluate.model_copy(update={"num_inference_steps": num_inference_steps})
+        return build_evaluation(
+            self._context, evaluate, model=self._folder, reference=job.reference, num_images=job.search.num_images
+        )
+
+    def score(self, weights: Weights) -> float:
+        """Returns the mean score over the search's seeds."""
+        return self._score("full", self._full, weights)
+
+    def rough_score(self, weights: Weights) -> float:
+        """Returns the same with few sampling steps."""
+        assert self._rough is not None
+        return self._score("rough", self._rough, weights)
+
+    def _score(self, kind: str, evaluation: Evaluation, weights: Weights) -> float:
+        metric = metric_name(self._job.evaluate.metrics[0], evaluation.reference.extractor_name)
+
+        def compute() -> float:
+            self._set(weights)
+            seeds = self._job.search.seeds
+            scores = [evaluation.score(SingleModel(self._merge.model), seed)[0][metric] for seed in seeds]
+            return sum(scores) / len(scores)
+
+        self.num_images += self._job.search.num_images * len(self._job.search.seeds)
+        return float(self.log.remember(kind, weights, compute))
+
+    def loss(self, weights: Weights) -> float:
+        """Returns the held-out loss, relative to the pretrained model's in each segment, mean over the segments."""
+        before = self._segment_losses((0.0,) * self.num_weights)
+        return float(np.mean(self._segment_losses(weights) / before))
+
+    def _segment_losses(self, weights: Weights) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        edges = bin_edges(self._folder.num_train_timesteps, self._job.segment_edges)
+
+        def compute() -> list[float]:
+            self._set(weights)
+            self.num_losses += 1
+            bins = _mean_bins(self._merge.model, self._folder, self._context, self._job, edges)
+            share = widths(edges)
+            return [
+                float(sum(share[b] * bins[b] for b in range(len(bins)) if low <= edges[b] < high))
+                for low, high in itertools.pairwise(self._job.segment_edges)
+            ]
+
+        return np.array(self.log.remember("loss", weights, compute))
+
+    def _set(self, weights: Weights) -> None:
+        self._merge.apply(build_method(self._job.method, weights, len(self._job.experts), self._merge.names))
+
+
+def _mean_bins(
+    model: Any, folder: ModelFolder, context: JobContext, job: SearchJob, edges: tuple[int, ...]
+) -> list[float]:
+    from diffusers import DDPMScheduler
+
+    losses = heldout_losses(
+        model,
+        DDPMScheduler.from_config(folder.scheduler_config),
+        context.heldout_images(job.dataset),
+        edges=edges,
+        seed=_PROXY_SEED,
+        device=context.device,
+    )
+    found: list[float] = losses.mean(axis=0, dtype=np.float64).tolist()
+    return found

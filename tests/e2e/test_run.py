@@ -27,6 +27,9 @@ def test_the_report_has_what_scripts_rely_on(first_report: dict[str, Any]) -> No
     assert set(first_report["verdict"].values()) <= VERDICTS
     assert set(first_report["merged"]) >= {"uri", "digest", "weights"}
     assert len(first_report["merged"]["weights"]) == 2
+    assert [expert["segment"] for expert in first_report["experts"]] == [[0, 500], [500, 1000]]
+    assert set(first_report["heldout_loss"]) == {"pretrained", "finetuned", "merged"}
+    assert set(first_report["search"]) == {"experts", "control"}
     assert {"recipe", "flow_run_id", "mlflow_run_id", "fingerprint", "seconds"} <= set(first_report)
     assert {"pretrained", "finetune", "search", "merged", "evaluate", "total"} <= set(first_report["seconds"])
 

@@ -1,4 +1,8 @@
+import json
 import re
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -6,11 +10,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from deme_core.errors import ExtractorUnavailableError
-from deme_core.features import FeatureExtractor, load_extractor
+from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, load_extractor
+from deme_core.extractors.clip import load_clip_score, load_images
+from deme_core.extractors.dinov2 import load_vit
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
+CPU = torch.device("cpu")
+# The code of dinov2_vitl14 on the smallest network of its kind: layer scale, patches of 14 pixels.
+TINY_VIT: dict[str, Any] = {
+    "timm_name": "vit_small_patch14_dinov2.lvd142m",
+    **{"embed_dim": 24, "depth": 2, "num_heads": 2},
+}
+TINY_VISION = {"hidden_size": 16, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32}
+PROMPTS = ["a red cube", "A photo of a cat!", "", "a red cube " * 20]
 
 
 class InceptionStandIn(torch.nn.Module):
@@ -60,7 +75,75 @@ def efficientnet(tmp_path_factory: pytest.TempPathFactory) -> FeatureExtractor:
     return load_extractor("efficientnet_lite0", resolution=64, cache=tmp_path_factory.mktemp("cache"), device="cpu")
 
 
-@pytest.fixture(params=["inception", "efficientnet"])
+@pytest.fixture(scope="module")
+def vit_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random tensors with the names of timm, for images of 70 pixels: positions have to be resampled."""
+    import timm
+
+    sizes = {name: size for name, size in TINY_VIT.items() if name != "timm_name"}
+    network = timm.create_model(TINY_VIT["timm_name"], img_size=70, num_classes=0, **sizes)
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    save_file(randomized(network.state_dict()), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dinov2(vit_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureExtractor:
+    return load_vit(str(vit_weights), None, tmp_path_factory.mktemp("cache"), CPU, **TINY_VIT)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers saves of a tiny CLIPModel, and a tokenizer that knows single letters and 'cat'."""
+    from transformers import CLIPConfig, CLIPModel
+
+    folder = tmp_path_factory.mktemp("clip")
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
+    first, last = len(words) - 2, len(words) - 1
+    layers = {"intermediate_size": 32, "num_attention_heads": 2}
+    text = {"vocab_size": len(words), "max_position_embeddings": 24, "hidden_size": 16, "num_hidden_layers": 2}
+    tokens = {"bos_token_id": first, "eos_token_id": last, "pad_token_id": last}
+    config = CLIPConfig(
+        text_config={**layers, **text, **tokens},
+        vision_config={**layers, **TINY_VISION, "projection_dim": 8},
+        projection_dim=8,
+    )
+    model = CLIPModel(config)
+    model.load_state_dict(randomized(model.state_dict()))
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_tiny_clip(weights: Path | str, cache: Path) -> NetworkExtractor:
+    return load_images(str(weights), None, cache, CPU, vision_sizes=TINY_VISION)
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureExtractor:
+    return load_tiny_clip(clip_folder, tmp_path_factory.mktemp("cache"))
+
+
+def randomized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Fresh networks start close to a constant: other values make every tensor count."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A hub that takes connections and never answers, and an empty cache of its client."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        monkeypatch.setattr("deme_core.extractors.hub._ANSWER_TIMEOUT_SEC", 0.2)
+        yield
+
+
+@pytest.fixture(params=["inception", "efficientnet", "dinov2", "clip"])
 def extractor(request: pytest.FixtureRequest) -> FeatureExtractor:
     return request.getfixturevalue(request.param)
 
@@ -274,6 +357,212 @@ def test_unknown_extractors_and_resolutions_are_refused(tmp_path: Path) -> None:
         load_extractor("resnet", cache=tmp_path, device="cpu")
     with pytest.raises(ValueError, match="299"):
         load_extractor("inception", resolution=128, cache=tmp_path, device="cpu")
+    for name in ("dinov2_vitl14", "clip_vit_b_32"):
+        with pytest.raises(ValueError, match="224 pixels only"):
+            load_extractor(name, resolution=128, cache=tmp_path, device="cpu")
+    assert list(EXTRACTORS) == ["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"]
+
+
+def test_the_digests_of_published_scores_stay(tmp_path: Path) -> None:
+    extractor = load_extractor("efficientnet_lite0", cache=tmp_path, device="cpu")
+    assert extractor.digest == "fde79aaaff69d45d96fa61b6785e1a879f8f8ed4bdc81915f519584974343b69"
+
+
+def test_dinov2_is_the_class_token_after_the_norm(dinov2: FeatureExtractor, vit_weights: Path) -> None:
+    import timm
+    from timm.layers import resample_abs_pos_embed
+
+    sizes = {name: size for name, size in TINY_VIT.items() if name != "timm_name"}
+    model = timm.create_model(TINY_VIT["timm_name"], img_size=224, num_classes=0, **sizes).eval()
+    tensors = load_file(vit_weights)
+    assert tensors["pos_embed"].shape[1] == 1 + 5 * 5
+    model.load_state_dict(tensors | {"pos_embed": resample_abs_pos_embed(tensors["pos_embed"], new_size=[16, 16])})
+    images = draw_images(2, 3, 224)  # at the extractor's own resolution nothing is resized
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        tokens = model.forward_features((images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    np.testing.assert_allclose(dinov2(images), tokens[:, 0].numpy(), rtol=1e-4, atol=1e-4)
+    assert dinov2.num_features == 24
+
+
+def test_the_full_dinov2_has_1024_features_of_images_as_imagenet_has_them() -> None:
+    import timm
+
+    with torch.device("meta"):  # no memory for its 300 million parameters
+        network = timm.create_model("vit_large_patch14_dinov2.lvd142m", img_size=224, num_classes=0)
+    assert network.num_features == 1024
+    assert network.global_pool == "token"
+    assert network.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+    assert network.patch_embed.grid_size == (16, 16)
+
+
+def test_dinov2_takes_the_names_of_meta(dinov2: FeatureExtractor, vit_weights: Path, tmp_path: Path) -> None:
+    save_file(load_file(vit_weights) | {"mask_token": torch.zeros(1, 24)}, tmp_path / "meta.safetensors")
+    extractor = load_vit(str(tmp_path / "meta.safetensors"), None, tmp_path, CPU, **TINY_VIT)
+    images = draw_images(2, 3, 20)
+    np.testing.assert_array_equal(extractor(images), dinov2(images))
+    fetched = load_vit(vit_weights.as_uri(), None, tmp_path, CPU, **TINY_VIT)
+    assert fetched.digest == dinov2.digest != extractor.digest
+
+
+def test_dinov2_refuses_other_tensors_and_pickles(vit_weights: Path, tmp_path: Path) -> None:
+    tensors = load_file(vit_weights)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "norm.bias"}, tmp_path / "missing")
+    save_file(tensors | {"extra": torch.zeros(1)}, tmp_path / "extra")
+    save_file(tensors | {"patch_embed.proj.weight": torch.zeros(24, 3, 16, 16)}, tmp_path / "patches")
+    save_file(tensors | {"pos_embed": torch.zeros(1, 1 + 30, 24)}, tmp_path / "oblong")
+    torch.save(tensors, tmp_path / "pickle.bin")
+    (tmp_path / "truncated").write_bytes(vit_weights.read_bytes()[:-20])
+    causes = {
+        **dict.fromkeys(("missing", "extra", "patches"), "does not hold the tensors"),
+        "oblong": "no square image",
+        **dict.fromkeys(("pickle.bin", "truncated"), "no whole safetensors file"),
+        "absent": "do not exist",
+    }
+    for name, cause in causes.items():
+        with pytest.raises(ExtractorUnavailableError, match=rf"{cause}.*set evaluate\.extractor_weights to the path"):
+            load_vit(str(tmp_path / name), None, tmp_path, CPU, **TINY_VIT)
+
+
+@pytest.mark.parametrize("name", ["dinov2_vitl14", "clip_vit_b_32"])
+def test_a_hub_that_does_not_answer_is_one_sentence(name: str, silent_hub: None, tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ExtractorUnavailableError, match=r"from the hub .*set evaluate\.extractor_weights") as error:
+        load_extractor(name, cache=tmp_path, device="cpu")
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_hubs_client_has_cached_needs_no_hub(silent_hub: None, clip_folder: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--openai--clip-vit-base-patch32"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    for name in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
+        (snapshot / name).write_bytes((clip_folder / name).read_bytes())
+    cached = load_clip_score(cache=tmp_path, device="cpu")
+    assert cached.digest == load_clip_score(weights=str(clip_folder), cache=tmp_path, device="cpu").digest
+
+
+def test_clip_computes_what_transformers_does(clip: FeatureExtractor, clip_folder: Path) -> None:
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    model = CLIPVisionModelWithProjection.from_pretrained(clip_folder).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    for images in (draw_images(3, 3, 32), draw_images(3, 3, 50), draw_images(3, 3, 20)):
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            expected = model(pixel_values=pixels).image_embeds.numpy()
+        np.testing.assert_allclose(clip(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_clip_sees_the_central_square(clip: FeatureExtractor) -> None:
+    wide = draw_images(2, 3, 40)[:, :, 4:36]
+    np.testing.assert_array_equal(clip(wide), clip(wide[..., 4:36]))
+    np.testing.assert_array_equal(clip(wide.mT), clip(wide.mT[:, :, 4:36]))
+
+
+def test_clip_comes_from_an_object_store(clip: FeatureExtractor, clip_folder: Path, tmp_path: Path) -> None:
+    assert load_tiny_clip(clip_folder.as_uri(), tmp_path / "cache").digest == clip.digest
+    fetched = {path.name for path in (tmp_path / "cache").rglob("*.*") if path.is_file()}
+    assert fetched == {"config.json", "model.safetensors", ".lock"}
+    for uri in ((tmp_path / "absent").as_uri(), "gopher://somewhere/model"):
+        with pytest.raises(ExtractorUnavailableError, match=r"set evaluate\.extractor_weights"):
+            load_tiny_clip(uri, tmp_path / "cache")
+
+
+def test_clip_refuses_pickles_other_models_and_missing_tensors(clip_folder: Path, tmp_path: Path) -> None:
+    config, tensors = (clip_folder / "config.json").read_text(), load_file(clip_folder / "model.safetensors")
+
+    def refuse(cause: str) -> None:
+        with pytest.raises(ExtractorUnavailableError, match=rf"{cause}.*set evaluate\.extractor_weights"):
+            load_tiny_clip(tmp_path, tmp_path / "cache")
+
+    (tmp_path / "config.json").write_text(config)
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    refuse("no model.safetensors in .*pickles are not read")
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "model.safetensors")
+    refuse("no whole safetensors file")
+    save_file(
+        {name: value for name, value in tensors.items() if "visual_projection" not in name},
+        tmp_path / "model.safetensors",
+    )
+    refuse("holds no whole CLIPModel")
+    # As OpenAI's own folder has them.
+    save_file(tensors | {"vision_model.embeddings.position_ids": torch.arange(17)}, tmp_path / "model.safetensors")
+    assert load_tiny_clip(tmp_path, tmp_path / "cache").num_features == 8
+    with pytest.raises(ExtractorUnavailableError, match="not ViT-B/32"):
+        load_extractor("clip_vit_b_32", weights=str(tmp_path), cache=tmp_path / "cache", device="cpu")
+    (tmp_path / "config.json").write_text("{")
+    refuse("holds no whole CLIPModel")
+
+
+def test_clip_score_is_the_clipped_cosine(clip_folder: Path, tmp_path: Path) -> None:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    score = load_clip_score(weights=str(clip_folder), cache=tmp_path, device="cpu")
+    model = CLIPModel.from_pretrained(clip_folder).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
+    images = draw_images(40, 3, 32)
+    prompts = (PROMPTS * 10)[:40]
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    expected = []
+    for image, prompt in zip(pixels, prompts, strict=True):
+        tokens = tokenizer([prompt], truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            output = model(pixel_values=image[None], **tokens)
+        expected.append(100 * max(float(torch.cosine_similarity(output.image_embeds, output.text_embeds)), 0.0))
+    scores = score(images, prompts)
+    assert scores.shape == (40,)
+    assert 0 in scores
+    assert scores.max() > 1
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(ValueError, match="2 images cannot be scored against 1 prompts"):
+        score(images[:2], ["a cat"])
+
+
+def test_clip_score_equals_torchmetrics(clip_folder: Path, tmp_path: Path) -> None:
+    multimodal = pytest.importorskip("torchmetrics.multimodal")
+    from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    class TensorModel(CLIPModel):
+        """With the tensors that torchmetrics expects, where transformers 5 returns more."""
+
+        def get_image_features(self, pixel_values: torch.Tensor) -> Any:
+            return self.visual_projection(self.vision_model(pixel_values=pixel_values).pooler_output)
+
+        def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            text = self.text_model(input_ids=input_ids, attention_mask=attention_mask)
+            return self.text_projection(text.pooler_output)
+
+    processor = CLIPProcessor(
+        CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        CLIPTokenizer.from_pretrained(clip_folder),
+    )
+    metric = multimodal.CLIPScore(lambda: (TensorModel.from_pretrained(clip_folder).eval(), processor))
+    score = load_clip_score(weights=clip_folder.as_uri(), cache=tmp_path, device="cpu")
+    images, prompts = draw_images(30, 3, 32), (PROMPTS[:3] * 10)
+    for image, prompt, ours in zip(images, prompts, score(images, prompts), strict=True):
+        metric.reset()
+        metric.update(image, prompt)
+        np.testing.assert_allclose(ours, float(metric.compute()), rtol=1e-4, atol=1e-3)
+
+
+def test_clip_score_needs_the_whole_tokenizer(clip_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors", "vocab.json"):
+        (tmp_path / name).write_bytes((clip_folder / name).read_bytes())
+    with pytest.raises(ExtractorUnavailableError, match=r"no merges\.txt in "):
+        load_clip_score(weights=str(tmp_path), cache=tmp_path / "cache", device="cpu")
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nno such words\n")
+    with pytest.raises(ExtractorUnavailableError, match="no CLIP tokenizer"):
+        load_clip_score(weights=str(tmp_path), cache=tmp_path / "cache", device="cpu")
+    (tmp_path / "merges.txt").write_bytes((clip_folder / "merges.txt").read_bytes())
+    words = json.loads((clip_folder / "vocab.json").read_text())
+    (tmp_path / "vocab.json").write_text(json.dumps(words | {"dog</w>": len(words)}))
+    with pytest.raises(ExtractorUnavailableError, match="more words than the model"):
+        load_clip_score(weights=str(tmp_path), cache=tmp_path / "cache", device="cpu")
 
 
 @pytest.mark.gpu
@@ -286,3 +575,18 @@ def test_a_gpu_gives_the_features_of_the_cpu(
     np.testing.assert_allclose(on_gpu(images.cuda()), efficientnet(images), rtol=1e-3, atol=1e-3)
     on_gpu = load_extractor("inception", weights=str(inception_weights), cache=tmp_path, device="cuda")
     np.testing.assert_allclose(on_gpu(images), inception(images), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_gives_the_features_of_the_cpu_for_transformers(
+    dinov2: FeatureExtractor, vit_weights: Path, clip_folder: Path, tmp_path: Path
+) -> None:
+    images, cuda = draw_images(6, 3, 32), torch.device("cuda")
+    on_gpu = load_vit(str(vit_weights), None, tmp_path, cuda, **TINY_VIT)
+    np.testing.assert_allclose(on_gpu(images), dinov2(images), rtol=1e-3, atol=1e-3)
+    scores = [
+        load_clip_score(weights=str(clip_folder), cache=tmp_path, device=device)(images, PROMPTS + PROMPTS[:2])
+        for device in ("cuda", "cpu")
+    ]
+    np.testing.assert_allclose(*scores, rtol=1e-3, atol=1e-2)

@@ -8,6 +8,7 @@ from deme_core.checkpoint import Checkpoint, save_tensors
 from deme_core.errors import IncompatibleCheckpointsError, InputError
 from deme_core.live_merge import LiveMerge
 from deme_core.merge import merge_checkpoints
+from deme_core.merge_methods import TaskArithmetic
 from deme_core.projection import attach_projections
 from tests.tiny_models import predict, randomize, same_bits, tiny_unet
 
@@ -31,17 +32,20 @@ def test_a_live_merge_equals_the_merged_file_for_each_of_many_weights(tmp_path: 
     live = LiveMerge(model, experts)
     original = predict(model)
 
-    for weights in ([0.3, 0.4], [1.0, 1.0], [0.0, 0.0], [-0.5, 0.25], [0.3, 0.4]):
-        live.set_weights(weights)
+    for weights in ((0.3, 0.4), (1.0, 1.0), (0.0, 0.0), (-0.5, 0.25), (0.3, 0.4)):
+        live.apply(TaskArithmetic(weights))
         merge_checkpoints(
-            Checkpoint(tmp_path / "pretrained"), dict(zip("ab", experts, strict=True)), weights, tmp_path / "merged"
+            Checkpoint(tmp_path / "pretrained"),
+            dict(zip("ab", experts, strict=True)),
+            TaskArithmetic(weights),
+            tmp_path / "merged",
         )
         merged = load_file(tmp_path / "merged")
         state = model.state_dict()
         assert state.keys() == merged.keys()
         assert all(same_bits(state[name], tensor) for name, tensor in merged.items())
 
-    live.set_weights([0.0, 0.0])
+    live.apply(TaskArithmetic((0.0, 0.0)))
     assert predict(model).equal(original)
 
 
@@ -54,9 +58,9 @@ def test_the_model_changes_in_place_and_the_experts_do_not(tmp_path: Path) -> No
 
     live = LiveMerge(model, [expert])
     assert predict(model).equal(original)
-    live.set_weights([1.0])
+    live.apply(TaskArithmetic((1.0,)))
     predicted = predict(model)
-    live.set_weights([0.5])
+    live.apply(TaskArithmetic((0.5,)))
 
     assert not predicted.equal(original)
     assert all(left is right for left, right in zip(parameters, model.parameters(), strict=True))
@@ -74,5 +78,5 @@ def test_a_wrong_number_of_weights_is_refused_and_changes_nothing() -> None:
     original = predict(model)
     live = LiveMerge(model, [randomize(tiny_unet(), seed=1).state_dict()])
     with pytest.raises(InputError, match="2 merge weights were given for 1 experts"):
-        live.set_weights([0.5, 0.5])
+        live.apply(TaskArithmetic((0.5, 0.5)))
     assert torch.equal(predict(model), original)

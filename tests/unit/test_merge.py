@@ -9,8 +9,11 @@ from safetensors.torch import load_file
 
 from deme_core.checkpoint import Checkpoint, TensorInfo, save_tensors
 from deme_core.errors import IncompatibleCheckpointsError, InputError
-from deme_core.merge import check_experts, check_weights, merge_checkpoints, merge_tensor, merged_tensors
+from deme_core.merge import check_experts, merge_checkpoints, merged_tensors
+from deme_core.merge_methods import TaskArithmetic
+from deme_core.merge_methods.build import build_method
 from deme_core.projection import attach_projections
+from deme_core.recipe import MethodSpec
 from tests.tiny_models import predict, randomize, randomize_projections, same_bits, tiny_unet
 
 Tensors = dict[str, torch.Tensor]
@@ -54,20 +57,20 @@ def test_all_weights_zero_give_the_pretrained_model_bit_for_bit(projections: boo
     pretrained["conv_in.weight"].view(-1)[:2] = torch.tensor([-0.0, 1e-42])
     pretrained["mid_block.resnets.0.conv2.weight"].view(-1)[0] = -0.0
     experts = [model_tensors(seed, projections=projections) for seed in (1, 2)]
-    for name, tensor in merged_tensors(pretrained, experts, [0.0, 0.0]):
+    for name, tensor in merged_tensors(pretrained, experts, TaskArithmetic((0.0, 0.0))):
         assert same_bits(tensor, pretrained[name]), name
 
 
 def test_one_expert_at_weight_one_is_that_expert_bit_for_bit() -> None:
     pretrained, expert = model_tensors(0), model_tensors(1)
     expert["conv_in.weight"].view(-1)[:2] = torch.tensor([-0.0, 1e-42])
-    for name, tensor in merged_tensors(pretrained, [expert], [1.0]):
+    for name, tensor in merged_tensors(pretrained, [expert], TaskArithmetic((1.0,))):
         assert same_bits(tensor, expert[name]), name
 
 
 def test_weights_that_choose_one_of_several_experts_give_it_bit_for_bit() -> None:
     experts = [model_tensors(seed) for seed in (1, 2, 3)]
-    for name, tensor in merged_tensors(model_tensors(0), experts, [0.0, 1.0, 0.0]):
+    for name, tensor in merged_tensors(model_tensors(0), experts, TaskArithmetic((0.0, 1.0, 0.0))):
         assert same_bits(tensor, experts[1][name]), name
 
 
@@ -76,7 +79,7 @@ def test_weights_that_choose_one_of_several_experts_give_it_bit_for_bit() -> Non
 def test_the_merge_equals_the_explicit_formula(weights: tuple[float, ...], projections: bool) -> None:
     pretrained = model_tensors(0)
     experts = [model_tensors(seed, projections=projections) for seed in (1, 2, 3)]
-    merged = dict(merged_tensors(pretrained, experts, weights))
+    merged = dict(merged_tensors(pretrained, experts, TaskArithmetic(tuple(weights))))
     expected = explicit_merge(pretrained, experts, weights)
     assert merged.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -87,9 +90,9 @@ def test_merging_projections_first_is_not_merging_folded_experts() -> None:
     # The paper merges W and P as separate parameters; the test above would not see the difference without this one.
     pretrained, experts = model_tensors(0), [model_tensors(seed, projections=True) for seed in (1, 2)]
     name = "mid_block.resnets.0.conv2.weight"
-    folded = [dict(merged_tensors(pretrained, [expert], [1.0])) for expert in experts]
-    fold_first = dict(merged_tensors(pretrained, folded, [0.5, 0.5]))[name]
-    merge_first = dict(merged_tensors(pretrained, experts, [0.5, 0.5]))[name]
+    folded = [dict(merged_tensors(pretrained, [expert], TaskArithmetic((1.0,)))) for expert in experts]
+    fold_first = dict(merged_tensors(pretrained, folded, TaskArithmetic((0.5, 0.5))))[name]
+    merge_first = dict(merged_tensors(pretrained, experts, TaskArithmetic((0.5, 0.5))))[name]
     assert not torch.allclose(fold_first, merge_first, atol=1e-3)
 
 
@@ -99,15 +102,15 @@ def test_the_order_of_segments_does_not_matter(order: list[int]) -> None:
     rng = torch.Generator().manual_seed(0)
     pretrained, *experts = (torch.randn(50, generator=rng) for _ in range(5))
     weights = [0.1, 0.2, 0.7, -0.4]
-    permuted = merge_tensor(pretrained, [experts[i] for i in order], [weights[i] for i in order])
-    torch.testing.assert_close(permuted, merge_tensor(pretrained, experts, weights), atol=1e-6, rtol=1e-6)
+    permuted = TaskArithmetic(tuple(weights[i] for i in order))("w", pretrained, [experts[i] for i in order])
+    torch.testing.assert_close(permuted, TaskArithmetic(tuple(weights))("w", pretrained, experts), atol=1e-6, rtol=1e-6)
 
 
 def test_inputs_are_not_changed() -> None:
     pretrained, experts = model_tensors(0), [model_tensors(seed, projections=True) for seed in (1, 2)]
     before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in (pretrained, *experts)]
     for weights in ([0.0, 0.0], [1.0, 0.0], [0.3, 0.3]):
-        list(merged_tensors(pretrained, experts, weights))
+        list(merged_tensors(pretrained, experts, TaskArithmetic(tuple(weights))))
     for tensors, copy in zip((pretrained, *experts), before, strict=True):
         assert all(same_bits(tensors[name], tensor) for name, tensor in copy.items())
 
@@ -115,11 +118,11 @@ def test_inputs_are_not_changed() -> None:
 def test_bfloat16_is_merged_in_float32_and_cast_last(tmp_path: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     pretrained, *experts = ({"w": torch.randn(2000, generator=rng).bfloat16()} for _ in range(5))
-    weights = [0.1, 0.1, 0.2, 0.5]
-    assert merge_tensor(pretrained["w"], [e["w"] for e in experts], weights).dtype == torch.float32
+    weights = (0.1, 0.1, 0.2, 0.5)
+    assert TaskArithmetic(weights)("w", pretrained["w"], [e["w"] for e in experts]).dtype == torch.float32
 
     checkpoints = {str(i): saved(tmp_path / f"{i}.safetensors", expert) for i, expert in enumerate(experts)}
-    merge_checkpoints(saved(tmp_path / "0th", pretrained), checkpoints, weights, tmp_path / "merged")
+    merge_checkpoints(saved(tmp_path / "0th", pretrained), checkpoints, TaskArithmetic(weights), tmp_path / "merged")
 
     merged = load_file(tmp_path / "merged")["w"]
     exact = explicit_merge(pretrained, experts, weights)["w"]
@@ -130,7 +133,9 @@ def test_bfloat16_is_merged_in_float32_and_cast_last(tmp_path: Path) -> None:
 
 def test_experts_of_another_dtype_do_not_decide_the_dtype_of_the_merge(tmp_path: Path) -> None:
     pretrained, expert = {"w": torch.ones(3).half()}, {"w": torch.full((3,), 3.0)}
-    merge_checkpoints(saved(tmp_path / "p", pretrained), {"e": saved(tmp_path / "e", expert)}, [0.5], tmp_path / "m")
+    merge_checkpoints(
+        saved(tmp_path / "p", pretrained), {"e": saved(tmp_path / "e", expert)}, TaskArithmetic((0.5,)), tmp_path / "m"
+    )
     assert same_bits(load_file(tmp_path / "m")["w"], torch.full((3,), 2.0).half())
 
 
@@ -139,14 +144,14 @@ def test_experts_of_higher_precision_keep_it_until_the_end() -> None:
     pretrained, *experts = (torch.randn(50, generator=rng) for _ in range(3))
     pretrained = pretrained.bfloat16()
     expected = 0.5 * pretrained.double() + 0.25 * experts[0].double() + 0.25 * experts[1].double()
-    merged = merge_tensor(pretrained, experts, [0.25, 0.25])
+    merged = TaskArithmetic((0.25, 0.25))("w", pretrained, experts)
     torch.testing.assert_close(merged.double(), expected, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_tensors_that_are_no_floats_are_kept(dtype: torch.dtype) -> None:
     pretrained, expert = torch.tensor([0, 1, 1]).to(dtype), torch.tensor([1, 0, 1]).to(dtype)
-    assert same_bits(merge_tensor(pretrained, [expert], [1.0]), pretrained)
+    assert same_bits(TaskArithmetic((1.0,))("w", pretrained, [expert]), pretrained)
 
 
 def test_the_file_holds_the_names_and_dtypes_of_the_pretrained_model_and_its_outputs(tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def test_the_file_holds_the_names_and_dtypes_of_the_pretrained_model_and_its_out
     randomize_projections(randomize(model, seed=1), seed=2)
     expert = saved(tmp_path / "e", model.state_dict())
 
-    merge_checkpoints(pretrained, {"expert 0": expert}, [1.0], tmp_path / "merged")
+    merge_checkpoints(pretrained, {"expert 0": expert}, TaskArithmetic((1.0,)), tmp_path / "merged")
 
     assert Checkpoint(tmp_path / "merged").infos == pretrained.infos
     stock = tiny_unet()
@@ -168,9 +173,9 @@ def test_a_refused_merge_writes_nothing(tmp_path: Path) -> None:
     pretrained = saved(tmp_path / "p", {"w": torch.ones(3)})
     expert = saved(tmp_path / "e", {"v": torch.ones(3)})
     with pytest.raises(IncompatibleCheckpointsError):
-        merge_checkpoints(pretrained, {"e": expert}, [0.5], tmp_path / "merged")
+        merge_checkpoints(pretrained, {"e": expert}, TaskArithmetic((0.5,)), tmp_path / "merged")
     with pytest.raises(InputError):
-        merge_checkpoints(pretrained, {"e": pretrained}, [0.5, 0.5], tmp_path / "merged")
+        merge_checkpoints(pretrained, {"e": pretrained}, TaskArithmetic((0.5, 0.5)), tmp_path / "merged")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["e", "p"]
 
 
@@ -224,8 +229,8 @@ def test_a_projection_that_fits_no_layer_is_extra(name: str, shape: tuple[int, .
 )
 def test_weights_must_be_finite_and_one_per_expert(weights: list[float], num_experts: int, sentence: str) -> None:
     with pytest.raises(InputError, match=sentence):
-        check_weights(weights, num_experts=num_experts)
+        build_method(MethodSpec(), weights, num_experts, [])
 
 
 def test_finite_weights_of_any_sign_and_size_are_taken() -> None:
-    check_weights([0.0, -2.0, 1e6], num_experts=3)
+    assert build_method(MethodSpec(), [0.0, -2.0, 1e6], 3, []) == TaskArithmetic((0.0, -2.0, 1e6))

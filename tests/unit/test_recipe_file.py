@@ -84,7 +84,11 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     [
         ("finetune.num_stepz=5", "tiny.yaml: finetune.num_stepz is no recipe key (did you mean num_steps?)."),
         ("finetun.num_steps=5", "tiny.yaml: finetun is no recipe key (did you mean finetune?)."),
-        ("merge.qqq=5", "tiny.yaml: merge.qqq is no recipe key (known there are method, search, weights)."),
+        (
+            "merge.qqq=5",
+            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, search, "
+            "seed, weights).",
+        ),
         (
             "pretrained.training.lerning_rate=1e-3",
             "tiny.yaml: pretrained.training.lerning_rate is no recipe key (did you mean learning_rate?).",

@@ -7,16 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deme_core.recipe import SearchSpec
-from deme_core.search import (
-    Candidate,
-    Weights,
-    best_candidate,
-    control_values,
-    coordinate_search,
-    grid_search,
-    max_candidates,
-    search_weights,
-)
+from deme_core.search import Candidate, Weights, best_candidate, max_candidates, search_weights
+from deme_core.search.coordinate import coordinate_search
+from deme_core.search.grid import control_values, grid_search
 
 
 class Counted:
@@ -160,7 +153,7 @@ def test_a_search_keeps_to_its_announced_number_of_candidates(spec: SearchSpec, 
 
 def test_a_grid_offers_the_control_more_scales() -> None:
     spec = SearchSpec(strategy="grid", values=(0.0, 0.25))
-    control = search_weights(quadratic((0.5,)), spec, num_weights=1, num_segments=4)
+    control = search_weights(quadratic((0.5,)), spec, num_weights=1, num_segments=4, is_control=True)
     merged = search_weights(quadratic((0.5, 0.5)), spec, num_weights=2, num_segments=4)
     assert {candidate.weights for candidate in control} == {(0.0,), (0.25,), (1.0,)}
     assert {candidate.weights for candidate in merged} == set(itertools.product((0.0, 0.25), repeat=2))
@@ -174,8 +167,14 @@ def test_a_coordinate_search_starts_where_the_recipe_says_and_the_control_at_one
     initial_weight: float | None, num_weights: int, start: Weights
 ) -> None:
     spec = SearchSpec(initial_weight=initial_weight)
-    search = search_weights(quadratic((0.5,) * num_weights), spec, num_weights=num_weights, num_segments=4)
+    objective = quadratic((0.5,) * num_weights)
+    search = search_weights(objective, spec, num_weights=num_weights, num_segments=4, is_control=num_weights == 1)
     assert [next(search).weights for _ in range(2)] == [(0.0,) * num_weights, start]
+
+
+def test_the_only_expert_that_was_kept_is_no_control() -> None:
+    search = search_weights(quadratic((0.5,)), SearchSpec(initial_weight=0.7), num_weights=1, num_segments=4)
+    assert [next(search).weights for _ in range(2)] == [(0.0,), (0.7,)]
 
 
 def test_a_single_segment_starts_where_the_recipe_says_too() -> None:

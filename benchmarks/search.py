@@ -1,0 +1,239 @@
+"""What does it cost to find merge weights: each strategy against the paper's grid.
+
+A strategy is done when it has scored a candidate as well as the grid's best one. Its cost is the images it generated
+until then, and the seconds, held-out losses included. The weights that each finds are scored again on the report's
+seeds and real images, which no search has seen. Models are trained once and kept in the store.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.measurement import print_result, print_table
+from deme_core.recipe import MethodSpec, Recipe
+from deme_core.recipe_file import load_recipe
+from deme_core.segments import recipe_segments
+from deme_core.settings import Settings
+from tasks.jobs import (
+    EvaluateJob,
+    FinetuneJob,
+    ImportJob,
+    Job,
+    JobResult,
+    MergeJob,
+    PretrainJob,
+    ReferenceJob,
+    SearchJob,
+)
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "grid": {"strategy": "grid"},
+    "grid, few steps first": {"strategy": "grid", "few_steps": 5, "survivors": 0.1},
+    "coordinate": {"strategy": "coordinate"},
+    "quadratic": {"strategy": "quadratic"},
+    "tpe": {"strategy": "tpe"},
+    "cma_es": {"strategy": "cma_es"},
+}
+_GOAL = 0.1
+_QUICK = (
+    "dataset.num_images=96",
+    "pretrained.training.num_steps=10",
+    "finetune.num_steps=3",
+    "evaluate.num_images=8",
+    "evaluate.num_inference_steps=6",
+    "evaluate.extractor_resolution=32",
+    "evaluate.kid_subset_size=4",
+    "merge.search.num_images=8",
+    "merge.search.num_reference_images=32",
+    "merge.search.max_candidates=4",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scored candidate.
+
+    Attributes:
+        seconds: since the search began.
+        images: generated so far; those of few steps count by their share of the steps.
+        score: of a full candidate; None for a rough one.
+    """
+
+    seconds: float
+    images: float
+    score: float | None
+
+
+class Laboratory:
+    """The jobs of one recipe, done in this process; what the store has is not done again."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from tasks.work.base import JobContext
+
+        self.recipe, self._context = recipe, JobContext(Settings(), "cpu")
+        source = recipe.pretrained
+        if source.source == "pretrain":
+            assert source.training is not None
+            job: Job = PretrainJob(
+                dataset=recipe.dataset,
+                unet=source.unet,
+                noise_scheduler=source.noise_scheduler,
+                training=source.training,
+            )
+        else:
+            job = ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
+        self.pretrained = self.do(job)
+        self.segments = recipe_segments(recipe.segments, self.pretrained.metrics["num_train_timesteps"])
+        self.experts = tuple(self._finetune(s.low, s.high).ref for s in self.segments)
+
+    def do(self, job: Job, report: Any = lambda _: None) -> JobResult:
+        """Does a job, or takes its result from the store."""
+        from tasks.work.base import execute
+
+        return execute(job, self._context, report)
+
+    def _finetune(self, low: int, high: int) -> JobResult:
+        spec, recipe = self.recipe.finetune, self.recipe
+        return self.do(
+            FinetuneJob(
+                label=f"[{low}, {high})",
+                pretrained=self.pretrained.ref,
+                dataset=recipe.dataset,
+                finetune=spec,
+                low=low,
+                high=high,
+                num_steps=spec.num_steps,
+            )
+        )
+
+    def reference(self, part: Any) -> JobResult:
+        """Returns the features of the real images of the search, or of the report."""
+        assert self.recipe.merge.search is not None
+        num = self.recipe.merge.search.num_reference_images
+        return self.do(
+            ReferenceJob(dataset=self.recipe.dataset, evaluate=self.recipe.evaluate, part=part, num_for_search=num)
+        )
+
+    def search(self, settings: dict[str, Any]) -> tuple[JobResult, list[Step]]:
+        """Runs one strategy anew and returns its result and its way there."""
+        recipe, steps = self.recipe, list[Step]()
+        assert recipe.merge.search is not None
+        search = recipe.merge.search.model_copy(update=settings)
+        job = SearchJob(
+            pretrained=self.pretrained.ref,
+            experts=self.experts,
+            method=MethodSpec(),
+            segment_edges=(0, *(segment.high for segment in self.segments)),
+            is_control=False,
+            search=search,
+            evaluate=recipe.evaluate,
+            dataset=recipe.dataset,
+            reference=self.reference("search").ref,
+        )
+        each = search.num_images * len(search.seeds)
+        rough_share = (search.few_steps or 0) / recipe.evaluate.num_inference_steps
+        started, images = time.perf_counter(), 0.0
+
+        def note(record: dict[str, Any]) -> None:
+            nonlocal images
+            if "score" not in record:
+                return
+            images += each * (rough_share if record["rough"] else 1.0)
+            score = None if record["rough"] else record["score"]
+            steps.append(Step(time.perf_counter() - started, images, score))
+
+        result = self.do(job, note)
+        assert not result.cached, "a search from the store cannot be timed: remove search/ from the store"
+        return result, steps
+
+    def report_score(self, weights: Sequence[float]) -> float:
+        """Returns the score of a merge on the report's seeds and real images."""
+        spec = self.recipe.evaluate
+        job = MergeJob(
+            pretrained=self.pretrained.ref, experts=self.experts, method=MethodSpec(), weights=tuple(weights)
+        )
+        merged, reference = self.do(job).ref, self.reference("report").ref
+        results = [
+            self.do(EvaluateJob(models=(merged,), edges=None, seed=seed, evaluate=spec, reference=reference))
+            for seed in spec.seeds
+        ]
+        scores = [next(iter(result.metrics["scores"].values())) for result in results]
+        return sum(scores) / len(scores)
+
+
+def cost_to_reach(steps: Sequence[Step], score: float) -> Step | None:
+    """Returns the first step with so low a full score, or None."""
+    return next((step for step in steps if step.score is not None and step.score <= score), None)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs every strategy and prints the table and the result."""
+    options = _options(arguments)
+    with tempfile.TemporaryDirectory(prefix="deme-search-") as home:
+        if options.quick or "DEME_HOME" not in os.environ:
+            os.environ["DEME_HOME"] = home
+            os.environ.pop("DEME_STORE_URI", None)
+        overrides = [*(_QUICK if options.quick else ()), *options.overrides]
+        _measure(Laboratory(load_recipe(options.recipe, overrides)))
+
+
+def _measure(laboratory: Laboratory) -> None:
+    found = {name: laboratory.search(settings) for name, settings in STRATEGIES.items()}
+    scores = {name: laboratory.report_score(result.metrics["weights"]) for name, (result, _) in found.items()}
+    target, grid_cost = found["grid"][0].metrics["score"], found["grid"][1][-1]
+    rows, ratios = [], {}
+    for name, (result, steps) in found.items():
+        reached = grid_cost if name == "grid" else cost_to_reach(steps, target)
+        ratios[name] = reached.images / grid_cost.images if reached else None
+        rows.append(
+            (
+                name,
+                f"{reached.images:.0f}" if reached else f"not in {steps[-1].images:.0f}",
+                f"{reached.seconds:.0f}" if reached else f"not in {steps[-1].seconds:.0f}",
+                f"{ratios[name]:.2f}" if ratios[name] is not None else "",
+                f"{result.metrics['score']:.4g}",
+                f"{scores[name]:.4g}",
+                ", ".join(f"{weight:g}" for weight in result.metrics["weights"]),
+                ", ".join(f"{rho:+.2f}" for rho in result.metrics["rank_correlation"].values()),
+            )
+        )
+    columns = (
+        "",
+        "images to grid's best",
+        "seconds",
+        "of the grid",
+        "search score",
+        "report score",
+        "weights",
+        "rank ρ",
+    )
+    print_table(f"{laboratory.recipe.name}: finding {len(laboratory.experts)} merge weights", columns, rows)
+    best = min((ratio for name, ratio in ratios.items() if ratio is not None and name != "grid"), default=1.0)
+    print_result(
+        "search",
+        ratio=best,
+        goal=_GOAL,
+        holds=best <= _GOAL,
+        recipe=laboratory.recipe.name,
+        images_over_grid=ratios,
+        report_scores=scores,
+        rank_correlation={name: result.metrics["rank_correlation"] for name, (result, _) in found.items()},
+    )
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks.search", description=__doc__)
+    parser.add_argument("--recipe", default="digits", help="a recipe's name or file (default digits)")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
+    )
+    parser.add_argument("--quick", action="store_true", help="toy steps: shows that it runs")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""DINOv2 ViT-L/14 (Oquab et al. 2023, arXiv 2304.07193): the features of FD-DINOv2 (Stein et al. 2023, 2306.04675)."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deme_core.extractors.base import (
+    NetworkExtractor,
+    chunk_size,
+    digest,
+    fixed_resolution,
+    local_file,
+    per_channel,
+    read_safetensors,
+    resize_and_normalize,
+    unavailable,
+)
+from deme_core.extractors.hub import hub_folder
+
+NAME = "dinov2_vitl14"
+_TIMM_NAME = "vit_large_patch14_dinov2.lvd142m"
+_HUB_ID, _HUB_FILE = f"timm/{_TIMM_NAME}", "model.safetensors"
+_RESOLUTION = 224
+_MEND = (
+    "set evaluate.extractor_weights to the path or object-store URI of a safetensors file of "
+    f"{_TIMM_NAME}, with the names of timm or of Meta"
+)
+
+
+def load_dinov2(weights: str | None, resolution: int | None, folder: Path, device: torch.device) -> NetworkExtractor:
+    """Load DINOv2 from a safetensors file, or from timm's repository on the hub."""
+    return load_vit(weights, resolution, folder, device, timm_name=_TIMM_NAME)
+
+
+def load_vit(
+    weights: str | None, resolution: int | None, folder: Path, device: torch.device, *, timm_name: str, **sizes: Any
+) -> NetworkExtractor:
+    """The same for any of timm's vision transformers.
+
+    Tests load a tiny one. The full size (300 million parameters, 1.2 GB) has been run by hand with random weights only:
+    the trained ones could not be had here. Meta's own code resamples the positions a little differently.
+
+    Args:
+        weights: path or URI of a safetensors file; default timm's repository of ViT-L/14.
+        resolution: None or 224.
+        folder: where what a URI names is kept.
+        device: where the network runs.
+        timm_name: the architecture.
+        **sizes: what replaces the architecture's own arguments.
+
+    Returns:
+        The extractor: the class token after the last norm.
+    """
+    resolution = fixed_resolution(NAME, resolution, _RESOLUTION)
+    path = local_file(weights, folder, _MEND) if weights else hub_folder(_HUB_ID, [_HUB_FILE], _MEND) / _HUB_FILE
+    network = _network(path, resolution, timm_name, **sizes)
+    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    preprocessing = f"bicubic, antialiased, clipped to 0..255; mean {mean}, std {std}; positions resampled by timm"
+    return NetworkExtractor(
+        name=NAME,
+        digest=digest(NAME, path, resolution=resolution, preprocessing=preprocessing),
+        num_features=network.num_features,
+        chunk_size=chunk_size(resolution, device),
+        prepare=partial(
+            resize_and_normalize,
+            resolution=resolution,
+            mean=per_channel(mean, device),
+            std=per_channel(std, device),
+        ),
+        network=network.to(device),
+    )
+
+
+def _network(path: Path, resolution: int, timm_name: str, **sizes: Any) -> Any:
+    """Timm's network with every tensor from the file; positions of another image size are resampled."""
+    import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    # Without a head, what timm returns is the class token after the norm.
+    network = timm.create_model(
+        timm_name, pretrained=False, img_size=resolution, dynamic_img_size=False, num_classes=0, **sizes
+    )
+    # Meta's names are timm's, with a token besides that only its training uses.
+    tensors = {name: tensor for name, tensor in read_safetensors(path, _MEND).items() if name != "mask_token"}
+    # timm would resample patches of another size as well: another network under the same name.
+    if _shapes(tensors) != _shapes(network.state_dict()):
+        raise unavailable(f"{path} does not hold the tensors of {timm_name}", _MEND)
+    try:
+        network.load_state_dict(checkpoint_filter_fn(tensors, network))
+    except (RuntimeError, ValueError) as error:
+        raise unavailable(f"{path} holds positions of no square image", _MEND) from error
+    return network.eval()
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """The shape of each tensor; of the positions, all but their number."""
+    return {name: tensor[:, 0].shape if name == "pos_embed" else tensor.shape for name, tensor in tensors.items()}

@@ -1,0 +1,70 @@
+"""The denoising loss on images that no training saw, by timestep: cheap, and nearly free of noise.
+
+Every model sees the same images, timesteps and noise, so that differences between models vary far less than their
+losses do. A lower loss is no better picture: METHOD section 5.10 has a merge that wins every quarter and samples worse.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from deme_core.binned_losses import Losses
+from deme_core.images import ImageDataset, normalize
+from deme_core.objectives import training_target
+from deme_core.seeds import generator
+
+
+@torch.inference_mode()
+def heldout_losses(
+    model: nn.Module,
+    noise_scheduler: Any,
+    images: ImageDataset,
+    *,
+    edges: Sequence[int],
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+) -> Losses:
+    """Returns the loss of every image in every bin.
+
+    In each bin the timesteps are stratified over the images: image i of n draws from the i-th of n equal parts.
+
+    Args:
+        model: the denoiser, in eval mode.
+        noise_scheduler: adds the noise and names the prediction type.
+        images: those held out, n of them.
+        edges: B + 1 bin edges.
+        seed: names timesteps and noise.
+        batch_size: images per forward pass; changes the speed only.
+        device: where the model is.
+
+    Returns:
+        Mean squared error per image and bin, float32 (n, B).
+    """
+    losses = np.empty((len(images), len(edges) - 1), dtype=np.float32)
+    for start in range(0, len(images), batch_size):
+        indices = range(start, min(start + batch_size, len(images)))
+        clean = normalize(torch.stack([images.image(index) for index in indices]))
+        for column, (low, high) in enumerate(itertools.pairwise(edges)):
+            draws = [_draw(seed, column, index, len(images), low, high, clean.shape[1:]) for index in indices]
+            timesteps = torch.tensor([timestep for timestep, _ in draws])
+            noise = torch.stack([noise for _, noise in draws])
+            target = training_target(noise_scheduler, clean, noise, timesteps)
+            noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+            prediction = model(noisy.to(device), timesteps.to(device)).sample
+            errors = (prediction.float().cpu() - target).square().flatten(1).mean(dim=1)
+            losses[start : start + len(indices), column] = errors.numpy()
+    return losses
+
+
+def _draw(
+    seed: int, column: int, index: int, num_images: int, low: int, high: int, shape: Sequence[int]
+) -> tuple[int, torch.Tensor]:
+    """Returns timestep and noise of one image in one bin."""
+    rng = generator("heldout", seed, column, index)
+    position = (index + float(torch.rand((), generator=rng, dtype=torch.float64))) / num_images
+    return min(low + int(position * (high - low)), high - 1), torch.randn(tuple(shape), generator=rng)

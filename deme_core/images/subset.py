@@ -1,0 +1,67 @@
+"""A part of a data set: what training sees, and what is held out from it."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.errors import DatasetError
+from deme_core.images.dataset import ImageDataset
+from deme_core.seeds import derive_seed
+
+_MAX_HELDOUT = 500
+
+
+class ImageSubset:
+    """The images ``indices`` of a data set, renumbered from 0."""
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
+        self.resolution, self.channels = dataset.resolution, dataset.channels
+        self.num_images, self.num_skipped = len(indices), dataset.num_skipped
+        self._dataset, self._indices = dataset, list(indices)
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the images and of their augmentation."""
+        return sha256_bytes(canonical_json([self._dataset.fingerprint, self._indices]).encode())
+
+    @cached_property
+    def reference_fingerprint(self) -> str:
+        """Identity of what ``image`` returns."""
+        return sha256_bytes(canonical_json([self._dataset.reference_fingerprint, self._indices]).encode())
+
+    def image(self, index: int) -> torch.Tensor:
+        """One image, centre-cropped: uint8 (C, resolution, resolution)."""
+        return self._dataset.image(self._indices[index])
+
+    def resized(self, index: int) -> torch.Tensor:
+        """One image before it is cropped: uint8 (C, H, W)."""
+        return self._dataset.resized(self._indices[index])
+
+
+def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[ImageSubset, ImageSubset]:
+    """Divides a data set into what training sees and what it never sees.
+
+    Args:
+        dataset: all images.
+        num_heldout: how many are held out; None for a tenth, at least 1 and at most 500.
+
+    Returns:
+        The images for training, and those held out.
+
+    Raises:
+        DatasetError: nothing would be left for training.
+    """
+    num_images = len(dataset)
+    wanted = min(max(num_images // 10, 1), _MAX_HELDOUT) if num_heldout is None else num_heldout
+    if wanted >= num_images:
+        raise DatasetError(
+            f"dataset.num_heldout_images {wanted} leaves none of the {num_images} images for training; lower it."
+        )
+    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed("heldout", num_images)))
+    heldout, training = sorted(order[:wanted].tolist()), sorted(order[wanted:].tolist())
+    return ImageSubset(dataset, training), ImageSubset(dataset, heldout)

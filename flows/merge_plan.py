@@ -1,0 +1,76 @@
+"""How a recipe's copies, and its control, get their merge weights and become models."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prefect.futures import PrefectFuture
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.recipe import MethodSpec, Recipe
+from tasks.experts import Expert
+from tasks.jobs import JobResult, MergeJob, SearchJob
+from tasks.stages import merge, search
+
+# The control is one copy: all there is to find is how far to go.
+_SCALE = MethodSpec(method="task_arithmetic")
+
+
+@dataclass
+class MergePlan:
+    """Everything a search and a merge need but the experts.
+
+    Attributes:
+        recipe: says how.
+        pretrained: theta_0.
+        segment_edges: 0, inner edges, T.
+        reference: real images of the search; None without one.
+        searches: results so far, by what was searched.
+    """
+
+    recipe: Recipe
+    pretrained: ArtifactRef
+    segment_edges: tuple[int, ...]
+    reference: ArtifactRef | None
+    searches: dict[str, JobResult] = field(default_factory=dict)
+
+    def find_weights(
+        self, experts: tuple[ArtifactRef, ...], what: str, *, is_control: bool = False
+    ) -> PrefectFuture[JobResult] | None:
+        """Submits the search for weights; None if there is nothing to search."""
+        if self.reference is None or self.recipe.merge.search is None or not experts:
+            return None
+        job = SearchJob(
+            pretrained=self.pretrained,
+            experts=experts,
+            method=_SCALE if is_control else self._method(),
+            segment_edges=self.segment_edges,
+            is_control=is_control,
+            search=self.recipe.merge.search,
+            evaluate=self.recipe.evaluate,
+            dataset=self.recipe.dataset,
+            reference=self.reference,
+        )
+        return search.submit(job, what)
+
+    def merge(
+        self,
+        refs: tuple[ArtifactRef, ...],
+        found: PrefectFuture[JobResult] | None,
+        experts: Sequence[Expert] | None,
+        what: str,
+    ) -> JobResult:
+        """Merges with the weights that were found, or those the recipe fixes; ``experts`` is None for the control."""
+        if found is not None:
+            self.searches[what] = found.result()
+            weights = tuple(self.searches[what].metrics["weights"])
+        elif experts is None:
+            weights = (1.0,)
+        else:
+            fixed = self.recipe.merge.weights or ()
+            weights = tuple(w for w, expert in zip(fixed, experts, strict=False) if expert.merged)
+        method = _SCALE if experts is None else self._method()
+        return merge(MergeJob(pretrained=self.pretrained, experts=refs, method=method, weights=weights), what)
+
+    def _method(self) -> MethodSpec:
+        """Returns the method without weights and search."""
+        return MethodSpec(**self.recipe.merge.model_dump(include=set(MethodSpec.model_fields)))
