@@ -4,6 +4,7 @@ Both are seeded, so that a search that was killed proposes the same weights agai
 taken from the search's log (`deme_core.search.score_log`).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -38,13 +39,15 @@ def optuna_search(
     chosen: optuna.samplers.BaseSampler
     if sampler == "cma_es" and num_weights > 1:
         first = starts[0] if starts else (0.5 * max_weight,) * num_weights
-        chosen = optuna.samplers.CmaEsSampler(
-            x0={_name(i): weight for i, weight in enumerate(first)},
-            sigma0=0.15 * max_weight,
-            seed=seed,
-            n_startup_trials=0,
-            popsize=max(4, num_weights + 2),
-        )
+        with warnings.catch_warnings():  # Its arguments for a start are deprecated, without another way to give one.
+            warnings.simplefilter("ignore", FutureWarning)
+            chosen = optuna.samplers.CmaEsSampler(
+                x0={_name(i): weight for i, weight in enumerate(first)},
+                sigma0=0.15 * max_weight,
+                seed=seed,
+                n_startup_trials=0,
+                popsize=max(4, num_weights + 2),
+            )
     else:
         chosen = optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_startup, multivariate=True)
     study = optuna.create_study(sampler=chosen)

@@ -88,8 +88,8 @@ def test_a_second_run_computes_nothing(
     assert trained.data.metrics["loss/diffusion"] > 0
 
 
-def test_the_exported_model_loads_in_stock_diffusers(
-    deme: CommandLine, first_report: dict[str, Any], tmp_path: Path
+def test_the_exported_model_loads_in_stock_diffusers_and_scores_as_its_row_did(
+    deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
     out = tmp_path / "merged model"
     done = deme.run("export", first_report["mlflow_run_id"][:12], "--out", str(out))
@@ -104,6 +104,11 @@ def test_the_exported_model_loads_in_stock_diffusers(
     )
     assert loaded.returncode == 0, loaded.stderr
     assert "were not used" not in loaded.stderr
+
+    evaluated = deme.report("evaluate", str(out), "--recipe", write_recipe())
+    assert evaluated["scores"]["model"] == first_report["scores"]["merged"]
+    compared = deme.report("compare", first_report["mlflow_run_id"], evaluated["mlflow_run_id"])
+    assert [row["verdict"] for row in compared.values()] == ["baseline", "too close to call"]
 
     images = tmp_path / "images"
     done = deme.run("generate", str(out), "--num-images", "3", "--num-inference-steps", "2", "--out", str(images))
@@ -120,6 +125,10 @@ def test_other_weights_train_nothing_and_equal_a_merge_by_hand(
     assert sorted(deme.home.glob("store/finetune/*/manifest.json")) == trained
     assert report["rows"]["ensemble"].keys() == first_report["rows"]["ensemble"].keys()
     assert report["merged"]["weights"] == [0.4, 0.3]
+    # Without a search the whole data set is the reference: other conditions.
+    refused = deme.run("compare", first_report["mlflow_run_id"], report["mlflow_run_id"])
+    assert refused.returncode == 2
+    assert "cannot be compared: they differ in reference" in refused.stderr
     folders = _model_folders(deme)
     out = tmp_path / "by-hand"
     experts = [argument for segment in ("[0,500]", "[500,1000]") for argument in ("--expert", folders[segment])]

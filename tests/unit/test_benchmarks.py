@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, finetune_step, merge_child
+from benchmarks import claim, finetune_step, merge_child, search
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.model_folder import write_model_folder
 from deme_core.verdict import Interval, interval, paired_difference
@@ -39,6 +39,12 @@ def test_the_finetuning_benchmark_ends_with_its_result(capsys: pytest.CaptureFix
     finetune_step.main(["--quick", "--rounds", "1", "--batch-size", "1"])
     result = last_line(capsys.readouterr().out)
     assert result["ratio"] == max(result["ratio_channel_projection_off"], result["ratio_channel_projection_on"]) > 0
+
+
+def test_a_search_is_done_when_a_full_score_is_as_good_as_the_grids() -> None:
+    steps = [search.Step(1.0, 75.0, None), search.Step(2.0, 300.0, 5.0), search.Step(3.0, 600.0, 4.0)]
+    assert search.cost_to_reach(steps, 4.0) == steps[2]
+    assert search.cost_to_reach(steps, 3.9) is None
 
 
 def test_both_contestants_of_the_merging_benchmark_write_the_same_merge(tmp_path: Path) -> None:
