@@ -1,4 +1,4 @@
-"""The report: what the rows say, as one JSON object, two figures and MLflow metrics."""
+"""The report: what the rows say, as one JSON object, figures and MLflow metrics."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
