@@ -1,8 +1,10 @@
 """Training batches: an endless stream that any batch number resumes, bit for bit."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -60,17 +62,19 @@ class TrainingBatches:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         numbers = itertools.count(self.start_batch)
-        batches = (
-            map(self._stream.__getitem__, numbers) if self._in_memory or not self.num_workers else self._load(numbers)
-        )
-        for batch in batches:
-            if isinstance(batch, DatasetError):
-                raise batch
-            yield normalize(batch)
+        in_process = self._in_memory or not self.num_workers
+        with closing(self._decode(numbers) if in_process else self._load(numbers)) as batches:
+            for batch in batches:
+                if isinstance(batch, DatasetError):
+                    raise batch
+                yield normalize(batch)
 
-    def _load(self, numbers: Iterator[int]) -> Iterator[torch.Tensor | DatasetError]:
+    def _decode(self, numbers: Iterator[int]) -> Generator[torch.Tensor | DatasetError, None, None]:
+        yield from map(self._stream.__getitem__, numbers)
+
+    def _load(self, numbers: Iterator[int]) -> Generator[torch.Tensor | DatasetError, None, None]:
         # Without a generator of its own a DataLoader draws from the global one.
-        return iter(
+        batches: Any = iter(
             DataLoader(
                 self._stream,
                 batch_size=None,
@@ -79,6 +83,11 @@ class TrainingBatches:
                 generator=generator("data workers"),
             )
         )
+        try:
+            yield from batches
+        finally:
+            # Not when the garbage collector comes by, which may take ten seconds and then complain.
+            batches._shutdown_workers()
 
 
 class _Stream(Dataset[torch.Tensor | DatasetError]):

@@ -13,6 +13,7 @@ import httpx
 import psutil
 from mlflow import MlflowClient
 
+from deme_core.settings import Settings
 from tests.e2e.command_line import CommandLine
 
 FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -28,6 +29,11 @@ class Platform:
     @property
     def environment(self) -> dict[str, str]:
         return self.deme.environment | self.variables
+
+    @property
+    def settings(self) -> Settings:
+        """Returns the settings of a program in the user's shell."""
+        return Settings.model_validate(self.environment)
 
     def pid(self, service: str) -> int:
         """Returns the process id of a service of the stack."""

@@ -144,7 +144,8 @@ def _model_folders(deme: CommandLine) -> dict[str, str]:
     folders = {}
     for path in deme.home.glob("store/*/*/manifest.json"):
         manifest = json.loads(path.read_text())
-        if manifest["stage"] in ("pretrained", "finetune"):
+        # What `deme evaluate` imported is a pretrained model, too.
+        if manifest["stage"] == "finetune" or "training" in manifest["settings"]:
             key = json.dumps(manifest["settings"].get("segment", "pretrained"), separators=(",", ":")).strip('"')
             folders[key] = str(next(path.parent.glob("upload-*")))
     return folders
