@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache
 from typing import Any
 
@@ -86,8 +86,10 @@ class TrainingBatches:
         try:
             yield from batches
         finally:
-            # Not when the garbage collector comes by, which may take ten seconds and then complain.
-            batches._shutdown_workers()
+            # Not when the garbage collector comes by, which may take ten seconds. A process that fails while it is
+            # being dismissed has nothing left to do: whatever went wrong before was raised above.
+            with suppress(RuntimeError):
+                batches._shutdown_workers()
 
 
 class _Stream(Dataset[torch.Tensor | DatasetError]):
