@@ -78,8 +78,6 @@ def relative_losses(losses: Losses, baseline: Losses, edges: Sequence[int]) -> R
 
 
 def _relative(differences: npt.NDArray[np.float64], scale: float) -> Interval:
-    if len(differences) < 2:  # One image tells nothing of how much images differ.
-        return Interval(float(differences[0]) / scale, float("-inf"), float("inf"))
     found = interval(differences.tolist())
     return Interval(mean=found.mean / scale, low=found.low / scale, high=found.high / scale)
 

@@ -92,7 +92,7 @@ def save_heldout_losses(rows: Mapping[str, "RelativeLosses"], path: Path) -> Non
         middles = [(low + high) / 2 for low, high in itertools.pairwise(losses.edges)]
         (line,) = axes.plot(middles, [100 * c.mean for c in losses.changes], label=row, **_style(row))
         low, high = [100 * c.low for c in losses.changes], [100 * c.high for c in losses.changes]
-        if not row.startswith("segment") and all(math.isfinite(value) for value in (*low, *high)):
+        if not row.startswith("segment"):
             axes.fill_between(middles, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("timestep (0: least noise)")

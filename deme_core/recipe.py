@@ -99,7 +99,7 @@ class DatasetSpec(_Spec):
     random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
     num_heldout_images: int | None = Field(
-        None, ge=1, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
+        None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
     )
     skip_broken: bool = Field(
         False, description="Leave out images that cannot be decoded; otherwise they are an error."

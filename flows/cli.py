@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,10 +44,7 @@ def run(
     from flows.report_text import print_report
 
     report = _run_flow("flows.decouple_then_merge:deme", recipe, set_, verbose=verbose)
-    if json_:
-        print(json.dumps(report))  # noqa: T201
-    else:
-        print_report(report, Console())
+    _show(report, print_report, as_json=json_)
 
 
 @app.command(epilog="Example: deme pretrain digits")
@@ -54,11 +52,10 @@ def pretrain(
     recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
 ) -> None:
     """Train the pretrained model of a recipe into the object store, for those who bring none."""
+    from flows.report_text import print_model
+
     report = _run_flow("flows.pretrain:pretrain", recipe, set_, verbose=verbose)
-    if json_:
-        print(json.dumps(report))  # noqa: T201
-    else:
-        Console().print(f"pretrained model  {report['uri']}", highlight=False, soft_wrap=True)
+    _show(report, print_model, as_json=json_)
 
 
 @app.command(epilog="Example: deme evaluate s3://bucket/my-model --recipe digits")
@@ -73,10 +70,7 @@ def evaluate(
     from flows.report_text import print_scores
 
     report = _run_flow("flows.evaluate:evaluate", recipe, set_, verbose=verbose, model=model)
-    if json_:
-        print(json.dumps(report))  # noqa: T201
-    else:
-        print_scores(report, Console())
+    _show(report, print_scores, as_json=json_)
 
 
 @app.command(epilog="Example: deme compare 3f2a9c41 b07d5512")
@@ -92,10 +86,14 @@ def compare(
     from tasks.comparison import compare_reports
 
     table = compare_reports(runs)
-    if json_:
-        print(json.dumps(table))  # noqa: T201
+    _show(table, print_comparison, as_json=json_)
+
+
+def _show(content: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(content))  # noqa: T201
     else:
-        print_comparison(table, Console())
+        show(content, Console())
 
 
 def _run_flow(

@@ -16,7 +16,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(_table(report))
     for baseline in ("pretrained", "finetuned"):
         verdict = report["verdict"][f"vs_{baseline}"]
-        metric, gain = next(iter(report["gain"][f"vs_{baseline}"].items()))
+        metric = report["metric"]
+        gain = report["gain"][f"vs_{baseline}"][metric]
         console.print(
             f"merged is [bold]{verdict}[/] than {baseline}"
             if verdict != "too close to call"
@@ -42,6 +43,11 @@ def print_scores(report: dict[str, Any], console: Console) -> None:
     console.print(_table(report))
     lines = [f"run            {report['mlflow_run_id']}", f"fingerprint    {report['fingerprint']}"]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def print_model(report: dict[str, Any], console: Console) -> None:
+    """Prints where a pretrained model lies."""
+    console.print(f"pretrained model  {report['uri']}", highlight=False, soft_wrap=True)
 
 
 def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:

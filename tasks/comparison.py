@@ -40,7 +40,7 @@ def _row(report: dict[str, Any], baseline: dict[str, Any]) -> dict[str, str]:
         metric: f"{bounds['mean']:.4g} ({bounds['low']:.4g} to {bounds['high']:.4g})"
         for metric, bounds in report["rows"][name].items()
     }
-    metric = next(iter(scores))
+    metric = baseline["metric"]
     theirs = baseline["scores"][_scored(baseline)][metric]
     verdict = "baseline" if report is baseline else compare(report["scores"][name][metric], theirs)
     return {"recipe": report["recipe"], "model": report.get("model", name), **scores, "verdict": verdict}

@@ -1,5 +1,6 @@
 """The gate before the merge: is each copy better than the pretrained model on its own segment?"""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,7 +78,7 @@ def judge_experts(
     for segment, ref, result in zip(segments, experts, expert_losses, strict=True):
         change = own_change(losses_of(runtime, result), before, edges, segment)
         judged.append(judge(segment, ref, change, policy))
-        logger.log(20 if change.mean < 0 else 30, judged[-1].sentence())
+        logger.log(logging.INFO if change.mean < 0 else logging.WARNING, judged[-1].sentence())
     return judged
 
 

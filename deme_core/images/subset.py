@@ -48,7 +48,7 @@ def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[Image
 
     Args:
         dataset: all images.
-        num_heldout: how many are held out; None for a tenth, at least 1 and at most 500.
+        num_heldout: how many are held out; None for a tenth, at least 2 (for an interval) and at most 500.
 
     Returns:
         The images for training, and those held out.
@@ -57,7 +57,7 @@ def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[Image
         DatasetError: nothing would be left for training.
     """
     num_images = len(dataset)
-    wanted = min(max(num_images // 10, 1), _MAX_HELDOUT) if num_heldout is None else num_heldout
+    wanted = min(max(num_images // 10, 2), _MAX_HELDOUT) if num_heldout is None else num_heldout
     if wanted >= num_images:
         raise DatasetError(
             f"dataset.num_heldout_images {wanted} leaves none of the {num_images} images for training; lower it."

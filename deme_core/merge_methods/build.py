@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from deme_core.errors import InputError
-from deme_core.merge_methods import Average, BlockWeights, Dare, TaskArithmetic, TensorMerge, Ties
+from deme_core.merge_methods import METHODS, Average, BlockWeights, TaskArithmetic, TensorMerge
 from deme_core.merge_methods.block_weights import block_names, transformer_depth
 from deme_core.recipe import MethodSpec
 
@@ -40,16 +40,11 @@ def build_method(spec: MethodSpec, weights: Sequence[float], num_experts: int, n
     if not all(math.isfinite(weight) for weight in weights):
         raise InputError(f"Merge weights must be finite numbers, not {list(weights)}.")
     given = tuple(float(weight) for weight in weights)
-    match spec.method:
-        case "task_arithmetic":
-            return TaskArithmetic(given)
-        case "ties":
-            return Ties(given, spec.density)
-        case "dare":
-            return Dare(given, spec.drop_rate, spec.seed)
-        case "block_weights":
-            blocks = block_names(names)
-            if len(given) == num_experts:
-                given = tuple(weight for weight in given for _ in blocks)
-            rows = tuple(given[i * len(blocks) : (i + 1) * len(blocks)] for i in range(num_experts))
-            return BlockWeights(rows, blocks, transformer_depth(names))
+    if spec.method == "block_weights":
+        blocks = block_names(names)
+        if len(given) == num_experts:
+            given = tuple(weight for weight in given for _ in blocks)
+        rows = tuple(given[i * len(blocks) : (i + 1) * len(blocks)] for i in range(num_experts))
+        return BlockWeights(rows, blocks, transformer_depth(names))
+    own = {name: value for name, value in spec.settings().items() if name != "method"}
+    return METHODS[spec.method](given, **own)

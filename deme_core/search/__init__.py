@@ -13,7 +13,7 @@ from deme_core.search.coordinate import coordinate_search
 from deme_core.search.grid import control_values, grid_search
 from deme_core.search.halving import halve
 from deme_core.search.optuna_search import optuna_search
-from deme_core.search.quadratic import Proxy, design, fit_minimum, quadratic_search
+from deme_core.search.quadratic import Proxy, fit_minimum, quadratic_search
 
 __all__ = ["Candidate", "Objective", "Proxy", "Weights", "best_candidate", "max_candidates", "search_weights"]
 
@@ -36,7 +36,8 @@ def search_weights(
         num_weights: N, or 1 for the control, whose single weight scales its task vector.
         num_segments: N; the control took N times the steps of a segment.
         is_control: search the control's scale, which starts at 1.
-        proxy: a cheap loss of weights; needed by ``quadratic``, and warm-starts ``tpe`` and ``cma_es``.
+        proxy: a cheap loss of weights; needed by ``quadratic``, and warm-starts ``tpe`` and ``cma_es``. Others never
+            ask for it.
         rough: a rough score of weights; given, all candidates get it, and the survivors alone the full one.
     """
     candidates = _strategy(rough or objective, spec, num_weights, num_segments, is_control, proxy)
@@ -95,8 +96,3 @@ def max_candidates(spec: SearchSpec, *, num_weights: int, num_segments: int, is_
     if spec.few_steps is None:
         return num_all
     return num_all + max(2, math.ceil(spec.survivors * num_all)) + 1
-
-
-def num_proxy_losses(num_weights: int) -> int:
-    """Returns how many losses a quadratic fit takes."""
-    return len(design(num_weights, 1.0))

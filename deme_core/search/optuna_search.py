@@ -27,7 +27,7 @@ def optuna_search(
         objective: scores weights.
         sampler: tpe, or cma_es, which needs two weights: a single one is left to tpe.
         num_weights: N.
-        starts: weights to begin with, such as the minimum of a fit.
+        starts: weights to begin with, at least one, such as the minimum of a fit.
         max_weight: bound of every weight.
         max_candidates: how many are scored, the pretrained model included.
         seed: of the sampler.
@@ -35,21 +35,21 @@ def optuna_search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    num_startup = max(len(starts) + 1, num_weights + 1)
     chosen: optuna.samplers.BaseSampler
     if sampler == "cma_es" and num_weights > 1:
-        first = starts[0] if starts else (0.5 * max_weight,) * num_weights
         with warnings.catch_warnings():  # Its arguments for a start are deprecated, without another way to give one.
             warnings.simplefilter("ignore", FutureWarning)
             chosen = optuna.samplers.CmaEsSampler(
-                x0={_name(i): weight for i, weight in enumerate(first)},
+                x0={_name(i): weight for i, weight in enumerate(starts[0])},
                 sigma0=0.15 * max_weight,
                 seed=seed,
                 n_startup_trials=0,
                 popsize=max(4, num_weights + 2),
             )
     else:
-        chosen = optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_startup, multivariate=True)
+        chosen = optuna.samplers.TPESampler(
+            seed=seed, n_startup_trials=max(len(starts), num_weights) + 1, multivariate=True
+        )
     study = optuna.create_study(sampler=chosen)
     fixed = list(dict.fromkeys([(0.0,) * num_weights, *starts]))[:max_candidates]
     for weights in fixed:

@@ -45,6 +45,6 @@ class ScoreLog:
                     file.write("\n" + json.dumps([key, self._known[key]]))
         return self._known[key]
 
-    def discard(self) -> None:
-        """Removes the file, once the result of the search is kept elsewhere."""
-        self.path.unlink(missing_ok=True)
+    def count(self, kind: str) -> int:
+        """Returns how many values of a kind were paid for, by earlier processes too."""
+        return sum(key.startswith(f"{kind} ") for key in self._known)

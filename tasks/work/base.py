@@ -6,6 +6,7 @@ yields progress records and returns the metrics. None of them knows Prefect or M
 """
 
 import errno
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -98,8 +99,13 @@ class JobContext:
                 metrics=metrics,
             )
 
-    def discard_checkpoints(self, digest: str) -> None:
-        """Removes the training checkpoints of an artifact that is in the store."""
+    def unfinished_folder(self, digest: str) -> Path:
+        """Returns where a job may keep what it needs to go on after a kill, until its artifact is in the store."""
+        return self.settings.state_folder / "unfinished" / digest
+
+    def discard_unfinished(self, digest: str) -> None:
+        """Removes what an artifact that is in the store needed while it was made."""
+        shutil.rmtree(self.unfinished_folder(digest), ignore_errors=True)
         with self.storing() as artifacts:
             for ref in artifacts.list_refs(checkpoint_stage(digest)):
                 artifacts.remove(ref)
@@ -181,7 +187,7 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
                     ref = context.publish(job.stage, digest, out, identity, metrics)
     if cached:
         metrics = context.artifacts.manifest(ref).metrics
-    context.discard_checkpoints(digest)
+    context.discard_unfinished(digest)
     seconds = time.perf_counter() - started
     return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)
 

@@ -47,20 +47,19 @@ def identity(job: SearchJob, context: JobContext) -> Identity:
 
 def run(job: SearchJob, context: JobContext, out: Path, digest: str) -> Work:
     """Scores candidate after candidate; writes all of them, and how well the held-out loss ranks them."""
-    problem = _Problem(job, context, ScoreLog(context.settings.state_folder / "searches" / f"{digest}.jsonl"))
+    problem = _Problem(job, context, ScoreLog(context.unfinished_folder(digest) / "scores.jsonl"))
     num_segments = len(job.segment_edges) - 1
     total = max_candidates(
         job.search, num_weights=problem.num_weights, num_segments=num_segments, is_control=job.is_control
     )
     candidates: list[Candidate] = []
-    uses_proxy = job.search.strategy in ("quadratic", "tpe", "cma_es")
     for candidate in search_weights(
         problem.score,
         job.search,
         num_weights=problem.num_weights,
         num_segments=num_segments,
         is_control=job.is_control,
-        proxy=problem.loss if uses_proxy else None,
+        proxy=problem.loss,
         rough=problem.rough_score if job.search.few_steps else None,
     ):
         candidates.append(candidate)
@@ -74,22 +73,20 @@ def run(job: SearchJob, context: JobContext, out: Path, digest: str) -> Work:
         }
     best = best_candidate(candidates)
     (out / "candidates.json").write_text(json.dumps([asdict(c) for c in candidates], indent=1))
-    metrics = {
+    return {
         "weights": list(best.weights),
         "score": best.score,
         "candidates": [asdict(c) for c in candidates],
         "num_images": problem.num_images,
         "num_losses": problem.num_losses,
-        "rank_correlation": _rank_correlations(candidates, problem, uses_proxy=uses_proxy),
+        "rank_correlation": _rank_correlations(candidates, problem),
     }
-    problem.log.discard()
-    return metrics
 
 
-def _rank_correlations(candidates: list[Candidate], problem: "_Problem", *, uses_proxy: bool) -> dict[str, float]:
+def _rank_correlations(candidates: list[Candidate], problem: "_Problem") -> dict[str, float]:
     """Returns Spearman's rank correlation of each proxy that was used with the full scores, if three are there."""
     full = {c.weights: c.score for c in candidates if not c.rough}
-    proxies: dict[str, Callable[[Weights], float]] = {"heldout_loss": problem.loss} if uses_proxy else {}
+    proxies: dict[str, Callable[[Weights], float]] = {"heldout_loss": problem.loss} if problem.num_losses else {}
     if rough := {c.weights: c.score for c in candidates if c.rough}:
         proxies["few_steps"] = rough.__getitem__
     if len(full) < 3:
@@ -108,19 +105,16 @@ class _Problem:
 
     Attributes:
         num_weights: how many weights a candidate has.
-        num_images: images generated so far, those of an earlier process included.
-        num_losses: held-out losses measured so far.
     """
 
     def __init__(self, job: SearchJob, context: JobContext, log: ScoreLog) -> None:
-        self._job, self._context, self.log = job, context, log
+        self._job, self._context, self._log = job, context, log
         self._folder = open_model_folder(context.fetch(job.pretrained))
         self._merge = LiveMerge(
             load_unet(self._folder).eval().to(context.device),
             [open_model_folder(context.fetch(expert)).checkpoint() for expert in job.experts],
         )
         self.num_weights = num_weights(job.method, len(job.experts), self._merge.names)
-        self.num_images, self.num_losses = 0, 0
         self._full = self._evaluation(job.evaluate.num_inference_steps)
         self._rough = self._evaluation(job.search.few_steps) if job.search.few_steps else None
 
@@ -130,6 +124,17 @@ class _Problem:
         return build_evaluation(
             self._context, evaluate, model=self._folder, reference=job.reference, num_images=job.search.num_images
         )
+
+    @property
+    def num_images(self) -> int:
+        """Images generated, with few steps or all, by earlier processes too."""
+        each = self._job.search.num_images * len(self._job.search.seeds)
+        return each * (self._log.count("full") + self._log.count("rough"))
+
+    @property
+    def num_losses(self) -> int:
+        """Held-out losses measured, by earlier processes too."""
+        return self._log.count("loss")
 
     def score(self, weights: Weights) -> float:
         """Returns the mean score over the search's seeds."""
@@ -149,8 +154,7 @@ class _Problem:
             scores = [evaluation.score(SingleModel(self._merge.model), seed)[0][metric] for seed in seeds]
             return sum(scores) / len(scores)
 
-        self.num_images += self._job.search.num_images * len(self._job.search.seeds)
-        return float(self.log.remember(kind, weights, compute))
+        return float(self._log.remember(kind, weights, compute))
 
     def loss(self, weights: Weights) -> float:
         """Returns the held-out loss, relative to the pretrained model's in each segment, mean over the segments."""
@@ -162,7 +166,6 @@ class _Problem:
 
         def compute() -> list[float]:
             self._set(weights)
-            self.num_losses += 1
             bins = _mean_bins(self._merge.model, self._folder, self._context, self._job, edges)
             share = widths(edges)
             return [
@@ -170,7 +173,7 @@ class _Problem:
                 for low, high in itertools.pairwise(self._job.segment_edges)
             ]
 
-        return np.array(self.log.remember("loss", weights, compute))
+        return np.array(self._log.remember("loss", weights, compute))
 
     def _set(self, weights: Weights) -> None:
         self._merge.apply(build_method(self._job.method, weights, len(self._job.experts), self._merge.names))
