@@ -8,39 +8,33 @@ import numpy as np
 import torch
 
 from deme_core.extractors import FeatureExtractor
+from deme_core.feature_statistics import Features
 from deme_core.generate import Denoiser, Sampling, generate
-from deme_core.metrics import Metric, Reference, score
+from deme_core.metrics import Metric, score
+from deme_core.reference import Reference
 from deme_core.seeds import derive_seed
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What every row shares, so that scores can be compared (METHOD section 5.3).
+@dataclass(frozen=True, kw_only=True)
+class FeatureSource:
+    """Features of generated images, made in memory: what every row shares before anything is scored.
 
     Attributes:
         scheduler_config: the model's scheduler_config.json.
         sampling: sampler and its settings.
         shape: (C, H, W) of an image.
-        num_images: images per seed, exactly.
         extractor: turns images into features.
-        reference: features of the real images.
-        metrics: what is computed.
-        kid_subset_size: images per subset of the kernel distance.
         device: where the denoiser is.
     """
 
     scheduler_config: Mapping[str, Any]
     sampling: Sampling
     shape: Sequence[int]
-    num_images: int
     extractor: FeatureExtractor
-    reference: Reference
-    metrics: Sequence[Metric]
-    kid_subset_size: int
     device: torch.device | str
 
-    def conditions(self) -> dict[str, Any]:
-        """Returns all that scores must share to be compared, by name; the batch size is not among it."""
+    def source_conditions(self) -> dict[str, Any]:
+        """Returns all that features must share to be compared, by name; the batch size is not among it."""
         scheduler = self.sampling.build_scheduler(self.scheduler_config)
         return {
             "sampler": self.sampling.sampler,
@@ -49,12 +43,53 @@ class Evaluation:
             "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
             "dtype": "float32",
             "shape": list(self.shape),
-            "num_images": self.num_images,
             "extractor": self.extractor.digest,
-            "reference": {"images": self.reference.images_digest, "num_images": self.reference.num_images},
-            "metrics": list(self.metrics),
-            "kid_subset_size": self.kid_subset_size,
         }
+
+    def batches(self, denoiser: Denoiser, seed: int, indices: Sequence[int]) -> Iterator[tuple[Features, torch.Tensor]]:
+        """Yields features (B, D) and the images uint8 (B, C, H, W), any slice of the set that ``seed`` names.
+
+        Args:
+            denoiser: what predicts.
+            seed: names the set of images.
+            indices: which images of the set.
+        """
+        for images in generate(
+            denoiser,
+            self.scheduler_config,
+            self.sampling,
+            shape=self.shape,
+            seed=seed,
+            indices=indices,
+            device=self.device,
+        ):
+            yield self.extractor(images), images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(FeatureSource):
+    """What every row shares, so that scores can be compared (METHOD section 5.3).
+
+    Attributes:
+        num_images: images per seed, exactly.
+        reference: the real images, as features.
+        metrics: what is computed.
+        kid_subset_size: images per subset of the kernel distance.
+    """
+
+    num_images: int
+    reference: Reference
+    metrics: Sequence[Metric]
+    kid_subset_size: int
+
+    def conditions(self) -> dict[str, Any]:
+        """Returns all that scores must share to be compared, by name."""
+        return self.source_conditions() | score_conditions(
+            self.reference,
+            num_images=self.num_images,
+            metrics=self.metrics,
+            kid_subset_size=self.kid_subset_size,
+        )
 
     def score(
         self, denoiser: Denoiser, seed: int, *, keep: int = 0, report: Callable[[int], None] = lambda _: None
@@ -71,8 +106,8 @@ class Evaluation:
             The scores by metric name, lower being better, and uint8 images (keep, C, H, W).
         """
         features, kept, done = [], [], 0
-        for images in self._images(denoiser, seed):
-            features.append(self.extractor(images))
+        for found, images in self.batches(denoiser, seed, range(self.num_images)):
+            features.append(found)
             kept.append(images[: max(keep - done, 0)])
             done += len(images)
             report(done)
@@ -82,16 +117,17 @@ class Evaluation:
         )
         return scores, torch.cat(kept)
 
-    def _images(self, denoiser: Denoiser, seed: int) -> Iterator[torch.Tensor]:
-        return generate(
-            denoiser,
-            self.scheduler_config,
-            self.sampling,
-            shape=self.shape,
-            seed=seed,
-            indices=range(self.num_images),
-            device=self.device,
-        )
+
+def score_conditions(
+    reference: Reference, *, num_images: int, metrics: Sequence[Metric], kid_subset_size: int
+) -> dict[str, Any]:
+    """Returns what scores of features must share besides `FeatureSource.source_conditions`."""
+    return {
+        "num_images": num_images,
+        "reference": {"images": reference.images_digest, "num_images": reference.num_images},
+        "metrics": list(metrics),
+        "kid_subset_size": kid_subset_size,
+    }
 
 
 def split_reference(num_images: int, num_for_search: int) -> tuple[list[int], list[int]]:

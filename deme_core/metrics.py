@@ -4,26 +4,24 @@ Scores are comparable only among rows with equal counts of images and one extrac
 scales of different extractors apart.
 """
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
-from deme_core.errors import ArtifactNotFoundError, InputError
+from deme_core.feature_statistics import (
+    Features,
+    FeatureStatistics,
+    Float64Array,
+    check_features,
+    factor_of,
+    mean_and_factor,
+)
 from deme_core.precision_recall import precision_recall
+from deme_core.reference import Reference
 
 Metric = Literal["fid", "kid", "precision", "recall"]
-Features = npt.NDArray[np.floating[Any]]
-Float64Array = npt.NDArray[np.float64]
-
-REFERENCE_FILE = "reference.safetensors"
-_METADATA_KEY = "deme"  # one key only: safetensors does not keep the order of several, and so not the bytes
 _EXTRACTORS = ("inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32")
 _PREFIXES: dict[str, str] = {"fid": "fd", "kid": "kd", "precision": "precision", "recall": "recall"}
 
@@ -51,87 +49,6 @@ def higher_is_better(name: str) -> bool:
     return name.startswith(("precision", "recall"))
 
 
-@dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """The Gaussian that the Fréchet distance sees.
-
-    Attributes:
-        mean: mean feature vector, (D,) float64.
-        covariance: covariance with n - 1 in the denominator, (D, D) float64.
-        num_images: the number n of images; the rank of the covariance is below it.
-    """
-
-    mean: Float64Array
-    covariance: Float64Array
-    num_images: int
-
-    @classmethod
-    def from_features(cls, features: Features) -> Self:
-        """Mean and covariance of features (n, D), n >= 2, which must be finite (else ValueError)."""
-        mean, rows = _mean_and_factor(_checked(features))
-        return cls(mean=mean, covariance=rows.T @ rows, num_images=len(rows))
-
-
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """The features of the real images, with what every comparison needs computed once.
-
-    Attributes:
-        features: (m, D), m >= 2; kept as float32, so that a saved reference scores as an unsaved one does.
-        extractor_name: the extractor that made them; names the metrics.
-        extractor_digest: digest of that extractor's weights and preprocessing.
-        images_digest: digest of the real images.
-    """
-
-    features: Features
-    extractor_name: str
-    extractor_digest: str = ""
-    images_digest: str = ""
-
-    def __post_init__(self) -> None:
-        features = _checked(self.features).astype(np.float32)
-        features.flags.writeable = False
-        object.__setattr__(self, "features", features)
-
-    @property
-    def num_images(self) -> int:
-        """Number m of real images."""
-        return len(self.features)
-
-    @cached_property
-    def statistics(self) -> FeatureStatistics:
-        """Mean and covariance of the features."""
-        return FeatureStatistics.from_features(self.features)
-
-    @cached_property
-    def factor(self) -> Float64Array:
-        """F (min(m, D), D) float64, or of fewer rows, with FᵀF the covariance."""
-        if self.num_images <= self.features.shape[1]:
-            return _mean_and_factor(self.features)[1]
-        return _factor(self.statistics.covariance)
-
-    def save(self, folder: Path) -> Path:
-        """Write ``reference.safetensors`` into a folder, which is created, and return its path."""
-        from safetensors.numpy import save_file
-
-        folder.mkdir(parents=True, exist_ok=True)
-        names = ("extractor_name", "extractor_digest", "images_digest")
-        metadata = {_METADATA_KEY: json.dumps({name: getattr(self, name) for name in names}, sort_keys=True)}
-        save_file({"features": self.features}, folder / REFERENCE_FILE, metadata=metadata)
-        return folder / REFERENCE_FILE
-
-    @classmethod
-    def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote; a folder without it is an ArtifactNotFoundError."""
-        from safetensors import safe_open
-
-        path = folder / REFERENCE_FILE
-        if not path.is_file():
-            raise ArtifactNotFoundError(f"{folder} holds no {REFERENCE_FILE}.")
-        with safe_open(path, framework="numpy") as file:
-            return cls(file.get_tensor("features"), **json.loads(file.metadata()[_METADATA_KEY]))
-
-
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Fréchet distance of two Gaussians (Heusel et al., 2017, equation 6).
 
@@ -149,7 +66,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """
     _check_same_width(len(a.mean), len(b.mean))
     fewer, more = sorted((a, b), key=lambda statistics: statistics.num_images)
-    trace_of_root = _trace_of_root(_factor(fewer.covariance), more.covariance)
+    trace_of_root = _trace_of_root(factor_of(fewer.covariance), more.covariance)
     return _assemble(a.mean - b.mean, np.trace(a.covariance) + np.trace(b.covariance), trace_of_root)
 
 
@@ -166,9 +83,9 @@ def frechet_distance_to(reference: Reference, features: Features) -> float:
     Returns:
         d², 0 or greater.
     """
-    features = _checked(features)
-    _check_same_width(features.shape[1], reference.features.shape[1])
-    mean, rows = _mean_and_factor(features)
+    features = check_features(features)
+    _check_same_width(features.shape[1], len(reference.statistics.mean))
+    mean, rows = mean_and_factor(features)
     real = reference.statistics
     if len(rows) <= features.shape[1]:
         trace_of_root = float(np.linalg.svd(rows @ reference.factor.T, compute_uv=False).sum())
@@ -199,7 +116,7 @@ def kernel_distance(
     """
     from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
 
-    features, reference_features = _checked(features), _checked(reference_features)
+    features, reference_features = check_features(features), check_features(reference_features)
     _check_same_width(features.shape[1], reference_features.shape[1])
     if subset_size < 2 or num_subsets < 1:
         raise ValueError(f"KID needs subsets of at least 2 images, not {num_subsets} subsets of {subset_size}.")
@@ -228,9 +145,9 @@ def score(
         Scores by `metric_name`, in the order of metrics; see `higher_is_better`.
     """
     scores: dict[str, float] = {}
-    shares = (
-        precision_recall(features, reference.features) if {"precision", "recall"} & set(metrics) else (math.nan,) * 2
-    )
+    shares = (math.nan,) * 2
+    if {"precision", "recall"} & set(metrics):
+        shares = precision_recall(features, real_features(reference))
     for metric in metrics:
         name = metric_name(metric, reference.extractor_name)
         if metric == "fid":
@@ -238,37 +155,26 @@ def score(
         elif metric in ("precision", "recall"):
             scores[name] = shares[metric == "recall"]
         else:
-            scores[name] = kernel_distance(features, reference.features, subset_size=kid_subset_size, seed=kid_seed)
+            real = real_features(reference)
+            scores[name] = kernel_distance(features, real, subset_size=kid_subset_size, seed=kid_seed)
     return scores
 
 
-def _checked(features: Features) -> Features:
-    if features.ndim != 2 or len(features) < 2:
-        raise InputError(f"Features must be of shape (at least 2 images, features), not {features.shape}.")
-    if num_bad := int((~np.isfinite(features).all(axis=1)).sum()):
-        raise InputError(
-            f"The features of {num_bad} of {len(features)} images are NaN or infinite; check the extractor's weights."
-        )
-    return features
+def needs_features(metrics: Sequence[Metric]) -> bool:
+    """Whether a reference must keep the features themselves; for the Fréchet distance mean and covariance do."""
+    return any(metric != "fid" for metric in metrics)
+
+
+def real_features(reference: Reference) -> Features:
+    """Returns the features of the real images, which a reference made for the Fréchet distance alone lacks."""
+    if reference.features is None:
+        raise ValueError("This reference holds statistics only: no metric but fid can be computed from it.")
+    return reference.features
 
 
 def _check_same_width(width: int, other: int) -> None:
     if width != other:
         raise ValueError(f"Images with {width} features each cannot be compared with images that have {other}.")
-
-
-def _mean_and_factor(features: Features) -> tuple[Float64Array, Float64Array]:
-    """Mean (D,) and A (n, D), the centred features over √(n − 1), so that AᵀA is the covariance."""
-    rows = features.astype(np.float64)
-    mean = rows.mean(axis=0)
-    return mean, (rows - mean) / np.sqrt(len(rows) - 1)
-
-
-def _factor(covariance: Float64Array) -> Float64Array:
-    """F (rank, D) with FᵀF = covariance, from its eigenvalues above rounding error."""
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    kept = eigenvalues > max(eigenvalues[-1], 0.0) * len(eigenvalues) * np.finfo(np.float64).eps
-    return np.sqrt(eigenvalues[kept])[:, None] * vectors[:, kept].T
 
 
 def _trace_of_root(factor: Float64Array, covariance: Float64Array) -> float:

@@ -238,6 +238,9 @@ class EvaluateSpec(_Spec):
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images in the reference; default all that the search does not set aside."
     )
+    num_bootstrap: int = Field(
+        100, ge=0, description="Resamples of the generated images for the verdict's second interval; 0 for none."
+    )
 
     @model_validator(mode="after")
     def _distinct_seeds(self) -> Self:
@@ -261,12 +264,15 @@ class ExecutionSpec(_Spec):
         "on whatever machine serves the work pool deme-gpu or deme-cpu.",
     )
     gpu_stages: tuple[
-        Literal["pretrained", "finetune", "reference", "heldout", "search", "merged", "evaluate"], ...
+        Literal["pretrained", "finetune", "features", "reference", "heldout", "search", "merged", "evaluate"], ...
     ] = Field(
-        ("pretrained", "finetune", "heldout", "search", "evaluate"),
+        ("pretrained", "finetune", "heldout", "search", "features"),
         description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
+    images_per_task: int = Field(
+        5000, ge=1, description="Images, generated or real, that one task turns into features, in whole batches."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
 
 

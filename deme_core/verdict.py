@@ -23,6 +23,19 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class RowScores:
+    """What one row scored by the deciding metric.
+
+    Attributes:
+        by_seed: one score per sampling seed.
+        replicates: for each seed the scores of its resamples (`deme_core.bootstrap`); empty where none were made.
+    """
+
+    by_seed: Sequence[float]
+    replicates: Sequence[Sequence[float]] = ()
+
+
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Student t interval of the mean over sampling seeds.
 
@@ -76,27 +89,54 @@ def paired_difference(candidate: Sequence[float], baseline: Sequence[float], con
     return interval([float(c) - float(b) for c, b in zip(candidate, baseline, strict=True)], confidence)
 
 
-def compare(candidate: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Verdict:
-    """Judge a candidate row against a baseline row, for scores of which lower is better.
+def image_difference(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Interval:
+    """Bootstrap interval of the mean difference over the generated images, paired by image.
 
-    With d_s = candidate_s − baseline_s over the n sampling seeds s, of mean d̄ and standard deviation s_d:
+    With d̄ the mean over the seeds of candidate − baseline, and s* the standard deviation of d̄ over the resamples
+    of `deme_core.bootstrap`:
 
-        d̄ + t(n - 1, (1 + confidence) / 2) · s_d / √n < 0   better
-        d̄ − t(n - 1, (1 + confidence) / 2) · s_d / √n > 0   worse
-        otherwise                                            too close to call
+        d̄ ± z((1 + confidence) / 2) · s*
+
+    A normal interval and not one of percentiles: resampling shifts all replicates of a Fréchet distance upwards.
 
     Args:
-        candidate: one score per seed.
-        baseline: the other row's scores, of the same seeds in the same order (else ValueError).
+        candidate: scores and replicates of one row.
+        baseline: the other row's, of the same seeds and resamples.
         confidence: the interval's coverage, in (0, 1).
+    """
+    from scipy.special import ndtri
+
+    mean = paired_difference(candidate.by_seed, baseline.by_seed, confidence).mean
+    shifts = np.asarray(candidate.replicates, dtype=np.float64) - np.asarray(baseline.replicates, dtype=np.float64)
+    half_width = float(ndtri((1 + confidence) / 2)) * float(shifts.mean(axis=0).std(ddof=1))
+    return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
+
+
+def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> dict[str, Interval]:
+    """Returns the intervals of candidate − baseline: over ``seeds``, and over ``images`` where both were resampled."""
+    found = {"seeds": paired_difference(candidate.by_seed, baseline.by_seed, confidence)}
+    if all(len(row.replicates) == len(row.by_seed) and all(row.replicates) for row in (candidate, baseline)):
+        found["images"] = image_difference(candidate, baseline, confidence)
+    return found
+
+
+def compare(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Verdict:
+    """Judge a candidate row against a baseline row, for scores of which lower is better.
+
+    'better' if all intervals of `differences` lie below zero, 'worse' if all lie above, else 'too close to call'.
+
+    Args:
+        candidate: scores, one per seed.
+        baseline: the other row's scores, of the same seeds in the same order (else ValueError).
+        confidence: the intervals' coverage, in (0, 1).
 
     Returns:
         The verdict on the candidate.
     """
-    difference = paired_difference(candidate, baseline, confidence)
-    if difference.high < 0:
+    intervals = differences(candidate, baseline, confidence).values()
+    if all(difference.high < 0 for difference in intervals):
         return "better"
-    if difference.low > 0:
+    if all(difference.low > 0 for difference in intervals):
         return "worse"
     return "too close to call"
 

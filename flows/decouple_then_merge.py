@@ -1,7 +1,7 @@
 """The flow ``deme``: decouple, merge, and compare the four rows."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture
@@ -12,13 +12,14 @@ from deme_core.binned_losses import bin_edges
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
+from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
 from tasks.experts import judge_experts
-from tasks.jobs import FinetuneJob, JobResult, ReferenceJob
+from tasks.jobs import FinetuneJob, JobResult
 from tasks.report import write_report
-from tasks.stages import build_reference, evaluate_row, finetune, heldout_loss, obtain_pretrained
+from tasks.stages import finetune, heldout_loss, obtain_pretrained
 
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 
@@ -55,26 +56,27 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
         for i, segment in enumerate(segments)
     ]
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
-    for_report = build_reference.submit(reference_job(recipe, "report"))
-    for_search = build_reference.submit(reference_job(recipe, "search")) if recipe.merge.search else None
+    for_report = first_real_features(recipe, "report")
+    for_search = first_real_features(recipe, "search") if recipe.merge.search else None
 
     control_result, *copy_results = _results([control, *copies])
     copy_refs = tuple(copy.ref for copy in copy_results)
     copy_losses = [heldout_loss.submit(ref, bins, f"segment {i}") for i, ref in enumerate(copy_refs)]
-    reference = for_report.result().ref
+    reference = submit_reference(recipe, "report", for_report.result()).result().ref
+    search_reference = submit_reference(recipe, "search", for_search.result()) if for_search else None
     rows = {
-        "pretrained": evaluate_row.submit("pretrained", (pretrained.ref,), None, reference),
-        "ensemble": evaluate_row.submit("ensemble", copy_refs, edges, reference),
+        "pretrained": submit_row(recipe, "pretrained", (pretrained.ref,), None, reference),
+        "ensemble": submit_row(recipe, "ensemble", copy_refs, edges, reference),
     }
     experts = judge_experts(segments, copy_refs, _results(copy_losses), losses["pretrained"].result())
 
-    plan = MergePlan(recipe, pretrained.ref, edges, for_search.result().ref if for_search else None)
+    plan = MergePlan(recipe, pretrained.ref, edges, search_reference.result().ref if search_reference else None)
     weights = plan.find_weights(tuple(expert.ref for expert in experts if expert.merged), "merge weights")
     scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
     merged = plan.merge(tuple(expert.ref for expert in experts if expert.merged), weights, experts, "experts")
     scaled = plan.merge((control_result.ref,), scale, None, "control")
     for row, model in {"merged": merged, "finetuned": scaled}.items():
-        rows[row] = evaluate_row.submit(row, (model.ref,), None, reference)
+        rows[row] = submit_row(recipe, row, (model.ref,), None, reference)
         losses[row] = heldout_loss.submit(model.ref, bins, row)
 
     names = ["all timesteps", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
@@ -117,9 +119,3 @@ def _results(futures: Sequence[PrefectFuture[JobResult]]) -> list[JobResult]:
     for future in futures:
         future.wait()
     return [future.result() for future in futures]
-
-
-def reference_job(recipe: Recipe, part: Literal["search", "report"]) -> ReferenceJob:
-    """Returns the job that extracts the features of the real images of one part."""
-    num_for_search = recipe.merge.search.num_reference_images if recipe.merge.search else 0
-    return ReferenceJob(dataset=recipe.dataset, evaluate=recipe.evaluate, part=part, num_for_search=num_for_search)

@@ -7,11 +7,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from deme_core.recipe_file import load_recipe
-from flows.decouple_then_merge import reference_job
+from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.parameters import Overrides, RecipeName
 from tasks.report import write_score
-from tasks.stages import build_reference, evaluate_row, obtain_pretrained
+from tasks.stages import obtain_pretrained
 
 
 @flow(name="deme-evaluate", flow_run_name="evaluate {model}")
@@ -29,6 +29,7 @@ def evaluate(model: str, recipe: RecipeName = "digits", overrides: Overrides = (
     source = f"pretrained={json.dumps({'source': model})}"
     with flow_runtime(load_recipe(recipe, [*overrides, source])) as runtime:
         imported = obtain_pretrained()
-        reference = build_reference(reference_job(runtime.recipe, "report"))
-        results = evaluate_row("model", (imported.ref,), None, reference.ref)
+        first = first_real_features(runtime.recipe, "report").result()
+        reference = submit_reference(runtime.recipe, "report", first).result()
+        results = submit_row(runtime.recipe, "model", (imported.ref,), None, reference.ref).result()
         return write_score(model, results, flow_run_id=str(flow_run.id))

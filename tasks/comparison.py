@@ -5,7 +5,7 @@ from typing import Any
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
-from deme_core.verdict import compare, differing_conditions
+from deme_core.verdict import RowScores, compare, differing_conditions
 from tasks.tracking import check_tracking, find_report
 
 
@@ -40,10 +40,14 @@ def _row(report: dict[str, Any], baseline: dict[str, Any]) -> dict[str, str]:
         metric: f"{bounds['mean']:.4g} ({bounds['low']:.4g} to {bounds['high']:.4g})"
         for metric, bounds in report["rows"][name].items()
     }
-    metric = baseline["metric"]
-    theirs = baseline["scores"][_scored(baseline)][metric]
-    verdict = "baseline" if report is baseline else compare(report["scores"][name][metric], theirs)
+    ours, theirs = (_deciding(each, baseline["metric"]) for each in (report, baseline))
+    verdict = "baseline" if report is baseline else compare(ours, theirs)
     return {"recipe": report["recipe"], "model": report.get("model", name), **scores, "verdict": verdict}
+
+
+def _deciding(report: dict[str, Any], metric: str) -> RowScores:
+    name = _scored(report)
+    return RowScores(report["scores"][name][metric], report.get("replicates", {}).get(name, ()))
 
 
 def _scored(report: dict[str, Any]) -> str:

@@ -68,19 +68,41 @@ class FinetuneJob(Job):
     num_steps: int
 
 
-class ReferenceJob(Job):
-    """Extract features of the real images set aside for the search, or of those the report uses.
+class RealFeaturesJob(Job):
+    """Extract the features of a slice of the real images set aside for the search, or of those the report uses.
 
     Attributes:
         num_for_search: images set aside for a search; None for half of the data set, 0 without a search.
+        low: first image of the slice, among those of the part.
+        high: end of the slice; it may lie beyond the last image.
     """
 
-    stage: ClassVar[str] = "reference"
-    work: ClassVar[str] = "reference"
+    stage: ClassVar[str] = "features"
+    work: ClassVar[str] = "real_features"
     dataset: DatasetSpec
     evaluate: EvaluateSpec
     part: Literal["search", "report"]
     num_for_search: int | None
+    low: int
+    high: int
+
+
+class ReferenceJob(Job):
+    """Reduce the features of one part's real images to what scores need.
+
+    Attributes:
+        num_for_search: as in RealFeaturesJob.
+        features: slices of the part, in order; how it was sliced is no part of the digest.
+    """
+
+    stage: ClassVar[str] = "reference"
+    work: ClassVar[str] = "reference"
+    version: ClassVar[int] = 2
+    dataset: DatasetSpec
+    evaluate: EvaluateSpec
+    part: Literal["search", "report"]
+    num_for_search: int | None
+    features: tuple[ArtifactRef, ...]
 
 
 class SearchJob(Job):
@@ -134,24 +156,68 @@ class MergeJob(Job):
     weights: tuple[float, ...]
 
 
-class EvaluateJob(Job):
-    """Score one model, or the ensemble of experts, under one sampling seed.
+class GeneratedImages(BaseModel):
+    """The set of images that one model, or the ensemble of experts, makes under one seed.
 
     Attributes:
         models: one model; or the experts, with ``edges``.
         edges: 0, inner edges, T of the experts' segments; None for one model.
+        seed: names the set of initial noises.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[ArtifactRef, ...]
+    edges: tuple[int, ...] | None
+    seed: int
+
+
+class GeneratedFeaturesJob(Job):
+    """Generate a slice of an image set and extract its features; no image is written.
+
+    Attributes:
+        images: the set.
+        low: first image of the slice.
+        high: end of the slice.
+    """
+
+    stage: ClassVar[str] = "features"
+    work: ClassVar[str] = "generated_features"
+    images: GeneratedImages
+    evaluate: EvaluateSpec
+    low: int
+    high: int
+
+
+class EvaluateJob(Job):
+    """Score an image set.
+
+    Attributes:
+        images: the set.
+        features: its slices, in order; how it was sliced is no part of the digest.
     """
 
     stage: ClassVar[str] = "evaluate"
     work: ClassVar[str] = "evaluate"
-    models: tuple[ArtifactRef, ...]
-    edges: tuple[int, ...] | None
-    seed: int
+    version: ClassVar[int] = 2
+    images: GeneratedImages
+    features: tuple[ArtifactRef, ...]
     evaluate: EvaluateSpec
     reference: ArtifactRef
 
 
-_ALL = (PretrainJob, ImportJob, FinetuneJob, ReferenceJob, HeldoutJob, SearchJob, MergeJob, EvaluateJob)
+_ALL = (
+    PretrainJob,
+    ImportJob,
+    FinetuneJob,
+    RealFeaturesJob,
+    ReferenceJob,
+    HeldoutJob,
+    SearchJob,
+    MergeJob,
+    GeneratedFeaturesJob,
+    EvaluateJob,
+)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in _ALL}
 
 

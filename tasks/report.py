@@ -14,7 +14,7 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
 from deme_core.figures import save_heldout_losses, save_loss_curves, save_sample_comparison
 from deme_core.metrics import higher_is_better, metric_name
-from deme_core.verdict import compare, differing_conditions, interval, paired_difference
+from deme_core.verdict import RowScores, compare, differences, differing_conditions, interval, paired_difference
 from tasks.experts import Expert, relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
 from tasks.prefect_artifacts import show_report, show_scores
@@ -40,9 +40,8 @@ def write_report(
     runtime = current_runtime()
     scores = _scores(rows)
     primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor)
-    verdict = {
-        f"vs_{row}": compare(scores["merged"][primary], scores[row][primary]) for row in ("pretrained", "finetuned")
-    }
+    deciding = _deciding(rows, primary)
+    verdict = {f"vs_{row}": compare(deciding["merged"], deciding[row]) for row in ("pretrained", "finetuned")}
     conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
     report = {
         "recipe": runtime.recipe.name,
@@ -56,6 +55,10 @@ def write_report(
         "verdict": verdict,
         "gain": {
             f"vs_{row}": {m: asdict(paired_difference(scores["merged"][m], scores[row][m])) for m in scores["merged"]}
+            for row in ("pretrained", "finetuned")
+        },
+        "gain_by": {
+            f"vs_{row}": {k: asdict(v) for k, v in differences(deciding["merged"], deciding[row]).items()}
             for row in ("pretrained", "finetuned")
         },
         "merged": {
@@ -79,7 +82,7 @@ def write_report(
     relative = relative_heldout_losses(runtime, losses, expert_losses, experts)
     report["figures"] = _draw(runtime, rows, trainings, relative)
     report["seconds"] = runtime.timing.seconds()
-    runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(report), "report.json")
+    _log_report(runtime, report, deciding)
     show_report(report, runtime.tracker)
     return report
 
@@ -91,6 +94,7 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
     rows = {"model": results}
     conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
     scores = _scores(rows)["model"]
+    primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor)
     report = {
         "recipe": runtime.recipe.name,
         "model": model,
@@ -98,7 +102,7 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
         "mlflow_run_id": runtime.tracker.run_id,
         "fingerprint": fingerprint(conditions),
         "conditions": conditions,
-        "metric": metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor),
+        "metric": primary,
         "rows": {"model": _intervals(scores)},
         "scores": {"model": scores},
         "num_images": runtime.recipe.evaluate.num_images,
@@ -109,9 +113,26 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
     runtime.tracker.log_metrics(runtime.tracker.run_id, means)
     tags = {"deme.model": model, "deme.fingerprint": report["fingerprint"], "deme.flow_run_id": flow_run_id}
     runtime.tracker.set_tags(runtime.tracker.run_id, tags)
-    runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(report), "report.json")
+    _log_report(runtime, report, _deciding(rows, primary))
     show_scores(report, runtime.tracker)
     return report
+
+
+def _deciding(rows: Rows, primary: str) -> dict[str, RowScores]:
+    """Returns what each row scored by the metric that decides."""
+    return {
+        row: RowScores(
+            [result.metrics["scores"][primary] for result in results],
+            [result.metrics["replicates"] for result in results],
+        )
+        for row, results in rows.items()
+    }
+
+
+def _log_report(runtime: Runtime, report: dict[str, Any], deciding: Mapping[str, RowScores]) -> None:
+    """Logs the report with the replicates, which a later comparison of runs needs and nobody reads."""
+    content = {**report, "replicates": {row: scores.replicates for row, scores in deciding.items()}}
+    runtime.tracker.log_text(runtime.tracker.run_id, canonical_json(content), "report.json")
 
 
 def _intervals(scores: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:

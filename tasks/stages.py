@@ -1,7 +1,7 @@
 """One Prefect task per stage. Each has its job done by a worker, records the outcome, returns a small reference."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -12,11 +12,14 @@ from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.jobs import (
     EvaluateJob,
     FinetuneJob,
+    GeneratedFeaturesJob,
+    GeneratedImages,
     HeldoutJob,
     ImportJob,
     JobResult,
     MergeJob,
     PretrainJob,
+    RealFeaturesJob,
     ReferenceJob,
     SearchJob,
 )
@@ -101,10 +104,32 @@ def _histogram_text(counts: Sequence[int]) -> str:
     return "\n".join([f"bin (of {len(counts)} equal ones over all timesteps),drawn", *lines]) + "\n"
 
 
-@task(name="reference", task_run_name="reference for the {job.part}", **_OPTIONS)
-def build_reference(job: ReferenceJob) -> JobResult:
-    """Extracts the features of real images."""
-    return current_runtime().run(job, task=f"reference for the {job.part}")
+@task(name="features", task_run_name="features of real images {job.low} to {job.high} for the {job.part}", **_OPTIONS)
+def real_features(job: RealFeaturesJob) -> JobResult:
+    """Extracts the features of a slice of real images."""
+    return current_runtime().run(job, task=f"features of real images from {job.low} for the {job.part}")
+
+
+@task(name="reference", task_run_name="reference for the {part}", **_OPTIONS)
+def build_reference(
+    part: Literal["search", "report"], num_for_search: int | None, features: Sequence[JobResult]
+) -> JobResult:
+    """Reduces the features of one part's real images to what scores need.
+
+    Args:
+        part: which images.
+        num_for_search: images set aside for a search; None for half of the data set.
+        features: the slices, in order.
+    """
+    runtime = current_runtime()
+    job = ReferenceJob(
+        dataset=runtime.recipe.dataset,
+        evaluate=runtime.recipe.evaluate,
+        part=part,
+        num_for_search=num_for_search,
+        features=tuple(result.ref for result in features),
+    )
+    return runtime.run(job, task=f"reference for the {part}")
 
 
 @task(name="heldout loss", task_run_name="held-out loss of {what}", **_OPTIONS)
@@ -149,19 +174,33 @@ def merge(job: MergeJob, what: str) -> JobResult:
     return result
 
 
+@task(name="generate", task_run_name="generate {row} (seed {job.images.seed}, from image {job.low})", **_OPTIONS)
+def generated_features(row: str, job: GeneratedFeaturesJob) -> JobResult:
+    """Generates a slice of a row's images and extracts their features."""
+    return current_runtime().run(job, task=f"generate {row} (seed {job.images.seed}, from image {job.low})")
+
+
 @task(name="evaluate", task_run_name="evaluate {row}", **_OPTIONS)
 def evaluate_row(
-    row: str, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None, reference: ArtifactRef
+    row: str, images: Sequence[GeneratedImages], features: Sequence[Sequence[JobResult]], reference: ArtifactRef
 ) -> list[JobResult]:
-    """Scores one row under every seed of the report."""
+    """Scores one row under every seed of the report.
+
+    Args:
+        row: its name.
+        images: its image sets, one per seed.
+        features: the slices of each set.
+        reference: the real images.
+    """
     runtime = current_runtime()
     spec = runtime.recipe.evaluate
     child = runtime.tracker.child(f"evaluate/{row}")
     results = []
-    for seed in spec.seeds:
-        job = EvaluateJob(models=models, edges=edges, seed=seed, evaluate=spec, reference=reference)
-        results.append(runtime.run(job, task=f"evaluate {row} (seed {seed})", child=child))
-        runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=seed)
+    for image_set, slices in zip(images, features, strict=True):
+        refs = tuple(result.ref for result in slices)
+        job = EvaluateJob(images=image_set, features=refs, evaluate=spec, reference=reference)
+        results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})", child=child))
+        runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=image_set.seed)
     runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})
     runtime.tracker.finish(child)
     return results

@@ -1,45 +1,47 @@
-"""The evaluation of one row under one sampling seed."""
+"""The evaluation of one row under one sampling seed, from the features of its images."""
 
+import shutil
 from pathlib import Path
 
-from deme_core.figures import save_image_grid
-from deme_core.generate import Denoiser, Ensemble, SingleModel
-from deme_core.model_folder import load_unet, open_model_folder
-from deme_core.segments import TimestepSegment
+import numpy as np
+
+from deme_core.bootstrap import replicates, resample
+from deme_core.errors import DemeError
+from deme_core.evaluation import score_conditions
+from deme_core.feature_file import read_features
+from deme_core.metrics import score
 from tasks.jobs import EvaluateJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.scoring import build_evaluation
-
-NUM_SAMPLES_SHOWN = 64
+from tasks.work.generated_features import SAMPLES, image_inputs, image_settings
+from tasks.work.scoring import load_reference
 
 
 def identity(job: EvaluateJob, context: JobContext) -> Identity:
-    """Models, seed, real images, sampling and metrics; the other seeds are no part of it."""
-    inputs = {f"model-{index}": model.digest for index, model in enumerate(job.models)}
+    """Models, seed, real images, sampling and metrics; the other seeds are no part of it, nor are the slices."""
     excluded = {"seeds", "batch_size", "num_reference_images"}
     return Identity(
-        settings={
-            "edges": job.edges,
-            "seed": job.seed,
-            "evaluate": job.evaluate.model_dump(mode="json", exclude=excluded),
-        },
-        inputs=inputs | {"reference": job.reference.digest},
+        settings={**image_settings(job.images), "evaluate": job.evaluate.model_dump(mode="json", exclude=excluded)},
+        inputs=image_inputs(job.images) | {"reference": job.reference.digest},
     )
 
 
 def run(job: EvaluateJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Generates and scores the images; keeps the first of them as a grid."""
-    folders = [open_model_folder(context.fetch(model)) for model in job.models]
-    networks = [load_unet(folder).eval().to(context.device) for folder in folders]
-    evaluation = build_evaluation(
-        context, job.evaluate, model=folders[0], reference=job.reference, num_images=job.evaluate.num_images
+    """Scores the images, and resamples of them by the deciding metric; keeps the grid of the first ones."""
+    evaluate, reference = job.evaluate, load_reference(context, job.reference)
+    folders = [context.fetch(ref) for ref in job.features]
+    sources = [context.artifacts.manifest(ref).metrics["conditions"] for ref in job.features]
+    if any(source != sources[0] for source in sources):
+        raise DemeError(f"The slices of the image set of seed {job.images.seed} were generated under other conditions.")
+    features = np.concatenate(list(read_features(folders)))
+    assert len(features) == evaluate.num_images, (len(features), evaluate.num_images)
+    yield {"done": 0, "total": evaluate.num_bootstrap}
+    scores = score(features, reference, metrics=evaluate.metrics, kid_subset_size=evaluate.kid_subset_size)
+    found: list[float] = []
+    if evaluate.num_bootstrap:
+        counts = resample(len(features), num_replicates=evaluate.num_bootstrap, seed=job.images.seed)
+        found = [float(f"{value:.7g}") for value in replicates(evaluate.metrics[0], features, reference, counts)]
+    shutil.copyfile(folders[0] / SAMPLES, out / SAMPLES)
+    conditions = score_conditions(
+        reference, num_images=len(features), metrics=evaluate.metrics, kid_subset_size=evaluate.kid_subset_size
     )
-    denoiser: Denoiser = SingleModel(networks[0])
-    if job.edges is not None:
-        segments = [TimestepSegment(*pair) for pair in zip(job.edges, job.edges[1:], strict=False)]
-        denoiser = Ensemble(segments, networks)
-    yield {"done": 0, "total": job.evaluate.num_images}
-    scores, images = evaluation.score(denoiser, job.seed, keep=NUM_SAMPLES_SHOWN)
-    save_image_grid(images, out / "samples.png")
-    yield {"done": job.evaluate.num_images, "total": job.evaluate.num_images}
-    return {"scores": scores, "seed": job.seed, "conditions": evaluation.conditions()}
+    return {"scores": scores, "replicates": found, "seed": job.images.seed, "conditions": sources[0] | conditions}

@@ -1,82 +1,54 @@
-"""The reference: features of the real images that generated ones are scored against."""
+"""The reference: what the scores need of the real images' features, read slice by slice."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
-from deme_core.errors import DatasetError
-from deme_core.evaluation import split_reference
-from deme_core.extractors import FeatureExtractor, load_extractor
-from deme_core.metrics import Reference
-from deme_core.recipe import EvaluateSpec
+from deme_core.digests import sha256_bytes
+from deme_core.feature_file import read_features
+from deme_core.feature_statistics import Features, FeatureStatistics
+from deme_core.metrics import needs_features
+from deme_core.reference import Reference
 from tasks.jobs import ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
-
-_BATCH_SIZE = 64
+from tasks.work.real_features import extractor_of, indices_digest, real_indices
 
 
 def identity(job: ReferenceJob, context: JobContext) -> Identity:
-    """The real images that are used, and the extractor."""
+    """The real images that are used, and the extractor; how they were sliced is no part of it."""
     return Identity(
-        settings={"indices": _indices_digest(job, context), "extractor": extractor_of(job.evaluate, context).digest},
+        settings={
+            "indices": indices_digest(real_indices(job, context)),
+            "extractor": extractor_of(job.evaluate, context).digest,
+            "keeps_features": needs_features(job.evaluate.metrics),
+        },
         dataset=context.images(job.dataset).reference_fingerprint,
     )
 
 
 def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Writes the features."""
-    images, indices = context.images(job.dataset), _indices(job, context)
-    extractor = extractor_of(job.evaluate, context)
-    features = []
-    for start in range(0, len(indices), _BATCH_SIZE):
-        batch = torch.stack([images.image(index) for index in indices[start : start + _BATCH_SIZE]])
-        features.append(extractor(batch))
-        yield {"done": start + len(batch), "total": len(indices)}
+    """Writes the features, or mean and covariance where these suffice, in memory that no number of images changes."""
+    images, extractor = context.images(job.dataset), extractor_of(job.evaluate, context)
+    indices = real_indices(job, context)
+    batches = read_features([context.fetch(ref) for ref in job.features])
+    yield {"done": 0, "total": len(indices)}
+    features, statistics = _reduced(batches, keeps_features=needs_features(job.evaluate.metrics))
     reference = Reference(
-        np.concatenate(features),
+        features,
         extractor_name=extractor.name,
         extractor_digest=extractor.digest,
-        images_digest=sha256_bytes(f"{images.reference_fingerprint} {_indices_digest(job, context)}".encode()),
+        images_digest=sha256_bytes(f"{images.reference_fingerprint} {indices_digest(indices)}".encode()),
+        given_statistics=statistics,
     )
+    assert reference.num_images == len(indices), (reference.num_images, len(indices))
     reference.save(out)
     return {"num_images": reference.num_images, "shape": [images.channels, images.resolution, images.resolution]}
 
 
-def _indices_digest(job: ReferenceJob, context: JobContext) -> str:
-    return sha256_bytes(canonical_json(_indices(job, context)).encode())
-
-
-def _indices(job: ReferenceJob, context: JobContext) -> list[int]:
-    num_images = len(context.images(job.dataset))
-    num_for_search = num_images // 2 if job.num_for_search is None else job.num_for_search
-    if num_for_search > num_images - 2:
-        raise DatasetError(
-            f"merge.search.num_reference_images {num_for_search} leaves none of the {num_images} images of the data "
-            "set for the report; lower it."
-        )
-    for_search, for_report = split_reference(num_images, num_for_search)
-    if job.part == "search":
-        return for_search
-    wanted = job.evaluate.num_reference_images or len(for_report)
-    if wanted > len(for_report):
-        raise DatasetError(
-            f"evaluate.num_reference_images asks for {wanted} images, but only {len(for_report)} are there; lower it."
-        )
-    return for_report[:wanted]
-
-
-def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:
-    """Returns the feature extractor that a recipe names."""
-    key = f"extractor {evaluate.extractor} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
-    return context.remember(
-        key,
-        lambda: load_extractor(
-            evaluate.extractor,
-            weights=evaluate.extractor_weights,
-            resolution=evaluate.extractor_resolution,
-            cache=context.settings.cache_folder,
-            device=context.device,
-        ),
-    )
+def _reduced(
+    batches: Iterator[Features], *, keeps_features: bool
+) -> tuple[Features, None] | tuple[None, FeatureStatistics]:
+    if keeps_features:
+        return np.concatenate(list(batches)), None
+    return None, FeatureStatistics.from_batches(batches)

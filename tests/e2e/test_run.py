@@ -25,6 +25,7 @@ def test_the_report_has_what_scripts_rely_on(first_report: dict[str, Any]) -> No
             assert all(math.isfinite(value) for value in bounds.values())
     assert set(first_report["verdict"]) == {"vs_pretrained", "vs_finetuned"}
     assert set(first_report["verdict"].values()) <= VERDICTS
+    assert set(first_report["gain_by"]["vs_pretrained"]) == {"seeds", "images"}
     assert set(first_report["merged"]) >= {"uri", "digest", "weights"}
     assert len(first_report["merged"]["weights"]) == 2
     assert [expert["segment"] for expert in first_report["experts"]] == [[0, 500], [500, 1000]]
@@ -109,6 +110,17 @@ def test_the_exported_model_loads_in_stock_diffusers_and_scores_as_its_row_did(
     assert evaluated["scores"]["model"] == first_report["scores"]["merged"]
     compared = deme.report("compare", first_report["mlflow_run_id"], evaluated["mlflow_run_id"])
     assert [row["verdict"] for row in compared.values()] == ["baseline", "too close to call"]
+
+    # In slices, by tasks of their own and in another home: the same images, real ones too, and so the same scores.
+    one_at_once = ["--set", "evaluate.batch_size=4", "--set", "evaluate.seeds=[7,8,9]"]
+    whole = deme.report("evaluate", str(out), "--recipe", write_recipe(), *one_at_once)
+    sliced = CommandLine(tmp_path / "home").report(
+        "evaluate", str(out), "--recipe", write_recipe(), *one_at_once, "--set", "execution.images_per_task=4"
+    )
+    assert sliced["scores"] == whole["scores"]
+    assert sliced["fingerprint"] == whole["fingerprint"]
+    slices = [json.loads(path.read_text()) for path in (tmp_path / "home").glob("store/features/*/manifest.json")]
+    assert sorted(m["settings"]["slice"] for m in slices if "slice" in m["settings"]) == [[0, 4]] * 3 + [[4, 8]] * 3
 
     images = tmp_path / "images"
     done = deme.run("generate", str(out), "--num-images", "3", "--num-inference-steps", "2", "--out", str(images))

@@ -7,7 +7,9 @@ import torch
 
 from deme_core.evaluation import Evaluation, split_reference
 from deme_core.generate import Sampling, SingleModel
-from deme_core.metrics import Reference, score
+from deme_core.metrics import score
+from deme_core.reference import Reference
+from deme_core.slices import slices
 from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet
 
 
@@ -127,3 +129,17 @@ def test_search_and_report_divide_the_real_images(num_images: int, num_for_searc
 def test_the_images_for_the_search_are_spread_over_the_data_set() -> None:
     search, _ = split_reference(10_000, 1000)
     assert sum(search) / len(search) == pytest.approx(5000, abs=300)
+
+
+@pytest.mark.parametrize("images_per_task", [1, 4, 8])
+def test_slices_made_by_tasks_of_their_own_are_bit_for_bit_the_image_set(images_per_task: int) -> None:
+    model = SingleModel(one_level_unet())
+    whole = [images for _, images in EVALUATION.batches(model, 1, range(11))]
+    ranges = slices(11, batch_size=4, images_per_task=images_per_task)
+    sliced = [images for low, high in reversed(ranges) for _, images in EVALUATION.batches(model, 1, range(low, high))]
+    assert {tuple(image.flatten().tolist()) for batch in sliced for image in batch} == {
+        tuple(image.flatten().tolist()) for batch in whole for image in batch
+    }
+    low, high = ranges[-1]
+    last = torch.cat([images for _, images in EVALUATION.batches(model, 1, range(low, high))])
+    assert last.equal(torch.cat(whole)[low:high])

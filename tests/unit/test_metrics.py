@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from deme_core.errors import ArtifactNotFoundError, DemeError
+from deme_core.feature_statistics import FeatureStatistics
 from deme_core.metrics import (
-    FeatureStatistics,
-    Reference,
     frechet_distance,
     frechet_distance_to,
     kernel_distance,
     metric_name,
     score,
 )
+from deme_core.reference import Reference
 
 
 def draw(num_images: int, num_features: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -208,7 +208,7 @@ def test_features_of_other_widths_or_empty_subsets_are_refused() -> None:
 
 def test_a_frechet_distance_alone_imports_nothing_slow() -> None:
     program = (
-        "import sys, numpy as np; from deme_core.metrics import Reference, score; "
+        "import sys, numpy as np; from deme_core.metrics import score; from deme_core.reference import Reference; "
         "features = np.random.default_rng(0).random((20, 4)); "
         "score(features, Reference(features, 'inception'), metrics=['fid'], kid_subset_size=10); "
         "print(sorted({'cleanfid', 'scipy', 'torch', 'torchvision'} & set(sys.modules)))"

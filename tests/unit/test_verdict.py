@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from deme_core.verdict import Interval, compare, interval, paired_difference
+from deme_core.verdict import Interval, RowScores, compare, differences, interval, paired_difference
 
 
 def test_interval_matches_the_table_of_student_t() -> None:
@@ -39,13 +39,13 @@ def test_pairing_sees_a_small_gain_that_the_spread_over_seeds_would_hide() -> No
     baseline = [10.0, 12.0, 14.0]
     candidate = [9.8, 11.81, 13.79]
     assert interval(candidate).high > interval(baseline).low  # unpaired, the intervals overlap widely
-    assert compare(candidate, baseline) == "better"
-    assert compare(baseline, candidate) == "worse"
+    assert compare(RowScores(candidate), RowScores(baseline)) == "better"
+    assert compare(RowScores(baseline), RowScores(candidate)) == "worse"
 
 
 def test_an_interval_that_holds_zero_is_too_close_to_call() -> None:
-    assert compare([9.0, 12.5, 13.0], [10.0, 12.0, 14.0]) == "too close to call"
-    assert compare([10.0, 12.0, 14.0], [10.0, 12.0, 14.0]) == "too close to call"
+    assert compare(RowScores([9.0, 12.5, 13.0]), RowScores([10.0, 12.0, 14.0])) == "too close to call"
+    assert compare(RowScores([10.0, 12.0, 14.0]), RowScores([10.0, 12.0, 14.0])) == "too close to call"
 
 
 def test_the_verdict_is_that_of_the_paired_interval() -> None:
@@ -55,12 +55,35 @@ def test_the_verdict_is_that_of_the_paired_interval() -> None:
     mirrored = paired_difference(baseline, candidate)
     assert (mirrored.low, mirrored.high) == pytest.approx((-difference.high, -difference.low))
     assert difference.low < 0 < difference.high
-    assert compare(candidate, baseline) == "too close to call"
+    assert compare(RowScores(candidate), RowScores(baseline)) == "too close to call"
     narrower = paired_difference(candidate, baseline, confidence=0.8)
     assert narrower.high < 0
-    assert compare(candidate, baseline, confidence=0.8) == "better"
+    assert compare(RowScores(candidate), RowScores(baseline), confidence=0.8) == "better"
 
 
 def test_scores_of_different_seeds_cannot_be_paired() -> None:
     with pytest.raises(ValueError, match="paired"):
-        compare([1.0, 2.0, 3.0], [1.0, 2.0])
+        compare(RowScores([1.0, 2.0, 3.0]), RowScores([1.0, 2.0]))
+
+
+def replicates(*means: float, spread: float) -> list[list[float]]:
+    return [[mean - spread, mean, mean + spread] for mean in means]
+
+
+def test_both_the_seeds_and_the_images_must_agree_on_a_verdict() -> None:
+    baseline = RowScores([10.0, 12.0, 14.0], replicates(10.0, 12.0, 14.0, spread=0.0))
+    scores = [9.8, 11.81, 13.79]
+    sure = RowScores(scores, replicates(*scores, spread=0.01))
+    unsure = RowScores(scores, replicates(*scores, spread=1.0))
+    assert compare(sure, baseline) == "better"
+    assert compare(unsure, baseline) == "too close to call"
+    assert set(differences(unsure, baseline)) == {"seeds", "images"}
+    assert compare(RowScores(scores), baseline) == "better"  # Nothing was resampled: the seeds alone decide.
+
+
+def test_the_interval_over_images_is_centred_on_the_scores_not_on_the_replicates() -> None:
+    baseline = RowScores([10.0, 12.0], replicates(20.0, 22.0, spread=0.0))
+    candidate = RowScores([9.0, 11.0], replicates(25.0, 27.0, spread=0.1))
+    difference = differences(candidate, baseline)["images"]
+    assert difference.mean == pytest.approx(-1.0)
+    assert difference.high - difference.mean == pytest.approx(1.959964 * 0.1, rel=1e-5)

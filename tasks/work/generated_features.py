@@ -1,0 +1,67 @@
+"""Features of a slice of the images that one row generates under one sampling seed."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deme_core.feature_file import save_features
+from deme_core.figures import save_image_grid
+from deme_core.generate import Denoiser, Ensemble, SingleModel
+from deme_core.model_folder import load_unet, open_model_folder
+from deme_core.segments import TimestepSegment
+from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
+from tasks.work.base import Identity, JobContext, Work
+from tasks.work.real_features import extractor_of
+from tasks.work.scoring import build_source
+
+NUM_SAMPLES_SHOWN = 64
+SAMPLES = "samples.png"
+_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing"}
+
+
+def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
+    """Models, seed, sampling, extractor and slice; not what is computed from the features."""
+    return Identity(
+        settings={
+            **image_settings(job.images),
+            "sampling": job.evaluate.model_dump(mode="json", include=_SAMPLING),
+            "extractor": extractor_of(job.evaluate, context).digest,
+            "slice": [job.low, job.high],
+        },
+        inputs=image_inputs(job.images),
+    )
+
+
+def image_settings(images: GeneratedImages) -> dict[str, Any]:
+    """Returns what of an image set is part of a digest besides its models."""
+    return {"edges": images.edges, "seed": images.seed}
+
+
+def image_inputs(images: GeneratedImages) -> dict[str, str]:
+    """Returns the digests of the models, by role."""
+    return {f"model-{index}": model.digest for index, model in enumerate(images.models)}
+
+
+def run(job: GeneratedFeaturesJob, context: JobContext, out: Path, digest: str) -> Work:
+    """Writes the features, and a grid of the first images of the set."""
+    folders = [open_model_folder(context.fetch(model)) for model in job.images.models]
+    networks = [load_unet(folder).eval().to(context.device) for folder in folders]
+    denoiser: Denoiser = SingleModel(networks[0])
+    if (edges := job.images.edges) is not None:
+        segments = [TimestepSegment(*pair) for pair in itertools.pairwise(edges)]
+        denoiser = Ensemble(segments, networks)
+    source = build_source(context, job.evaluate, model=folders[0])
+    features, shown, num_images = list[Any](), list[torch.Tensor](), job.high - job.low
+    yield {"done": 0, "total": num_images}
+    for found, images in source.batches(denoiser, job.images.seed, range(job.low, job.high)):
+        if job.low == 0:
+            shown.append(images[: max(NUM_SAMPLES_SHOWN - sum(map(len, features)), 0)])
+        features.append(found)
+        yield {"done": sum(map(len, features)), "total": num_images}
+    save_features(out, np.concatenate(features))
+    if shown:
+        save_image_grid(torch.cat(shown), out / SAMPLES)
+    return {"num_images": num_images, "conditions": source.source_conditions()}

@@ -1,0 +1,83 @@
+"""Features of a slice of the real images, those of the search or those of the report."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.errors import DatasetError
+from deme_core.evaluation import split_reference
+from deme_core.extractors import FeatureExtractor, load_extractor
+from deme_core.feature_file import save_features
+from deme_core.recipe import EvaluateSpec
+from deme_core.slices import REAL_BATCH_SIZE
+from tasks.jobs import RealFeaturesJob, ReferenceJob
+from tasks.work.base import Identity, JobContext, Work
+
+
+def identity(job: RealFeaturesJob, context: JobContext) -> Identity:
+    """The real images of the slice, and the extractor."""
+    indices = real_indices(job, context)[job.low : job.high]
+    return Identity(
+        settings={"indices": indices_digest(indices), "extractor": extractor_of(job.evaluate, context).digest},
+        dataset=context.images(job.dataset).reference_fingerprint,
+    )
+
+
+def run(job: RealFeaturesJob, context: JobContext, out: Path, digest: str) -> Work:
+    """Writes the features, and how many images there are in all slices."""
+    images, all_indices = context.images(job.dataset), real_indices(job, context)
+    indices = all_indices[job.low : job.high]
+    extractor = extractor_of(job.evaluate, context)
+    features = []
+    for start in range(0, len(indices), REAL_BATCH_SIZE):
+        batch = torch.stack([images.image(index) for index in indices[start : start + REAL_BATCH_SIZE]])
+        features.append(extractor(batch))
+        yield {"done": start + len(batch), "total": len(indices)}
+    save_features(out, np.concatenate(features))
+    return {"num_images": len(indices), "num_in_all": len(all_indices)}
+
+
+def indices_digest(indices: list[int]) -> str:
+    """Returns the digest of which images of a data set are meant."""
+    return sha256_bytes(canonical_json(indices).encode())
+
+
+def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> list[int]:
+    """Returns the images of the data set that the part uses.
+
+    Raises:
+        DatasetError: more are asked for than there are.
+    """
+    num_images = len(context.images(job.dataset))
+    num_for_search = num_images // 2 if job.num_for_search is None else job.num_for_search
+    if num_for_search > num_images - 2:
+        raise DatasetError(
+            f"merge.search.num_reference_images {num_for_search} leaves none of the {num_images} images of the data "
+            "set for the report; lower it."
+        )
+    for_search, for_report = split_reference(num_images, num_for_search)
+    if job.part == "search":
+        return for_search
+    wanted = job.evaluate.num_reference_images or len(for_report)
+    if wanted > len(for_report):
+        raise DatasetError(
+            f"evaluate.num_reference_images asks for {wanted} images, but only {len(for_report)} are there; lower it."
+        )
+    return for_report[:wanted]
+
+
+def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:
+    """Returns the feature extractor that a recipe names."""
+    key = f"extractor {evaluate.extractor} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
+    return context.remember(
+        key,
+        lambda: load_extractor(
+            evaluate.extractor,
+            weights=evaluate.extractor_weights,
+            resolution=evaluate.extractor_resolution,
+            cache=context.settings.cache_folder,
+            device=context.device,
+        ),
+    )

@@ -1,0 +1,65 @@
+import numpy as np
+import pytest
+
+from deme_core.bootstrap import replicates, resample
+from deme_core.feature_statistics import FeatureStatistics
+from deme_core.metrics import frechet_distance_to
+from deme_core.reference import Reference
+
+
+def draw(num_images: int, num_features: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
+    generator = np.random.default_rng(seed)
+    scale = np.linspace(0.2, 1.5, num_features)
+    return (generator.standard_normal((num_images, num_features)) * scale + shift).astype(np.float32)
+
+
+def test_every_resample_holds_as_many_images_as_there_are() -> None:
+    counts = resample(40, num_replicates=7, seed=1)
+    assert counts.shape == (7, 40)
+    assert (counts.sum(axis=1) == 40).all()
+    assert (resample(40, num_replicates=7, seed=1) == counts).all()
+    assert (resample(40, num_replicates=7, seed=2) != counts).any()
+
+
+@pytest.mark.parametrize(("num_images", "num_real", "num_features"), [(30, 50, 8), (30, 20, 64), (12, 90, 64)])
+def test_a_frechet_replicate_is_the_distance_of_the_repeated_images(
+    num_images: int, num_real: int, num_features: int
+) -> None:
+    features, real = draw(num_images, num_features, seed=1, shift=0.3), draw(num_real, num_features, seed=2)
+    reference = Reference(real, "inception")
+    counts = resample(num_images, num_replicates=5, seed=3)
+    found = replicates("fid", features, reference, counts)
+    expected = [frechet_distance_to(reference, np.repeat(features, count, axis=0)) for count in counts]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_alone_give_the_same_frechet_replicates() -> None:
+    features, real = draw(30, 8, seed=1), draw(50, 8, seed=2)
+    counts = resample(30, num_replicates=4, seed=3)
+    streamed = Reference(None, "inception", given_statistics=FeatureStatistics.from_batches([real[:7], real[7:]]))
+    expected = replicates("fid", features, Reference(real, "inception"), counts)
+    assert replicates("fid", features, streamed, counts) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_kernel_replicate_pairs_no_image_with_itself() -> None:
+    features, real = draw(12, 4, seed=1).astype(np.float64), draw(9, 4, seed=2).astype(np.float64)
+    count = resample(12, num_replicates=1, seed=3)
+    drawn = np.repeat(np.arange(12), count[0])
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> float:
+        return float((x @ y / 4 + 1) ** 3)
+
+    within = np.mean([kernel(features[i], features[j]) for i in drawn for j in drawn if i != j])
+    across = np.mean([kernel(features[i], y) for i in drawn for y in real])
+    among = np.mean([kernel(real[i], real[j]) for i in range(9) for j in range(9) if i != j])
+    found = replicates("kid", features, Reference(real, "inception"), count)
+    assert found[0] == pytest.approx(within - 2 * across + among, rel=1e-5)
+
+
+def test_the_spread_of_replicates_is_that_of_fresh_image_sets() -> None:
+    """What the bootstrap is for: it tells from one image set how much the score varies between sets."""
+    reference = Reference(draw(500, 4, seed=0), "inception")
+    fresh = [frechet_distance_to(reference, draw(400, 4, seed=seed, shift=0.2)) for seed in range(1, 200)]
+    counts = resample(400, num_replicates=200, seed=1)
+    spreads = [replicates("fid", draw(400, 4, seed=s, shift=0.2), reference, counts).std() for s in range(300, 310)]
+    assert np.mean(spreads) == pytest.approx(np.std(fresh), rel=0.2)
