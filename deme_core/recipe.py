@@ -223,6 +223,12 @@ class EvaluateSpec(_Spec):
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
         "inception", description="Feature extractor; distances are named after it."
     )
+    # Left out of a dump where it is the default: digests made before there were modes stay.
+    extractor_mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] = Field(
+        "clean",
+        exclude_if=lambda mode: bool(mode == "clean"),
+        description="inception: network and resizing as clean-fid's mode of that name, to compare with older numbers.",
+    )
     extractor_weights: str | None = Field(
         None, description="Path or object-store URI of the extractor's weights; default the library's own."
     )
@@ -249,7 +255,14 @@ class EvaluateSpec(_Spec):
             raise ValueError("metrics must begin with fid or kid: neither precision nor recall decides alone")
         if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
             raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
+        if self.extractor != "inception" and self.extractor_mode != "clean":
+            raise ValueError(f"extractor_mode {self.extractor_mode} is a mode of inception, not of {self.extractor}")
         return self
+
+    @property
+    def extractor_name(self) -> str:
+        """The extractor together with its mode: what `load_extractor` loads and `metric_name` names scores after."""
+        return self.extractor if self.extractor_mode == "clean" else f"{self.extractor}_{self.extractor_mode}"
 
 
 class ExecutionSpec(_Spec):
