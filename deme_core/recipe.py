@@ -166,6 +166,10 @@ class SearchSpec(_Spec):
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
     )
 
+    def reaches_every_weight(self, num_segments: int) -> bool:
+        """Returns whether the budget is enough for the pretrained model and a change of each segment's weight."""
+        return self.strategy == "grid" or self.max_candidates > num_segments  # A grid has no budget but its values.
+
 
 class MethodSpec(_Spec):
     """How task vectors are combined (METHOD section 2)."""
@@ -302,6 +306,11 @@ class Recipe(_Spec):
             raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
+        if self.merge.search and not self.merge.search.reaches_every_weight(num_segments):
+            raise ValueError(
+                f"merge.search.max_candidates {self.merge.search.max_candidates} is too small for {num_segments} "
+                f"segments: theta_0 and a change of each weight take {num_segments + 1}"
+            )
         return self
 
 

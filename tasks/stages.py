@@ -9,6 +9,7 @@ from prefect.tasks import exponential_backoff
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
+from tasks.few_images import few_images_warning
 from tasks.jobs import (
     EvaluateJob,
     FinetuneJob,
@@ -21,6 +22,7 @@ from tasks.jobs import (
     SearchJob,
 )
 from tasks.prefect_artifacts import progress_artifact
+from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
 
 
@@ -104,7 +106,11 @@ def _histogram_text(counts: Sequence[int]) -> str:
 @task(name="reference", task_run_name="reference for the {job.part}", **_OPTIONS)
 def build_reference(job: ReferenceJob) -> JobResult:
     """Extracts the features of real images."""
-    return current_runtime().run(job, task=f"reference for the {job.part}")
+    task_name = f"reference for the {job.part}"
+    result = current_runtime().run(job, task=task_name)
+    if warning := few_images_warning(job.evaluate, result.metrics):
+        tell(Event(task_name, "warning", {"message": warning}))
+    return result
 
 
 @task(name="heldout loss", task_run_name="held-out loss of {what}", **_OPTIONS)

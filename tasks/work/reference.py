@@ -41,7 +41,11 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
         images_digest=sha256_bytes(f"{images.reference_fingerprint} {_indices_digest(job, context)}".encode()),
     )
     reference.save(out)
-    return {"num_images": reference.num_images, "shape": [images.channels, images.resolution, images.resolution]}
+    return {
+        "num_images": reference.num_images,
+        "num_features": extractor.num_features,
+        "shape": [images.channels, images.resolution, images.resolution],
+    }
 
 
 def _indices_digest(job: ReferenceJob, context: JobContext) -> str:
