@@ -3,6 +3,7 @@
 import socket
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
@@ -82,7 +83,9 @@ def _resizer(mode: str) -> Resizer:
 
 def _resize_as_cleanfid(images: torch.Tensor, *, resize: Resizer, device: torch.device) -> torch.Tensor:
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    resized = np.stack([resize(image) for image in pixels]).transpose(0, 3, 1, 2)
+    # PIL works outside of Python's lock; a GPU would otherwise wait for one core to resize.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(pixels))) as threads:
+        resized = np.stack(list(threads.map(resize, pixels))).transpose(0, 3, 1, 2)
     prepared = torch.from_numpy(np.ascontiguousarray(resized))
     # clean-fid divides and multiplies what no resizer has made float, which costs some values their last bit.
     return (prepared if prepared.is_floating_point() else prepared / 255 * 255).to(device)

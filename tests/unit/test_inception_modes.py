@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from deme_core.errors import ExtractorUnavailableError
-from deme_core.extractors import FeatureExtractor, load_extractor
+from deme_core.extractors import FeatureExtractor, NetworkExtractor, load_extractor
 from deme_core.metrics import Reference, frechet_distance_to
 from deme_core.recipe import EvaluateSpec
 from tests.inception_stand_in import draw_images, save_pytorch_stand_in, save_torchscript_stand_in
@@ -115,6 +115,20 @@ def test_every_mode_has_its_own_digest_and_features(weights: dict[str, Path], tm
     images = draw_images(2, 3, 32)
     clean, resized_inside = (extractors[mode](images) for mode in ("clean", "legacy_tensorflow"))
     assert np.abs(clean - resized_inside).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_change_no_bit_of_what_is_resized(mode: str, weights: dict[str, Path], tmp_path: Path) -> None:
+    extractor = load(mode, weights[mode], tmp_path)
+    assert isinstance(extractor, NetworkExtractor)
+    images, num_threads = draw_images(5, 3, 40), torch.get_num_threads()
+    alone = torch.cat([extractor.prepare(image[None]) for image in images])
+    torch.set_num_threads(3)
+    try:
+        together = extractor.prepare(images)
+    finally:
+        torch.set_num_threads(num_threads)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
 
 
 def test_loading_a_mode_silences_no_warnings(weights: dict[str, Path], tmp_path: Path) -> None:
