@@ -49,7 +49,7 @@ _QUICK = (
     "evaluate.kid_subset_size=4",
     "merge.search.num_images=8",
     "merge.search.num_reference_images=32",
-    "merge.search.max_candidates=4",
+    "merge.search.max_candidates=5",
 )
 
 

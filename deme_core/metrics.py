@@ -22,26 +22,34 @@ from deme_core.precision_recall import precision_recall
 from deme_core.reference import Reference
 
 Metric = Literal["fid", "kid", "precision", "recall"]
-_EXTRACTORS = ("inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32")
+# After clean-fid's own names for its modes; the scales of all of them differ.
+_INCEPTION_SUFFIXES = {
+    "inception": "",
+    "inception_legacy_pytorch": "_legacy_pytorch",
+    "inception_legacy_tensorflow": "_legacy_tensorflow",
+}
+_OTHER_EXTRACTORS = ("efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32")
 _PREFIXES: dict[str, str] = {"fid": "fd", "kid": "kd", "precision": "precision", "recall": "recall"}
 
 
 def metric_name(metric: Metric, extractor_name: str) -> str:
-    """Name a score is reported under: 'fid' and 'kid' belong to the Inception features alone.
+    """Name a score is reported under: plain 'fid' and 'kid' belong to Inception in clean-fid's mode clean alone.
 
     Args:
         metric: 'fid' (Fréchet distance), 'kid' (kernel distance), 'precision' or 'recall' (Kynkäänniemi et al. 2019).
         extractor_name: name of a feature extractor.
 
     Returns:
-        For example ``fid`` or ``fd_efficientnet_lite0``.
+        For example ``fid``, ``fid_legacy_pytorch`` or ``fd_efficientnet_lite0``.
 
     Raises:
         ValueError: for an unknown metric or extractor.
     """
-    if metric not in _PREFIXES or extractor_name not in _EXTRACTORS:
+    if metric not in _PREFIXES or extractor_name not in (*_INCEPTION_SUFFIXES, *_OTHER_EXTRACTORS):
         raise ValueError(f"There is no metric {metric!r} of extractor {extractor_name!r}.")
-    return metric if extractor_name == "inception" else f"{_PREFIXES[metric]}_{extractor_name}"
+    if extractor_name in _INCEPTION_SUFFIXES:
+        return f"{metric}{_INCEPTION_SUFFIXES[extractor_name]}"
+    return f"{_PREFIXES[metric]}_{extractor_name}"
 
 
 def higher_is_better(name: str) -> bool:

@@ -166,6 +166,10 @@ class SearchSpec(_Spec):
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
     )
 
+    def reaches_every_weight(self, num_segments: int) -> bool:
+        """Returns whether the budget is enough for the pretrained model and a change of each segment's weight."""
+        return self.strategy == "grid" or self.max_candidates > num_segments  # A grid has no budget but its values.
+
 
 class MethodSpec(_Spec):
     """How task vectors are combined (METHOD section 2)."""
@@ -223,6 +227,12 @@ class EvaluateSpec(_Spec):
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
         "inception", description="Feature extractor; distances are named after it."
     )
+    # Left out of a dump where it is the default: digests made before there were modes stay.
+    extractor_mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] = Field(
+        "clean",
+        exclude_if=lambda mode: bool(mode == "clean"),
+        description="inception: network and resizing as clean-fid's mode of that name, to compare with older numbers.",
+    )
     extractor_weights: str | None = Field(
         None, description="Path or object-store URI of the extractor's weights; default the library's own."
     )
@@ -252,7 +262,14 @@ class EvaluateSpec(_Spec):
             raise ValueError("metrics must begin with fid or kid: neither precision nor recall decides alone")
         if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
             raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
+        if self.extractor != "inception" and self.extractor_mode != "clean":
+            raise ValueError(f"extractor_mode {self.extractor_mode} is a mode of inception, not of {self.extractor}")
         return self
+
+    @property
+    def extractor_name(self) -> str:
+        """The extractor together with its mode: what `load_extractor` loads and `metric_name` names scores after."""
+        return self.extractor if self.extractor_mode == "clean" else f"{self.extractor}_{self.extractor_mode}"
 
 
 class ExecutionSpec(_Spec):
@@ -295,6 +312,11 @@ class Recipe(_Spec):
             raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
+        if self.merge.search and not self.merge.search.reaches_every_weight(num_segments):
+            raise ValueError(
+                f"merge.search.max_candidates {self.merge.search.max_candidates} is too small for {num_segments} "
+                f"segments: theta_0 and a change of each weight take {num_segments + 1}"
+            )
         return self
 
 

@@ -47,6 +47,8 @@ class ProgressDisplay:
             bar = self._bars[event.task]
             if event.kind == "progress":
                 self._progress.update(bar, **_position(event.record))
+            elif event.kind == "warning":
+                self._console.print(f"{event.task}: {event.record['message']}", highlight=False, markup=False)
             elif event.kind in ("finished", "cached"):
                 note = "from the store" if event.kind == "cached" else f"{event.record['seconds']:.1f} s"
                 total = self._progress.tasks[bar].total or 1

@@ -39,7 +39,7 @@ def write_report(
     """Compares the rows, draws the figures, logs both, and returns what ``deme run --json`` prints."""
     runtime = current_runtime()
     scores = _scores(rows)
-    primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor)
+    primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor_name)
     deciding = _deciding(rows, primary)
     verdict = {f"vs_{row}": compare(deciding["merged"], deciding[row]) for row in ("pretrained", "finetuned")}
     conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
@@ -94,7 +94,7 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
     rows = {"model": results}
     conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
     scores = _scores(rows)["model"]
-    primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor)
+    primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor_name)
     report = {
         "recipe": runtime.recipe.name,
         "model": model,

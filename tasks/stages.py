@@ -9,6 +9,7 @@ from prefect.tasks import exponential_backoff
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
+from tasks.few_images import few_images_warning
 from tasks.jobs import (
     EvaluateJob,
     FinetuneJob,
@@ -24,6 +25,7 @@ from tasks.jobs import (
     SearchJob,
 )
 from tasks.prefect_artifacts import progress_artifact
+from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
 
 
@@ -129,7 +131,11 @@ def build_reference(
         num_for_search=num_for_search,
         features=tuple(result.ref for result in features),
     )
-    return runtime.run(job, task=f"reference for the {part}")
+    task_name = f"reference for the {part}"
+    result = runtime.run(job, task=task_name)
+    if warning := few_images_warning(job.evaluate, result.metrics):
+        tell(Event(task_name, "warning", {"message": warning}))
+    return result
 
 
 @task(name="heldout loss", task_run_name="held-out loss of {what}", **_OPTIONS)

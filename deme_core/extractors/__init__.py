@@ -5,6 +5,7 @@ changes the features: weights, resolution and preprocessing.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ __all__ = ["EXTRACTORS", "FeatureArray", "FeatureExtractor", "NetworkExtractor",
 # Each takes the weights, the resolution, the folder for what is fetched, and the device.
 EXTRACTORS: dict[str, Callable[[str | None, int | None, Path, torch.device], FeatureExtractor]] = {
     "inception": load_inception,
+    "inception_legacy_pytorch": partial(load_inception, mode="legacy_pytorch"),
+    "inception_legacy_tensorflow": partial(load_inception, mode="legacy_tensorflow"),
     "efficientnet_lite0": load_efficientnet,
     "dinov2_vitl14": load_dinov2,
     "clip_vit_b_32": load_clip,
@@ -31,7 +34,7 @@ def load_extractor(
 ) -> FeatureExtractor:
     """Load a feature extractor; weights that cannot be had are an ExtractorUnavailableError.
 
-    Without weights given, 'inception' is downloaded by clean-fid, once per cache, 'dinov2_vitl14' and
+    Without weights given, 'inception' is downloaded from where clean-fid has it, once per cache, 'dinov2_vitl14' and
     'clip_vit_b_32' by the hub's client into its own cache; 'efficientnet_lite0' reaches nothing outside.
 
     Args:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +75,47 @@ class NetworkExtractor:
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             chunks = [self.network(self.prepare(chunk)).float().cpu() for chunk in images.split(self.chunk_size)]
         return torch.cat(chunks).numpy()
+
+
+def timm_extractor(
+    name: str,
+    path: Path,
+    network: Any,
+    *,
+    resolution: int,
+    device: torch.device,
+    positions: str = "",
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> NetworkExtractor:
+    """An extractor of one of timm's networks, which says itself how images are standardised.
+
+    Args:
+        name: which extractor.
+        path: file of the weights, for the digest.
+        network: timm's, without a head, in eval mode, on the CPU.
+        resolution: side of the images that it takes.
+        device: where it shall run.
+        positions: what becomes of the network's positions, for the digest.
+        memory_format: how its weights shall lie in memory.
+
+    Returns:
+        The extractor; images are resized bicubically, antialiased.
+    """
+    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+    preprocessing = f"bicubic, antialiased, clipped to 0..255; mean {mean}, std {std}{positions}"
+    return NetworkExtractor(
+        name=name,
+        digest=digest(name, path, resolution=resolution, preprocessing=preprocessing),
+        num_features=network.num_features,
+        chunk_size=chunk_size(resolution, device),
+        prepare=partial(
+            resize_and_normalize,
+            resolution=resolution,
+            mean=per_channel(mean, device),
+            std=per_channel(std, device),
+        ),
+        network=network.to(device, memory_format=memory_format),
+    )
 
 
 def resize_and_normalize(

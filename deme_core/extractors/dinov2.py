@@ -1,6 +1,5 @@
 """DINOv2 ViT-L/14 (Oquab et al. 2023, arXiv 2304.07193): the features of FD-DINOv2 (Stein et al. 2023, 2306.04675)."""
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +7,10 @@ import torch
 
 from deme_core.extractors.base import (
     NetworkExtractor,
-    chunk_size,
-    digest,
     fixed_resolution,
     local_file,
-    per_channel,
     read_safetensors,
-    resize_and_normalize,
+    timm_extractor,
     unavailable,
 )
 from deme_core.extractors.hub import hub_folder
@@ -56,20 +52,8 @@ def load_vit(
     resolution = fixed_resolution(NAME, resolution, _RESOLUTION)
     path = local_file(weights, folder, _MEND) if weights else hub_folder(_HUB_ID, [_HUB_FILE], _MEND) / _HUB_FILE
     network = _network(path, resolution, timm_name, **sizes)
-    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-    preprocessing = f"bicubic, antialiased, clipped to 0..255; mean {mean}, std {std}; positions resampled by timm"
-    return NetworkExtractor(
-        name=NAME,
-        digest=digest(NAME, path, resolution=resolution, preprocessing=preprocessing),
-        num_features=network.num_features,
-        chunk_size=chunk_size(resolution, device),
-        prepare=partial(
-            resize_and_normalize,
-            resolution=resolution,
-            mean=per_channel(mean, device),
-            std=per_channel(std, device),
-        ),
-        network=network.to(device),
+    return timm_extractor(
+        NAME, path, network, resolution=resolution, device=device, positions="; positions resampled by timm"
     )
 
 

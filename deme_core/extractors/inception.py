@@ -1,82 +1,99 @@
-"""Inception-V3 as clean-fid runs it: the features of FID and KID."""
+"""Inception-V3 as clean-fid runs it in each of its modes: the features of FID and KID."""
 
 import socket
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from deme_core.extractors.base import (
-    FeatureArray,
-    NetworkExtractor,
-    chunk_size,
-    digest,
-    fixed_resolution,
-    local_file,
-    unavailable,
-)
+from deme_core.extractors.base import NetworkExtractor, chunk_size, digest, fixed_resolution, local_file, unavailable
+from deme_core.extractors.inception_networks import NETWORKS, InceptionFile
 from deme_core.store import local_errors
 
 NAME = "inception"
-_FILE = "inception-2015-12-05.pt"  # the name clean-fid gives and expects
 _RESOLUTION = 299
-_MEND = (
-    f"set evaluate.extractor_weights to the path or object-store URI of a whole {_FILE}, "
-    "or evaluate.extractor to efficientnet_lite0"
-)
 _DOWNLOAD_TIMEOUT_SEC = 30.0
+Resizer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[Any]]
 
 
-def load_inception(weights: str | None, resolution: int | None, folder: Path, device: torch.device) -> NetworkExtractor:
-    """Load Inception from a TorchScript file, or from clean-fid's download."""
-    from cleanfid.resize import build_resizer
+def load_inception(
+    weights: str | None, resolution: int | None, folder: Path, device: torch.device, *, mode: str = "clean"
+) -> NetworkExtractor:
+    """Load Inception from a file, or from clean-fid's download; its features depend on the mode.
 
+    Args:
+        weights: path or URI; a TorchScript file, for legacy_pytorch pytorch-fid's state dict.
+        resolution: None or 299.
+        folder: where what is fetched is kept.
+        device: where the network runs.
+        mode: one of clean-fid's: ``clean`` resizes bicubically with PIL, ``legacy_pytorch`` bilinearly and without
+            antialiasing, with another network; ``legacy_tensorflow`` inside of the network.
+
+    Returns:
+        The extractor, called ``inception`` in mode clean and ``inception_MODE`` in the others.
+    """
     resolution = fixed_resolution(NAME, resolution, _RESOLUTION)
-    path = local_file(weights, folder, _MEND) if weights else _download(folder)
-    network = _network(path, folder)
+    file = NETWORKS[mode]
+    path = local_file(weights, folder, _mend(file)) if weights else _download(file, folder)
+    network = _network(file, path, folder)
     return NetworkExtractor(
-        name=NAME,
-        digest=digest(NAME, path, resolution=resolution, preprocessing="clean-fid mode clean"),
+        name=NAME if mode == "clean" else f"{NAME}_{mode}",
+        digest=digest(NAME, path, resolution=resolution, preprocessing=f"clean-fid mode {mode}"),
         num_features=2048,
         chunk_size=chunk_size(resolution, device),
-        prepare=partial(_resize_as_cleanfid, resize=build_resizer("clean"), device=device),
+        prepare=partial(_resize_as_cleanfid, resize=_resizer(mode), device=device),
         network=network.to(device),
     )
 
 
-def _network(path: Path, folder: Path) -> torch.nn.Module:
+def _mend(file: InceptionFile) -> str:
+    return (
+        f"set evaluate.extractor_weights to the path or object-store URI of a whole {file.name}, "
+        "or evaluate.extractor to efficientnet_lite0"
+    )
+
+
+def _network(file: InceptionFile, path: Path, folder: Path) -> torch.nn.Module:
     """Load clean-fid's network; a damaged file in our own folder is removed, so that it is fetched again."""
-    from cleanfid.inception_torchscript import InceptionV3W
-
-    with TemporaryDirectory() as named:  # clean-fid takes a folder, and fixes the file's name
-        (Path(named) / _FILE).symlink_to(path.resolve())
-        try:
-            return InceptionV3W(named, download=False).eval()
-        except (RuntimeError, AttributeError, ValueError, OSError) as error:
-            if path.is_relative_to(folder):
-                path.unlink(missing_ok=True)
-            raise unavailable(f"The Inception weights {path} are damaged or of another kind", _MEND) from error
+    try:
+        return file.build(path)
+    except (RuntimeError, AttributeError, TypeError, ValueError, OSError, EOFError, UnpicklingError) as error:
+        if path.is_relative_to(folder):
+            path.unlink(missing_ok=True)
+        raise unavailable(f"The Inception weights {path} are damaged or of another kind", _mend(file)) from error
 
 
-def _resize_as_cleanfid(
-    images: torch.Tensor, *, resize: Callable[[npt.NDArray[np.uint8]], FeatureArray], device: torch.device
-) -> torch.Tensor:
+def _resizer(mode: str) -> Resizer:
+    from cleanfid.resize import build_resizer
+
+    with warnings.catch_warnings():  # clean-fid would silence all warnings of the process
+        resize: Resizer = build_resizer(mode)
+    return resize
+
+
+def _resize_as_cleanfid(images: torch.Tensor, *, resize: Resizer, device: torch.device) -> torch.Tensor:
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    resized = np.stack([resize(image) for image in pixels]).transpose(0, 3, 1, 2)
-    return torch.from_numpy(np.ascontiguousarray(resized)).to(device)
+    # PIL works outside of Python's lock; a GPU would otherwise wait for one core to resize.
+    with ThreadPoolExecutor(min(torch.get_num_threads(), len(pixels))) as threads:
+        resized = np.stack(list(threads.map(resize, pixels))).transpose(0, 3, 1, 2)
+    prepared = torch.from_numpy(np.ascontiguousarray(resized))
+    # clean-fid divides and multiplies what no resizer has made float, which costs some values their last bit.
+    return (prepared if prepared.is_floating_point() else prepared / 255 * 255).to(device)
 
 
-def _download(folder: Path) -> Path:
-    """Fetch through clean-fid, which would later take an interrupted download as whole: check, then rename."""
-    from cleanfid.downloads_helper import check_download_inception
-
-    path = folder / _FILE
+def _download(file: InceptionFile, folder: Path) -> Path:
+    """Fetch as clean-fid does, which would later take an interrupted download as whole: check, then rename."""
+    path = folder / file.name
     if path.is_file():
         return path
     with local_errors(folder):
@@ -84,10 +101,12 @@ def _download(folder: Path) -> Path:
     with TemporaryDirectory(dir=folder) as partial_folder:
         try:
             with _network_timeout(_DOWNLOAD_TIMEOUT_SEC):
-                downloaded = Path(check_download_inception(fpath=partial_folder))
+                downloaded = file.download(Path(partial_folder))
         except (OSError, HTTPException) as error:
-            raise unavailable(f"The Inception weights cannot be downloaded ({error})", _MEND) from error
-        _network(downloaded, folder)
+            raise unavailable(f"The Inception weights cannot be downloaded ({error})", _mend(file)) from error
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise unavailable("The Inception weights were damaged on their way here", _mend(file)) from error
+        _network(file, downloaded, folder)
         downloaded.replace(path)
     return path
 

@@ -13,7 +13,7 @@ from deme_core.metrics import score
 from tasks.jobs import EvaluateJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.generated_features import SAMPLES, image_inputs, image_settings
-from tasks.work.scoring import load_reference
+from tasks.work.scoring import check_extractor, load_reference
 
 
 def identity(job: EvaluateJob, context: JobContext) -> Identity:
@@ -32,6 +32,7 @@ def run(job: EvaluateJob, context: JobContext, out: Path, digest: str) -> Work:
     sources = [context.artifacts.manifest(ref).metrics["conditions"] for ref in job.features]
     if any(source != sources[0] for source in sources):
         raise DemeError(f"The slices of the image set of seed {job.images.seed} were generated under other conditions.")
+    check_extractor(evaluate.extractor_name, sources[0]["extractor"], reference)
     features = np.concatenate(list(read_features(folders)))
     assert len(features) == evaluate.num_images, (len(features), evaluate.num_images)
     yield {"done": 0, "total": evaluate.num_bootstrap}

@@ -70,11 +70,11 @@ def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> li
 
 def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:
     """Returns the feature extractor that a recipe names."""
-    key = f"extractor {evaluate.extractor} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
+    key = f"extractor {evaluate.extractor_name} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
     return context.remember(
         key,
         lambda: load_extractor(
-            evaluate.extractor,
+            evaluate.extractor_name,
             weights=evaluate.extractor_weights,
             resolution=evaluate.extractor_resolution,
             cache=context.settings.cache_folder,

@@ -43,7 +43,11 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
     )
     assert reference.num_images == len(indices), (reference.num_images, len(indices))
     reference.save(out)
-    return {"num_images": reference.num_images, "shape": [images.channels, images.resolution, images.resolution]}
+    return {
+        "num_images": reference.num_images,
+        "num_features": extractor.num_features,
+        "shape": [images.channels, images.resolution, images.resolution],
+    }
 
 
 def _reduced(

@@ -3,7 +3,7 @@
 from dataclasses import fields
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.errors import RecipeError
+from deme_core.errors import InputError, RecipeError
 from deme_core.evaluation import Evaluation, FeatureSource
 from deme_core.generate import Sampling, image_shape
 from deme_core.model_folder import ModelFolder
@@ -18,10 +18,12 @@ def build_evaluation(
 ) -> Evaluation:
     """Returns how the denoisers that share ``model``'s architecture and scheduler are scored."""
     source = build_source(context, evaluate, model=model)
+    real = load_reference(context, reference)
+    check_extractor(source.extractor.name, source.extractor.digest, real)
     return Evaluation(
         **{field.name: getattr(source, field.name) for field in fields(source)},
         num_images=num_images,
-        reference=load_reference(context, reference),
+        reference=real,
         metrics=evaluate.metrics,
         kid_subset_size=evaluate.kid_subset_size,
     )
@@ -52,3 +54,15 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
 def load_reference(context: JobContext, reference: ArtifactRef) -> Reference:
     """Returns the real images' side of a score, once per process."""
     return context.remember(reference.uri, lambda: Reference.load(context.fetch(reference)))
+
+
+def check_extractor(name: str, digest: str, reference: Reference) -> None:
+    """Raises an InputError if the real images went through another extractor than the generated ones would.
+
+    It happens where machines hold different files at the same path, or a file changes while a run goes on.
+    """
+    if digest != reference.extractor_digest:
+        raise InputError(
+            f"The extractor {name} has the digest {digest} here, but the reference was made with "
+            f"{reference.extractor_digest}; give every machine the same evaluate.extractor_weights, and run again."
+        )

@@ -32,6 +32,8 @@ def _refused(done: Any, *words: str) -> None:
             ["global_sampling_probability", "1.5"],
         ),
         (["run", "digits", "--set", "merge={weights: [0.5, 0.5, 0.5]}"], ["2", "3"]),
+        (["run", "digits", "--set", "merge.search.max_candidates=2"], ["max_candidates 2", "take 3"]),
+        (["run", "digits", "--set", "evaluate.extractor_mode=legacy_pytorch"], ["mode of inception", "efficientnet"]),
         (["merge", "--pretrained", "nowhere", "--expert", "e", "--weights", "1", "--out", "o"], ["nowhere"]),
         (["generate", "nowhere", "--out", "o"], ["nowhere"]),
     ],

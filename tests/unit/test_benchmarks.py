@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, finetune_step, merge_child, search
+from benchmarks import claim, features, finetune_step, merge_child, search
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.model_folder import write_model_folder
 from deme_core.verdict import Interval, interval, paired_difference
@@ -39,6 +39,14 @@ def test_the_finetuning_benchmark_ends_with_its_result(capsys: pytest.CaptureFix
     finetune_step.main(["--quick", "--rounds", "1", "--batch-size", "1"])
     result = last_line(capsys.readouterr().out)
     assert result["ratio"] == max(result["ratio_channel_projection_off"], result["ratio_channel_projection_on"]) > 0
+
+
+def test_the_features_benchmark_compares_equal_features(capsys: pytest.CaptureFixture[str]) -> None:
+    # Inception's network and clean-fid's distance take a minute each.
+    features.main(["--quick", "--features-only", "--extractor", "efficientnet_lite0", "--num-images", "9"])
+    result = last_line(capsys.readouterr().out)
+    assert result["ratio"] > 0
+    assert result["largest_difference"] < 1e-5
 
 
 def test_a_search_is_done_when_a_full_score_is_as_good_as_the_grids() -> None:

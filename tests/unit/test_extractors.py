@@ -360,7 +360,7 @@ def test_unknown_extractors_and_resolutions_are_refused(tmp_path: Path) -> None:
     for name in ("dinov2_vitl14", "clip_vit_b_32"):
         with pytest.raises(ValueError, match="224 pixels only"):
             load_extractor(name, resolution=128, cache=tmp_path, device="cpu")
-    assert list(EXTRACTORS) == ["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"]
+    assert EXTRACTORS.keys() >= {"inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"}
 
 
 def test_the_digests_of_published_scores_stay(tmp_path: Path) -> None:

@@ -151,6 +151,8 @@ def test_only_inception_features_may_be_called_fid() -> None:
     assert [metric_name(metric, "inception") for metric in ("fid", "kid")] == ["fid", "kid"]
     assert metric_name("fid", "dinov2_vitl14") == "fd_dinov2_vitl14"
     assert metric_name("recall", "clip_vit_b_32") == "recall_clip_vit_b_32"
+    legacy = [metric_name("fid", "inception_legacy_pytorch"), metric_name("kid", "inception_legacy_tensorflow")]
+    assert legacy == ["fid_legacy_pytorch", "kid_legacy_tensorflow"]
     names = [metric_name(metric, "efficientnet_lite0") for metric in ("fid", "kid")]
     assert names == ["fd_efficientnet_lite0", "kd_efficientnet_lite0"]
     with pytest.raises(ValueError, match="resnet"):

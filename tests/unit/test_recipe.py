@@ -135,3 +135,12 @@ def test_an_evaluation_is_of_something_that_is_defined(change: dict[str, Any]) -
 def test_a_name_is_plain(name: str) -> None:
     with pytest.raises(ValidationError, match="should match pattern"):
         recipe(name=name)
+
+
+@pytest.mark.parametrize("strategy", ["coordinate", "quadratic", "tpe", "cma_es"])
+def test_a_search_can_try_every_weight(strategy: str) -> None:
+    search = {"strategy": strategy, "max_candidates": 4}
+    with pytest.raises(ValidationError, match=r"max_candidates 4 is too small for 4 segments: .* take 5"):
+        recipe(segments={"count": 4}, merge={"search": search})
+    assert recipe(segments={"count": 3}, merge={"search": search})
+    assert recipe(segments={"count": 4}, merge={"search": search | {"strategy": "grid"}})
