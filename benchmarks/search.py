@@ -9,11 +9,14 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from benchmarks.measurement import print_result, print_table
+from deme_core.artifacts import ArtifactRef
 from deme_core.recipe import MethodSpec, Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
@@ -29,6 +32,8 @@ from tasks.jobs import (
     ReferenceJob,
     SearchJob,
 )
+from tasks.progress import exhaust
+from tasks.weight_search import find_weights
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "grid": {"strategy": "grid"},
@@ -118,7 +123,7 @@ class Laboratory:
             ReferenceJob(dataset=self.recipe.dataset, evaluate=self.recipe.evaluate, part=part, num_for_search=num)
         )
 
-    def search(self, settings: dict[str, Any]) -> tuple[JobResult, list[Step]]:
+    def search(self, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
         """Runs one strategy anew and returns its result and its way there."""
         recipe, steps = self.recipe, list[Step]()
         assert recipe.merge.search is not None
@@ -140,15 +145,18 @@ class Laboratory:
 
         def note(record: dict[str, Any]) -> None:
             nonlocal images
-            if "score" not in record:
-                return
             images += each * (rough_share if record["rough"] else 1.0)
             score = None if record["rough"] else record["score"]
             steps.append(Step(time.perf_counter() - started, images, score))
 
-        result = self.do(job, note)
-        assert not result.cached, "a search from the store cannot be timed: remove search/ from the store"
-        return result, steps
+        return exhaust(find_weights(job, self.do(job).metrics["num_weights"], self._measure), note), steps
+
+    def _measure(self, jobs: Sequence[Job]) -> Iterator[JobResult]:
+        """Does jobs without the store: what one strategy has paid for shall not be free for the next."""
+        for job in jobs:
+            work, started = import_module(f"tasks.work.{job.work}"), time.perf_counter()
+            metrics = exhaust(work.run(job, self._context, Path(), ""), lambda _: None)
+            yield JobResult(ArtifactRef("", ""), metrics, False, time.perf_counter() - started, 0.0)
 
     def report_score(self, weights: Sequence[float]) -> float:
         """Returns the score of a merge on the report's seeds and real images."""
@@ -183,8 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _measure(laboratory: Laboratory) -> None:
     found = {name: laboratory.search(settings) for name, settings in STRATEGIES.items()}
-    scores = {name: laboratory.report_score(result.metrics["weights"]) for name, (result, _) in found.items()}
-    target, grid_cost = found["grid"][0].metrics["score"], found["grid"][1][-1]
+    scores = {name: laboratory.report_score(result["weights"]) for name, (result, _) in found.items()}
+    target, grid_cost = found["grid"][0]["score"], found["grid"][1][-1]
     rows, ratios = [], {}
     for name, (result, steps) in found.items():
         reached = grid_cost if name == "grid" else cost_to_reach(steps, target)
@@ -195,10 +203,10 @@ def _measure(laboratory: Laboratory) -> None:
                 f"{reached.images:.0f}" if reached else f"not in {steps[-1].images:.0f}",
                 f"{reached.seconds:.0f}" if reached else f"not in {steps[-1].seconds:.0f}",
                 f"{ratios[name]:.2f}" if ratios[name] is not None else "",
-                f"{result.metrics['score']:.4g}",
+                f"{result['score']:.4g}",
                 f"{scores[name]:.4g}",
-                ", ".join(f"{weight:g}" for weight in result.metrics["weights"]),
-                ", ".join(f"{rho:+.2f}" for rho in result.metrics["rank_correlation"].values()),
+                ", ".join(f"{weight:g}" for weight in result["weights"]),
+                ", ".join(f"{rho:+.2f}" for rho in result["rank_correlation"].values()),
             )
         )
     columns = (
@@ -221,7 +229,7 @@ def _measure(laboratory: Laboratory) -> None:
         recipe=laboratory.recipe.name,
         images_over_grid=ratios,
         report_scores=scores,
-        rank_correlation={name: result.metrics["rank_correlation"] for name, (result, _) in found.items()},
+        rank_correlation={name: result["rank_correlation"] for name, (result, _) in found.items()},
     )
 
 
