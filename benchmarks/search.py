@@ -9,26 +9,21 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import print_result, print_table
-from deme_core.recipe import MethodSpec, Recipe
+from deme_core.artifacts import ArtifactRef
+from deme_core.recipe import MethodSpec
 from deme_core.recipe_file import load_recipe
-from deme_core.segments import recipe_segments
-from deme_core.settings import Settings
-from tasks.jobs import (
-    EvaluateJob,
-    FinetuneJob,
-    ImportJob,
-    Job,
-    JobResult,
-    MergeJob,
-    PretrainJob,
-    ReferenceJob,
-    SearchJob,
-)
+from tasks.jobs import Job, JobResult
+from tasks.progress import exhaust
+from tasks.weight_search import find_weights
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "grid": {"strategy": "grid"},
@@ -68,101 +63,29 @@ class Step:
     score: float | None
 
 
-class Laboratory:
-    """The jobs of one recipe, done in this process; what the store has is not done again."""
+def search_anew(laboratory: Laboratory, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Step]]:
+    """Runs one strategy, and returns its result and its way there; nothing that another has measured is free for it."""
+    recipe, steps = laboratory.recipe, list[Step]()
+    assert recipe.merge.search is not None
+    search = recipe.merge.search.model_copy(update=settings)
+    job = laboratory.search_job(laboratory.experts(), search, MethodSpec())
+    each = search.num_images * len(search.seeds)
+    rough_share = (search.few_steps or 0) / recipe.evaluate.num_inference_steps
+    started, images = time.perf_counter(), 0.0
 
-    def __init__(self, recipe: Recipe) -> None:
-        from tasks.work.base import JobContext
+    def note(record: dict[str, Any]) -> None:
+        nonlocal images
+        images += each * (rough_share if record["rough"] else 1.0)
+        score = None if record["rough"] else record["score"]
+        steps.append(Step(time.perf_counter() - started, images, score))
 
-        self.recipe, self._context = recipe, JobContext(Settings(), "cpu")
-        source = recipe.pretrained
-        if source.source == "pretrain":
-            assert source.training is not None
-            job: Job = PretrainJob(
-                dataset=recipe.dataset,
-                unet=source.unet,
-                noise_scheduler=source.noise_scheduler,
-                training=source.training,
-            )
-        else:
-            job = ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
-        self.pretrained = self.do(job)
-        self.segments = recipe_segments(recipe.segments, self.pretrained.metrics["num_train_timesteps"])
-        self.experts = tuple(self._finetune(s.low, s.high).ref for s in self.segments)
+    def measure(jobs: Sequence[Job]) -> Iterator[JobResult]:
+        for candidate in jobs:
+            work, start = import_module(f"tasks.work.{candidate.work}"), time.perf_counter()
+            metrics = exhaust(work.run(candidate, laboratory.context, Path(), ""), lambda _: None)
+            yield JobResult(ArtifactRef("", ""), metrics, False, time.perf_counter() - start, 0.0)
 
-    def do(self, job: Job, report: Any = lambda _: None) -> JobResult:
-        """Does a job, or takes its result from the store."""
-        from tasks.work.base import execute
-
-        return execute(job, self._context, report)
-
-    def _finetune(self, low: int, high: int) -> JobResult:
-        spec, recipe = self.recipe.finetune, self.recipe
-        return self.do(
-            FinetuneJob(
-                label=f"[{low}, {high})",
-                pretrained=self.pretrained.ref,
-                dataset=recipe.dataset,
-                finetune=spec,
-                low=low,
-                high=high,
-                num_steps=spec.num_steps,
-            )
-        )
-
-    def reference(self, part: Any) -> JobResult:
-        """Returns the features of the real images of the search, or of the report."""
-        assert self.recipe.merge.search is not None
-        num = self.recipe.merge.search.num_reference_images
-        return self.do(
-            ReferenceJob(dataset=self.recipe.dataset, evaluate=self.recipe.evaluate, part=part, num_for_search=num)
-        )
-
-    def search(self, settings: dict[str, Any]) -> tuple[JobResult, list[Step]]:
-        """Runs one strategy anew and returns its result and its way there."""
-        recipe, steps = self.recipe, list[Step]()
-        assert recipe.merge.search is not None
-        search = recipe.merge.search.model_copy(update=settings)
-        job = SearchJob(
-            pretrained=self.pretrained.ref,
-            experts=self.experts,
-            method=MethodSpec(),
-            segment_edges=(0, *(segment.high for segment in self.segments)),
-            is_control=False,
-            search=search,
-            evaluate=recipe.evaluate,
-            dataset=recipe.dataset,
-            reference=self.reference("search").ref,
-        )
-        each = search.num_images * len(search.seeds)
-        rough_share = (search.few_steps or 0) / recipe.evaluate.num_inference_steps
-        started, images = time.perf_counter(), 0.0
-
-        def note(record: dict[str, Any]) -> None:
-            nonlocal images
-            if "score" not in record:
-                return
-            images += each * (rough_share if record["rough"] else 1.0)
-            score = None if record["rough"] else record["score"]
-            steps.append(Step(time.perf_counter() - started, images, score))
-
-        result = self.do(job, note)
-        assert not result.cached, "a search from the store cannot be timed: remove search/ from the store"
-        return result, steps
-
-    def report_score(self, weights: Sequence[float]) -> float:
-        """Returns the score of a merge on the report's seeds and real images."""
-        spec = self.recipe.evaluate
-        job = MergeJob(
-            pretrained=self.pretrained.ref, experts=self.experts, method=MethodSpec(), weights=tuple(weights)
-        )
-        merged, reference = self.do(job).ref, self.reference("report").ref
-        results = [
-            self.do(EvaluateJob(models=(merged,), edges=None, seed=seed, evaluate=spec, reference=reference))
-            for seed in spec.seeds
-        ]
-        scores = [next(iter(result.metrics["scores"].values())) for result in results]
-        return sum(scores) / len(scores)
+    return exhaust(find_weights(job, laboratory.do(job).metrics["num_weights"], measure), note), steps
 
 
 def cost_to_reach(steps: Sequence[Step], score: float) -> Step | None:
@@ -182,9 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _measure(laboratory: Laboratory) -> None:
-    found = {name: laboratory.search(settings) for name, settings in STRATEGIES.items()}
-    scores = {name: laboratory.report_score(result.metrics["weights"]) for name, (result, _) in found.items()}
-    target, grid_cost = found["grid"][0].metrics["score"], found["grid"][1][-1]
+    experts = laboratory.experts()
+    found = {name: search_anew(laboratory, settings) for name, settings in STRATEGIES.items()}
+    scores = {
+        name: fmean(laboratory.scores((laboratory.merged(experts, result["weights"]),)))
+        for name, (result, _) in found.items()
+    }
+    target, grid_cost = found["grid"][0]["score"], found["grid"][1][-1]
     rows, ratios = [], {}
     for name, (result, steps) in found.items():
         reached = grid_cost if name == "grid" else cost_to_reach(steps, target)
@@ -195,10 +122,10 @@ def _measure(laboratory: Laboratory) -> None:
                 f"{reached.images:.0f}" if reached else f"not in {steps[-1].images:.0f}",
                 f"{reached.seconds:.0f}" if reached else f"not in {steps[-1].seconds:.0f}",
                 f"{ratios[name]:.2f}" if ratios[name] is not None else "",
-                f"{result.metrics['score']:.4g}",
+                f"{result['score']:.4g}",
                 f"{scores[name]:.4g}",
-                ", ".join(f"{weight:g}" for weight in result.metrics["weights"]),
-                ", ".join(f"{rho:+.2f}" for rho in result.metrics["rank_correlation"].values()),
+                ", ".join(f"{weight:g}" for weight in result["weights"]),
+                ", ".join(f"{rho:+.2f}" for rho in result["rank_correlation"].values()),
             )
         )
     columns = (
@@ -211,7 +138,7 @@ def _measure(laboratory: Laboratory) -> None:
         "weights",
         "rank ρ",
     )
-    print_table(f"{laboratory.recipe.name}: finding {len(laboratory.experts)} merge weights", columns, rows)
+    print_table(f"{laboratory.recipe.name}: finding {len(experts)} merge weights", columns, rows)
     best = min((ratio for name, ratio in ratios.items() if ratio is not None and name != "grid"), default=1.0)
     print_result(
         "search",
@@ -221,7 +148,7 @@ def _measure(laboratory: Laboratory) -> None:
         recipe=laboratory.recipe.name,
         images_over_grid=ratios,
         report_scores=scores,
-        rank_correlation={name: result.metrics["rank_correlation"] for name, (result, _) in found.items()},
+        rank_correlation={name: result["rank_correlation"] for name, (result, _) in found.items()},
     )
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from deme_core.checkpoint import Checkpoint
-from deme_core.merge import check_experts, merged_tensors
+from deme_core.merge import check_experts, merged_tensors, one_thread
 from deme_core.merge_methods import TensorMerge
 from deme_core.model_folder import tensor_infos
 
@@ -41,5 +41,8 @@ class LiveMerge:
     def apply(self, method: TensorMerge) -> None:
         """Makes ``model`` the merge by ``method``, projections folded in."""
         state = self.model.state_dict()
-        for name, tensor in merged_tensors(self._pretrained, self._experts, method):
-            state[name].copy_(tensor)
+        # Once around all tensors, copies included: torch's threads woken and dismissed per tensor take several times as
+        # long as the arithmetic, which torch's operations on whole lists of tensors would not shorten.
+        with one_thread():
+            for name, tensor in merged_tensors(self._pretrained, self._experts, method):
+                state[name].copy_(tensor)

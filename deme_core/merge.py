@@ -12,8 +12,8 @@ from deme_core.projection import fold_into, is_projection, projection_key
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keeps torch's arithmetic to one thread.
+def one_thread() -> Iterator[None]:
+    """Keeps torch's arithmetic on the CPU to one thread.
 
     One thread already keeps up with reading the files, and hundreds of short operations make threads that share
     their cores with other work wait for each other: ten times slower on a busy machine (benchmarks/merge.py).
@@ -46,7 +46,7 @@ def merged_tensors(
         yield key, merged
 
 
-@_one_thread()
+@one_thread()
 def _merge_one(
     method: TensorMerge, name: str, pretrained: torch.Tensor, finetuned: Sequence[torch.Tensor]
 ) -> torch.Tensor:

@@ -24,7 +24,8 @@ from tasks.stages import finetune, heldout_loss, obtain_pretrained
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 
 
-# Threads only wait for worker processes; how many jobs run at once is the worker pool's to say.
+# Threads only wait for worker processes; how many jobs run at once is the worker pool's to say. The two searches wait
+# for tasks of their own in the same threads: there must always be more threads than tasks that do so.
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
-from prefect.client.schemas.sorting import FlowRunSort
+from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
 from rich.console import Console
 
 from deme_core.errors import DemeError, InputError
@@ -53,7 +53,9 @@ def _wait(client: SyncPrefectClient, found: FlowRun, console: Console) -> State[
     only_it = FlowRunFilter(id=FlowRunFilterId(any_=[found.id]))
     while True:
         state = client.read_flow_run(found.id).state
-        for task in client.read_task_runs(flow_run_filter=only_it, limit=200):
+        # The server gives 200 at most, and a search may have more tasks: those that ended last.
+        newest = client.read_task_runs(flow_run_filter=only_it, sort=TaskRunSort.END_TIME_DESC, limit=200)
+        for task in reversed(newest):
             if task.id not in seen and task.state is not None and task.state.is_final():
                 seen.add(task.id)
                 console.print(_line(task), highlight=False)

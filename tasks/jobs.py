@@ -106,16 +106,18 @@ class ReferenceJob(Job):
 
 
 class SearchJob(Job):
-    """Find the weights whose merge scores best on the search's own seeds and real images.
+    """Describe a search for the weights whose merge scores best on the search's own seeds and real images.
+
+    The search itself is driven by `tasks.weight_search` and becomes an artifact of the stage ``weights``.
 
     Attributes:
         segment_edges: 0, inner edges, T of all segments.
         is_control: the only expert is the control, whose scale is searched.
     """
 
-    stage: ClassVar[str] = "search"
+    stage: ClassVar[str] = "problem"
     work: ClassVar[str] = "search"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec
@@ -125,6 +127,51 @@ class SearchJob(Job):
     evaluate: EvaluateSpec
     dataset: DatasetSpec
     reference: ArtifactRef
+
+
+class CandidateJob(Job):
+    """What a search measures of the merge of ``experts`` with ``weights``; nothing is written but the number.
+
+    Attributes:
+        label: name for messages; no part of the result.
+        weights: as `deme_core.merge_methods.build_method` takes them.
+    """
+
+    stage: ClassVar[str] = "search"
+    label: str
+    pretrained: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    method: MethodSpec
+    weights: tuple[float, ...]
+
+
+class ScoreJob(CandidateJob):
+    """Score one candidate of a search.
+
+    Attributes:
+        evaluate: sampling; its first metric is the score.
+        seeds: sampling seeds of the search.
+        num_images: images per seed.
+        reference: real images of the search.
+    """
+
+    work: ClassVar[str] = "score"
+    evaluate: EvaluateSpec
+    seeds: tuple[int, ...]
+    num_images: int
+    reference: ArtifactRef
+
+
+class LossJob(CandidateJob):
+    """Measure the denoising loss of one candidate in each segment, on images that no training saw.
+
+    Attributes:
+        segment_edges: 0, inner edges, T of all segments.
+    """
+
+    work: ClassVar[str] = "loss"
+    dataset: DatasetSpec
+    segment_edges: tuple[int, ...]
 
 
 class HeldoutJob(Job):
@@ -206,19 +253,10 @@ class EvaluateJob(Job):
     reference: ArtifactRef
 
 
-_ALL = (
-    PretrainJob,
-    ImportJob,
-    FinetuneJob,
-    RealFeaturesJob,
-    ReferenceJob,
-    HeldoutJob,
-    SearchJob,
-    MergeJob,
-    GeneratedFeaturesJob,
-    EvaluateJob,
-)
-JOBS: dict[str, type[Job]] = {job.__name__: job for job in _ALL}
+_TRAINING = (PretrainJob, ImportJob, FinetuneJob)
+_MERGING = (SearchJob, ScoreJob, LossJob, MergeJob)
+_MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
+JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}
 
 
 @dataclass(frozen=True)

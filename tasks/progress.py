@@ -1,8 +1,11 @@
 """Progress: what tasks tell whoever watches, in this process, while they run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
+
+Record = dict[str, Any]
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -40,3 +43,13 @@ def tell(event: Event) -> None:
     """Passes ``event`` to every listener."""
     for listener in tuple(_listeners):
         listener(event)
+
+
+def exhaust(work: Generator[Record, None, R], report: Callable[[Record], None]) -> R:
+    """Does work that yields progress records, passing them to ``report``, and returns what it returns."""
+    while True:
+        try:
+            record = next(work)
+        except StopIteration as finished:
+            return finished.value
+        report(record)

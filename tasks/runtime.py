@@ -15,6 +15,7 @@ from tasks.progress import Event, tell
 from tasks.tracking import Tracker
 
 Record = dict[str, Any]
+Work = Callable[[Callable[[Record], None], Callable[[], None]], JobResult]
 
 
 @dataclass
@@ -77,6 +78,21 @@ class Runtime:
     tracker: Tracker
     timing: Timing
 
+    def do(
+        self, job: Job, report: Callable[[Record], None] = lambda _: None, on_start: Callable[[], None] = lambda: None
+    ) -> JobResult:
+        """Has ``job`` done by the pool and notes the time it took, without telling listeners."""
+        began = time.perf_counter()
+
+        def start() -> None:
+            nonlocal began
+            began = time.perf_counter()
+            on_start()
+
+        result = self.pool.run(job, report, on_start=start)
+        self.timing.add(job.stage, began, result.storage_seconds)
+        return result
+
     def run(
         self, job: Job, *, task: str, child: str | None = None, on_record: Callable[[Record], None] = lambda _: None
     ) -> JobResult:
@@ -88,25 +104,31 @@ class Runtime:
             child: id of the MLflow run to tag with the outcome.
             on_record: called with every progress record.
         """
-        began = time.perf_counter()
 
-        def start() -> None:
-            nonlocal began
-            began = time.perf_counter()
-            tell(Event(task, "started"))
+        def work(pass_on: Callable[[Record], None], start: Callable[[], None]) -> JobResult:
+            def report(record: Record) -> None:
+                pass_on(record)
+                on_record(record)
 
-        def pass_on(record: Record) -> None:
-            tell(Event(task, "progress", record))
-            on_record(record)
+            return self.do(job, report, start)
 
+        return self.follow(work, task=task, child=child)
+
+    def follow(self, work: Work, *, task: str, child: str | None = None) -> JobResult:
+        """Returns the result of ``work``, telling listeners how it goes, and MLflow how it ended.
+
+        Args:
+            work: is given what takes progress records, and what to call when it begins.
+            task: name for listeners.
+            child: id of the MLflow run to tag with the outcome.
+        """
         try:
-            result = self.pool.run(job, pass_on, on_start=start)
+            result = work(lambda record: tell(Event(task, "progress", record)), lambda: tell(Event(task, "started")))
         except BaseException:
             tell(Event(task, "failed"))
             if child:
                 self.tracker.finish(child, failed=True)
             raise
-        self.timing.add(job.stage, began, result.storage_seconds)
         tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
         if child:
             self.tracker.set_tags(

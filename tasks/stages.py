@@ -1,6 +1,6 @@
 """One Prefect task per stage. Each has its job done by a worker, records the outcome, returns a small reference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from prefect import task
@@ -17,6 +17,7 @@ from tasks.jobs import (
     GeneratedImages,
     HeldoutJob,
     ImportJob,
+    Job,
     JobResult,
     MergeJob,
     PretrainJob,
@@ -27,13 +28,23 @@ from tasks.jobs import (
 from tasks.prefect_artifacts import progress_artifact
 from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
+from tasks.weight_search import search_artifact
 
 
 def _is_passing(_task: Any, _run: Any, state: Any) -> bool:
     """Whether a failure may pass by itself: the store was away, or a worker process died."""
+    return _failed_with(state, StoreUnavailableError, WorkerDiedError)
+
+
+def _is_store_away(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether the store was away."""
+    return _failed_with(state, StoreUnavailableError)
+
+
+def _failed_with(state: Any, *errors: type[Exception]) -> bool:
     try:
         state.result()
-    except (StoreUnavailableError, WorkerDiedError):
+    except errors:
         return True
     except Exception:  # Whatever else a task raised: trying again would raise it again.
         return False
@@ -151,12 +162,24 @@ def heldout_loss(model: ArtifactRef, edges: tuple[int, ...], what: str) -> JobRe
     return result
 
 
-@task(name="search", task_run_name="search {what}", **_OPTIONS)
+@task(name="candidate", task_run_name="{what}", **_OPTIONS)
+def measure_candidate(job: Job, what: str) -> JobResult:
+    """Does one job of a search, such as the score of one candidate."""
+    return current_runtime().do(job)
+
+
+# Jobs of a search are tried again on their own; what is left to pass is an object store that is away.
+@task(name="search", task_run_name="search {what}", **(_OPTIONS | {"retry_condition_fn": _is_store_away}))
 def search(job: SearchJob, what: str) -> JobResult:
-    """Searches merge weights, or the control's scale."""
+    """Searches merge weights, or the control's scale; its jobs are tasks of their own, side by side."""
     runtime = current_runtime()
     child = runtime.tracker.child(f"search/{what}")
-    result = runtime.run(job, task=f"search {what}", child=child)
+
+    def work(report: Callable[[Record], None], start: Callable[[], None]) -> JobResult:
+        start()
+        return search_artifact(job, runtime.artifacts, lambda jobs: _do_all(jobs, what), report)
+
+    result = runtime.follow(work, task=f"search {what}", child=child)
     for step, candidate in enumerate(result.metrics["candidates"]):
         weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
         name = "rough_score" if candidate["rough"] else "score"
@@ -166,6 +189,17 @@ def search(job: SearchJob, what: str) -> JobResult:
     runtime.tracker.log_metrics(child, correlations | cost)
     runtime.tracker.finish(child)
     return result
+
+
+def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:
+    """Submits all jobs and yields their results in order; when one fails, the others are still waited for."""
+    futures = [measure_candidate.submit(job, f"{what}: {getattr(job, 'label', 'problem')}") for job in jobs]
+    try:
+        yield from (future.result() for future in futures)
+    except Exception:
+        for future in futures:
+            future.wait()
+        raise
 
 
 @task(name="merge", task_run_name="merge {what}", **_OPTIONS)

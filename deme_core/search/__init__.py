@@ -1,86 +1,81 @@
 """Search for merge weights: which candidates are scored, in which order (METHOD section 2).
 
-A search knows no images: it is given an objective, lower being better, and proposes weights. All w = 0, the
-pretrained model, is always the first candidate, so that a search can only lose to it by chance.
+A search knows no images: it yields batches of weights, which may be scored at once, and is sent their scores, lower
+being better. All w = 0, the pretrained model, is always the first candidate, so that a search can only lose to it by
+chance.
 """
 
 import math
-from collections.abc import Iterator
 
 from deme_core.recipe import SearchSpec
-from deme_core.search.candidates import Candidate, Objective, Weights, best_candidate
+from deme_core.search.candidates import (
+    Batch,
+    Candidate,
+    Kind,
+    Search,
+    Strategy,
+    Weights,
+    best_candidate,
+    scored_candidates,
+    translated,
+)
 from deme_core.search.coordinate import coordinate_search
 from deme_core.search.grid import control_values, grid_search
 from deme_core.search.halving import halve
 from deme_core.search.optuna_search import optuna_search
-from deme_core.search.quadratic import Proxy, fit_minimum, quadratic_search
+from deme_core.search.quadratic import fit_minimum, line_search
 
-__all__ = ["Candidate", "Objective", "Proxy", "Weights", "best_candidate", "max_candidates", "search_weights"]
+__all__ = [
+    "Batch",
+    "Candidate",
+    "Kind",
+    "Search",
+    "Weights",
+    "best_candidate",
+    "max_candidates",
+    "scored_candidates",
+    "search_weights",
+]
 
 
-def search_weights(
-    objective: Objective,
-    spec: SearchSpec,
-    *,
-    num_weights: int,
-    num_segments: int,
-    is_control: bool = False,
-    proxy: Proxy | None = None,
-    rough: Objective | None = None,
-) -> Iterator[Candidate]:
-    """Yields every candidate as it is scored; the result is `best_candidate`.
+def search_weights(spec: SearchSpec, *, num_weights: int, num_segments: int, is_control: bool = False) -> Search:
+    """Yields batch after batch; the candidates are what `scored_candidates` makes of them.
 
     Args:
-        objective: the full score of weights.
-        spec: the strategy and its settings.
+        spec: the strategy and its settings. ``quadratic``, ``tpe`` and ``cma_es`` ask for losses first. With
+            ``few_steps`` all candidates get a rough score, and the survivors alone the full one.
         num_weights: N, or 1 for the control, whose single weight scales its task vector.
         num_segments: N; the control took N times the steps of a segment.
         is_control: search the control's scale, which starts at 1.
-        proxy: a cheap loss of weights; needed by ``quadratic``, and warm-starts ``tpe`` and ``cma_es``. Others never
-            ask for it.
-        rough: a rough score of weights; given, all candidates get it, and the survivors alone the full one.
     """
-    candidates = _strategy(rough or objective, spec, num_weights, num_segments, is_control, proxy)
-    return candidates if rough is None else halve(candidates, objective, survivors=spec.survivors)
-
-
-def _strategy(
-    objective: Objective,
-    spec: SearchSpec,
-    num_weights: int,
-    num_segments: int,
-    is_control: bool,
-    proxy: Proxy | None,
-) -> Iterator[Candidate]:
     start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_weights
+    fitted = None
+    if spec.strategy in ("quadratic", "tpe", "cma_es"):
+        fit = fit_minimum(num_weights=num_weights, step=start, max_weight=spec.max_weight)
+        fitted = yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))
+    values = control_values(spec.values, num_segments) if is_control else spec.values
+    strategy = _strategy(spec, (start,) * num_weights, fitted, values)
+    if spec.few_steps is None:
+        yield from translated(strategy, lambda weights: Batch("full", tuple(weights)))
+    else:
+        yield from halve(strategy, survivors=spec.survivors)
+
+
+def _strategy(spec: SearchSpec, start: Weights, fitted: Weights | None, values: tuple[float, ...]) -> Strategy:
     match spec.strategy:
         case "grid":
-            values = control_values(spec.values, num_segments) if is_control else spec.values
-            return grid_search(objective, values, num_weights=num_weights)
+            return grid_search(values, num_weights=len(start))
         case "coordinate":
-            return coordinate_search(
-                objective, (start,) * num_weights, step_size=spec.step_size, max_candidates=spec.max_candidates
-            )
+            return coordinate_search(start, step_size=spec.step_size, max_candidates=spec.max_candidates)
         case "quadratic":
-            assert proxy is not None
-            return quadratic_search(
-                objective,
-                proxy,
-                num_weights=num_weights,
-                step=start,
-                max_weight=spec.max_weight,
-                max_candidates=spec.max_candidates,
-            )
+            assert fitted is not None
+            return line_search(fitted, max_candidates=spec.max_candidates)
         case "tpe" | "cma_es":
-            starts = [(start,) * num_weights]
-            if proxy is not None:
-                fitted = fit_minimum(proxy, num_weights=num_weights, step=start, max_weight=spec.max_weight)
-                starts.insert(0, fitted)
+            assert fitted is not None
             return optuna_search(
-                objective,
                 spec.strategy,
-                num_weights=num_weights,
-                starts=starts,
+                num_weights=len(start),
+                starts=[fitted, start],
                 max_weight=spec.max_weight,
                 max_candidates=spec.max_candidates,
             )

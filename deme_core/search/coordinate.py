@@ -1,27 +1,23 @@
 """One weight at a time around the best so far."""
 
-from collections.abc import Iterator
-
-from deme_core.search.candidates import Candidate, Objective, Weights
+from deme_core.search.candidates import Strategy, Weights
 
 
 def coordinate_search(
-    objective: Objective,
     start: Weights,
     *,
     step_size: float,
     max_candidates: int,
     min_step_size: float = 0.02,
     lowest: float = float("-inf"),
-) -> Iterator[Candidate]:
-    """Yields a pattern search (Hooke and Jeeves 1961) from ``start``.
+) -> Strategy:
+    """Yields a pattern search (Hooke and Jeeves 1961) from ``start``, both ways of a direction at once.
 
-    Moves along the common scale of all weights first and then along each weight, both ways, keeps every
-    improvement, goes on in a direction that helped, and halves the step when none helps. The best candidate so
-    far, the pretrained model included, is always the place it searches around.
+    Moves along the common scale of all weights first and then along each weight, keeps every improvement, goes on in
+    a direction that helped, and halves the step when none helps. The best candidate so far, the pretrained model
+    included, is always the place it searches around.
 
     Args:
-        objective: scores weights.
         start: the first weights after all zeros.
         step_size: first step.
         max_candidates: score at most so many, the pretrained model included.
@@ -30,25 +26,26 @@ def coordinate_search(
     """
     scored: dict[Weights, float] = {}
 
-    def score(weights: Weights) -> Iterator[Candidate]:
-        if weights not in scored and len(scored) < max_candidates:
-            scored[weights] = objective(weights)
-            yield Candidate(weights, scored[weights])
+    def score(*wanted: Weights) -> Strategy:
+        new = [weights for weights in dict.fromkeys(wanted) if weights not in scored][: max_candidates - len(scored)]
+        if new:
+            scored.update(zip(new, (yield new), strict=True))
 
-    yield from score((0.0,) * len(start))
-    yield from score(start)
+    def value(weights: Weights) -> float:
+        return scored.get(weights, float("inf"))
+
+    yield from score((0.0,) * len(start), start)
     best = min(scored, key=scored.__getitem__)
     while step_size >= min_step_size and len(scored) < max_candidates:
         improved = False
         for direction in _directions(len(start)):
-            for sign in (1.0, -1.0):
-                moved = _moved(best, direction, sign * step_size, lowest)
-                while moved != best:
-                    yield from score(moved)
-                    if scored.get(moved, float("inf")) >= scored[best]:
-                        break
-                    best, improved = moved, True
-                    moved = _moved(best, direction, sign * step_size, lowest)
+            up, down = (_moved(best, direction, step, lowest) for step in (step_size, -step_size))
+            yield from score(up, down)
+            moved, step = (up, step_size) if value(up) <= value(down) else (down, -step_size)
+            while value(moved) < scored[best]:
+                best, improved = moved, True
+                moved = _moved(best, direction, step, lowest)
+                yield from score(moved)
         if not improved:
             step_size /= 2
 

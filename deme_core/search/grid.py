@@ -1,9 +1,12 @@
 """Every combination of given values: the paper's search."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from deme_core.search.candidates import Candidate, Objective
+from deme_core.search.candidates import Strategy
+
+# More than any machine has workers; a large grid shall not become as many waiting tasks.
+_BATCH_SIZE = 64
 
 
 def control_values(values: Sequence[float], num_segments: int) -> tuple[float, ...]:
@@ -14,10 +17,9 @@ def control_values(values: Sequence[float], num_segments: int) -> tuple[float, .
     return tuple(sorted({scale for value in values for scale in (value, value * num_segments)} | {1.0}))
 
 
-def grid_search(objective: Objective, values: Sequence[float], *, num_weights: int) -> Iterator[Candidate]:
+def grid_search(values: Sequence[float], *, num_weights: int) -> Strategy:
     """Yields every combination of ``values``, the pretrained model first."""
-    zero = (0.0,) * num_weights
-    yield Candidate(zero, objective(zero))
-    for weights in itertools.product(dict.fromkeys(values), repeat=num_weights):
-        if any(weights):
-            yield Candidate(weights, objective(weights))
+    others = (w for w in itertools.product(dict.fromkeys(values), repeat=num_weights) if any(w))
+    everything = itertools.chain([(0.0,) * num_weights], others)
+    while batch := list(itertools.islice(everything, _BATCH_SIZE)):
+        yield batch

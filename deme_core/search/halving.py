@@ -1,29 +1,28 @@
 """Successive halving (Jamieson and Talwalkar 2016) in two rounds: all candidates roughly, the best of them in full."""
 
 import math
-from collections.abc import Iterator
 
-from deme_core.search.candidates import Candidate, Objective
+from deme_core.search.candidates import Batch, Search, Strategy, Weights
 
 
-def halve(rough: Iterator[Candidate], objective: Objective, *, survivors: float) -> Iterator[Candidate]:
-    """Yields every rough candidate, then the survivors with their full scores.
+def halve(strategy: Strategy, *, survivors: float) -> Search:
+    """Yields what ``strategy`` proposes for rough scores, then the survivors for full ones, all at once.
 
     The pretrained model always survives: a search must be able to find that nothing helps.
 
     Args:
-        rough: a search under a rough objective; the pretrained model is its first candidate.
-        objective: the full score.
+        strategy: searches by rough scores; the pretrained model is its first candidate.
         survivors: share of the candidates that are scored in full, at least two.
     """
-    seen: list[Candidate] = []
-    for candidate in rough:
-        seen.append(candidate)
-        yield Candidate(candidate.weights, candidate.score, rough=True)
-    ranked = sorted(dict.fromkeys(c.weights for c in sorted(seen, key=lambda c: c.score)[: _count(seen, survivors)]))
-    for weights in dict.fromkeys([seen[0].weights, *ranked]):
-        yield Candidate(weights, objective(weights))
-
-
-def _count(seen: list[Candidate], survivors: float) -> int:
-    return max(2, math.ceil(survivors * len(seen)))
+    seen: dict[Weights, float] = {}
+    try:
+        batch = next(strategy)
+        while True:
+            scores = yield Batch("rough", tuple(batch))
+            seen.update(zip(batch, scores, strict=True))
+            batch = strategy.send(scores)
+    except StopIteration:
+        pass
+    num_survivors = max(2, math.ceil(survivors * len(seen)))
+    best = sorted(sorted(seen, key=seen.__getitem__)[:num_survivors])
+    yield Batch("full", tuple(dict.fromkeys([next(iter(seen)), *best])))

@@ -1,18 +1,23 @@
 """Searches by Optuna (Akiba et al. 2019): the tree-structured Parzen estimator, and CMA-ES.
 
-Both are seeded, so that a search that was killed proposes the same weights again; scores that are known already are
-taken from the search's log (`deme_core.search.score_log`).
+Both are seeded, asked for a fixed number of candidates at a time, and told the scores in the order of asking: the same
+scores lead to the same proposals, whoever measured them and when.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
-from deme_core.search.candidates import Candidate, Objective, Weights
+from deme_core.search.candidates import Strategy, Weights
+
+if TYPE_CHECKING:
+    import optuna
+
+# Few enough that the estimator has learnt something between any two batches of a short search.
+_TPE_BATCH_SIZE = 4
 
 
 def optuna_search(
-    objective: Objective,
     sampler: Literal["tpe", "cma_es"],
     *,
     num_weights: int,
@@ -20,11 +25,10 @@ def optuna_search(
     max_weight: float,
     max_candidates: int,
     seed: int = 0,
-) -> Iterator[Candidate]:
+) -> Strategy:
     """Yields the pretrained model, the ``starts``, and then what the sampler proposes in [0, max_weight]^N.
 
     Args:
-        objective: scores weights.
         sampler: tpe, or cma_es, which needs two weights: a single one is left to tpe.
         num_weights: N.
         starts: weights to begin with, at least one, such as the minimum of a fit.
@@ -35,31 +39,50 @@ def optuna_search(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    chosen: optuna.samplers.BaseSampler
-    if sampler == "cma_es" and num_weights > 1:
-        with warnings.catch_warnings():  # Its arguments for a start are deprecated, without another way to give one.
-            warnings.simplefilter("ignore", FutureWarning)
-            chosen = optuna.samplers.CmaEsSampler(
-                x0={_name(i): weight for i, weight in enumerate(starts[0])},
-                sigma0=0.15 * max_weight,
-                seed=seed,
-                n_startup_trials=0,
-                popsize=max(4, num_weights + 2),
-            )
-    else:
-        chosen = optuna.samplers.TPESampler(
-            seed=seed, n_startup_trials=max(len(starts), num_weights) + 1, multivariate=True
-        )
+    with warnings.catch_warnings():
+        # CMA-ES has deprecated its arguments for a start, without another way; TPE calls those it needs experimental.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if sampler == "cma_es" and num_weights > 1:
+            batch_size = max(4, num_weights + 2)
+            chosen = _cma_es(starts[0], max_weight, population=batch_size, seed=seed)
+        else:
+            batch_size = _TPE_BATCH_SIZE
+            chosen = _tpe(num_startup=max(len(starts), num_weights) + 1, seed=seed)
     study = optuna.create_study(sampler=chosen)
-    fixed = list(dict.fromkeys([(0.0,) * num_weights, *starts]))[:max_candidates]
-    for weights in fixed:
-        study.enqueue_trial({_name(i): min(max(weight, 0.0), max_weight) for i, weight in enumerate(weights)})
-    for _ in range(max_candidates):
-        trial = study.ask()
-        weights = tuple(round(trial.suggest_float(_name(i), 0.0, max_weight), 4) for i in range(num_weights))
-        score = objective(weights)
-        study.tell(trial, score)
-        yield Candidate(weights, score)
+    space: dict[str, optuna.distributions.BaseDistribution] = {
+        _name(i): optuna.distributions.FloatDistribution(0.0, max_weight) for i in range(num_weights)
+    }
+    clipped = (tuple(min(max(weight, 0.0), max_weight) for weight in start) for start in starts)
+    first = list(dict.fromkeys([(0.0,) * num_weights, *clipped]))[:max_candidates]
+    # Added, not asked for: CMA-ES would count them as members of its first generation, which it did not draw.
+    for weights, score in zip(first, (yield first), strict=True):
+        params = dict(zip(space, weights, strict=True))
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=score))
+    for begin in range(len(first), max_candidates, batch_size):
+        trials = [study.ask(space) for _ in range(min(batch_size, max_candidates - begin))]
+        scores = yield [tuple(round(trial.params[name], 4) for name in space) for trial in trials]
+        for trial, score in zip(trials, scores, strict=True):
+            study.tell(trial, score)
+
+
+def _cma_es(start: Weights, max_weight: float, *, population: int, seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    return optuna.samplers.CmaEsSampler(
+        x0={_name(i): weight for i, weight in enumerate(start)},
+        sigma0=0.15 * max_weight,
+        seed=seed,
+        n_startup_trials=0,
+        popsize=population,
+    )
+
+
+def _tpe(*, num_startup: int, seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    # Constant liar: what is asked for and not yet told counts as bad, so that a batch is not four times one point.
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_startup, multivariate=True, constant_liar=True)
 
 
 def _name(index: int) -> str:

@@ -5,15 +5,13 @@ direction it falls. How far to go is left to the full score, for a lower loss is
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from deme_core.search.candidates import Candidate, Objective, Weights
+from deme_core.search.candidates import Strategy, Weights, translated
 from deme_core.search.coordinate import coordinate_search
-
-Proxy = Callable[[Weights], float]
 
 
 def design(num_weights: int, step: float) -> list[Weights]:
@@ -24,11 +22,12 @@ def design(num_weights: int, step: float) -> list[Weights]:
     return [tuple(float(value) for value in point) for point in points]
 
 
-def fit_minimum(proxy: Proxy, *, num_weights: int, step: float, max_weight: float) -> Weights:
-    """Returns the minimum of the quadratic through the design's losses, within [0, max_weight].
+def fit_minimum(
+    *, num_weights: int, step: float, max_weight: float
+) -> Generator[list[Weights], Sequence[float], Weights]:
+    """Yields the design, is sent its losses, and returns the minimum of their quadratic within [0, max_weight].
 
     Args:
-        proxy: a cheap loss; lower is better.
         num_weights: N.
         step: h, the distance of the design's points.
         max_weight: bound of every weight.
@@ -36,8 +35,9 @@ def fit_minimum(proxy: Proxy, *, num_weights: int, step: float, max_weight: floa
     from scipy.optimize import minimize
 
     points = design(num_weights, step)
+    losses = yield points
     rows = np.array([_monomials(np.asarray(point)) for point in points])
-    coefficients = np.linalg.solve(rows, np.array([proxy(point) for point in points]))
+    coefficients = np.linalg.solve(rows, np.array(losses))
     start = np.full(num_weights, min(step, max_weight))
     found = minimize(
         lambda weights: float(_monomials(weights) @ coefficients), start, bounds=[(0.0, max_weight)] * num_weights
@@ -51,32 +51,18 @@ def _monomials(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.array([1.0, *weights, *(weights[i] * weights[j] for i, j in pairs)])
 
 
-def quadratic_search(
-    objective: Objective, proxy: Proxy, *, num_weights: int, step: float, max_weight: float, max_candidates: int
-) -> Iterator[Candidate]:
-    """Yields the pretrained model, the minimum of the fit, and a pattern search along the line through both.
+def line_search(minimum: Weights, *, max_candidates: int) -> Strategy:
+    """Yields the pretrained model, the minimum of a fit, and a pattern search along the line through both.
 
     Args:
-        objective: the full score.
-        proxy: the loss that is fitted.
-        num_weights: N.
-        step: distance of the points of the fit.
-        max_weight: bound of every weight of the fit.
+        minimum: where the fitted loss is lowest; if that is the pretrained model, the line of equal weights is tried.
         max_candidates: full scores at the most.
     """
-    direction = fit_minimum(proxy, num_weights=num_weights, step=step, max_weight=max_weight)
-    if not any(direction):  # The loss rises whichever way: only the line of equal weights is left to try.
-        direction = (1.0 / num_weights,) * num_weights
+    # The loss rises whichever way: only the line of equal weights is left to try.
+    direction = minimum if any(minimum) else (1.0 / len(minimum),) * len(minimum)
 
-    def on_line(scale: Weights) -> Weights:
-        return tuple(round(scale[0] * weight, 6) for weight in direction)
+    def on_line(scales: list[Weights]) -> list[Weights]:
+        return [tuple(round(scale * weight, 6) for weight in direction) for (scale,) in scales]
 
-    for candidate in coordinate_search(
-        lambda scale: objective(on_line(scale)),
-        (1.0,),
-        step_size=0.5,
-        max_candidates=max_candidates,
-        min_step_size=0.1,
-        lowest=0.0,
-    ):
-        yield Candidate(on_line(candidate.weights), candidate.score)
+    search = coordinate_search((1.0,), step_size=0.5, max_candidates=max_candidates, min_step_size=0.1, lowest=0.0)
+    return translated(search, on_line)

@@ -6,7 +6,6 @@ yields progress records and returns the metrics. None of them knows Prefect or M
 """
 
 import errno
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -26,6 +25,7 @@ from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
 from tasks.jobs import Job, JobResult
+from tasks.progress import exhaust
 
 T = TypeVar("T")
 Record = dict[str, Any]
@@ -59,6 +59,7 @@ class JobContext:
         self.settings, self.device = settings, device
         self.storage_seconds = 0.0
         self._remembered: dict[str, Any] = {}
+        self._latest: dict[str, dict[str, Any]] = {}
 
     @cached_property
     def artifacts(self) -> ArtifactStore:
@@ -99,13 +100,8 @@ class JobContext:
                 metrics=metrics,
             )
 
-    def unfinished_folder(self, digest: str) -> Path:
-        """Returns where a job may keep what it needs to go on after a kill, until its artifact is in the store."""
-        return self.settings.state_folder / "unfinished" / digest
-
     def discard_unfinished(self, digest: str) -> None:
         """Removes what an artifact that is in the store needed while it was made."""
-        shutil.rmtree(self.unfinished_folder(digest), ignore_errors=True)
         with self.storing() as artifacts:
             for ref in artifacts.list_refs(checkpoint_stage(digest)):
                 artifacts.remove(ref)
@@ -128,6 +124,17 @@ class JobContext:
         if key not in self._remembered:
             self._remembered[key] = load()
         return self._remembered[key]
+
+    def remember_latest(self, kind: str, key: str, load: Callable[[], T], *, num_kept: int) -> T:
+        """Does the same for what is too large to be kept for ever: only the ``num_kept`` of a kind used last stay."""
+        kept = self._latest.setdefault(kind, {})
+        if key in kept:
+            kept[key] = kept.pop(key)  # The newest is last.
+        else:
+            while len(kept) >= num_kept:  # Before the new one is loaded, so that both never need memory at once.
+                del kept[next(iter(kept))]
+            kept[key] = load()
+        return kept[key]
 
     @contextmanager
     def exclusive(self, digest: str, report: Callable[[Record], None]) -> Iterator[None]:
@@ -183,18 +190,10 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
             if ref is None:
                 cached = False
                 with context.scratch_folder() as out:
-                    metrics = _run(work.run(job, context, out, digest), report)
+                    metrics = exhaust(work.run(job, context, out, digest), report)
                     ref = context.publish(job.stage, digest, out, identity, metrics)
     if cached:
         metrics = context.artifacts.manifest(ref).metrics
     context.discard_unfinished(digest)
     seconds = time.perf_counter() - started
     return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)
-
-
-def _run(work: Work, report: Callable[[Record], None]) -> dict[str, Any]:
-    while True:
-        try:
-            report(next(work))
-        except StopIteration as finished:
-            return finished.value

@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import math
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from deme_core.recipe import SearchSpec
 from deme_core.search import Candidate, Weights, best_candidate, max_candidates, search_weights
 from deme_core.search.coordinate import coordinate_search
 from deme_core.search.grid import control_values, grid_search
-from tests.counted import quadratic
+from tests.counted import candidates_of, quadratic, search
 
 
 @pytest.mark.parametrize("num_weights", [1, 2, 3])
@@ -19,7 +20,7 @@ def test_a_grid_visits_all_combinations_once_and_the_pretrained_model_first(
     values: tuple[float, ...], num_weights: int
 ) -> None:
     objective = quadratic((0.3,) * num_weights)
-    candidates = list(grid_search(objective, values, num_weights=num_weights))
+    candidates = list(candidates_of(grid_search(values, num_weights=num_weights), objective))
 
     visited = [candidate.weights for candidate in candidates]
     zero = (0.0,) * num_weights
@@ -48,8 +49,9 @@ def test_a_grid_visits_all_combinations_once_and_the_pretrained_model_first(
 def test_a_coordinate_search_finds_the_optimum_of_a_quadratic(optimum: Weights, coupling: float) -> None:
     num_weights = len(optimum)
     candidates = list(
-        coordinate_search(
-            quadratic(optimum, coupling=coupling), (1 / num_weights,) * num_weights, step_size=0.25, max_candidates=2000
+        candidates_of(
+            coordinate_search((1 / num_weights,) * num_weights, step_size=0.25, max_candidates=2000),
+            quadratic(optimum, coupling=coupling),
         )
     )
     best = best_candidate(candidates).weights
@@ -68,7 +70,7 @@ def test_a_coordinate_search_is_frugal_whatever_it_finds(data: st.DataObject) ->
     start, limit = data.draw(point), data.draw(st.integers(1, 60))
     objective = quadratic(data.draw(point), coupling=data.draw(st.floats(0, 4)))
 
-    candidates = list(coordinate_search(objective, start, step_size=0.25, max_candidates=limit))
+    candidates = list(candidates_of(coordinate_search(start, step_size=0.25, max_candidates=limit), objective))
 
     visited = [candidate.weights for candidate in candidates]
     assert visited == objective.asked
@@ -84,34 +86,46 @@ def test_a_coordinate_search_is_frugal_whatever_it_finds(data: st.DataObject) ->
 )
 @pytest.mark.parametrize("num_weights", [1, 3])
 def test_a_coordinate_search_ends_on_any_objective(objective: Callable[[Weights], float], num_weights: int) -> None:
-    search = coordinate_search(objective, (0.5,) * num_weights, step_size=0.25, max_candidates=100)
-    assert 2 <= len(list(search)) <= 100
+    strategy = coordinate_search((0.5,) * num_weights, step_size=0.25, max_candidates=100)
+    assert 2 <= len(list(candidates_of(strategy, objective))) <= 100
 
 
 def test_a_coordinate_search_goes_on_in_a_direction_that_helps() -> None:
-    search = coordinate_search(quadratic((2.0,)), (0.5,), step_size=0.25, max_candidates=9)
-    assert [candidate.weights for candidate in search] == [(0.0,), *((0.5 + 0.25 * i,) for i in range(8))]
+    strategy = coordinate_search((0.5,), step_size=0.25, max_candidates=9)
+    found = [candidate.weights for candidate in candidates_of(strategy, quadratic((2.0,)))]
+    assert found == [(0.0,), (0.5,), (0.75,), (0.25,), *((1.0 + 0.25 * i,) for i in range(5))]
+
+
+def test_both_ways_of_a_direction_are_one_batch() -> None:
+    strategy = coordinate_search((0.5, 0.5), step_size=0.25, max_candidates=9)
+    assert next(strategy) == [(0.0, 0.0), (0.5, 0.5)]
+    assert strategy.send([1.0, 0.5]) == [(0.75, 0.75), (0.25, 0.25)]
+    assert strategy.send([1.0, 0.4]) == [(0.5, 0.25), (0.0, 0.25)], "around the best, and never again what is known"
 
 
 def test_a_coordinate_search_tries_the_common_scale_first() -> None:
-    search = coordinate_search(quadratic((9.0, 9.0)), (0.5, 0.5), step_size=0.25, max_candidates=4)
-    assert [candidate.weights for candidate in search] == [(0.0, 0.0), (0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]
+    strategy = coordinate_search((0.5, 0.5), step_size=0.25, max_candidates=5)
+    found = [candidate.weights for candidate in candidates_of(strategy, quadratic((9.0, 9.0)))]
+    assert found == [(0.0, 0.0), (0.5, 0.5), (0.75, 0.75), (0.25, 0.25), (1.0, 1.0)]
 
 
 def test_a_point_reached_along_two_ways_is_one_candidate() -> None:
-    search = coordinate_search(quadratic((0.3, 0.4), coupling=1.0), (0.1, 0.1), step_size=0.1, max_candidates=50)
-    visited = [candidate.weights for candidate in search]
+    strategy = coordinate_search((0.1, 0.1), step_size=0.1, max_candidates=50)
+    visited = [candidate.weights for candidate in candidates_of(strategy, quadratic((0.3, 0.4), coupling=1.0))]
     assert all(weight == round(weight, 6) for weights in visited for weight in weights)
 
 
 def test_a_start_worse_than_the_pretrained_model_is_left() -> None:
-    search = list(coordinate_search(quadratic((0.0, 0.1)), (1.0, 1.0), step_size=0.1, max_candidates=30))
-    assert best_candidate(search).weights == pytest.approx((0.0, 0.1), abs=1e-6)
+    strategy = coordinate_search((1.0, 1.0), step_size=0.1, max_candidates=30)
+    assert best_candidate(list(candidates_of(strategy, quadratic((0.0, 0.1))))).weights == pytest.approx(
+        (0.0, 0.1), abs=1e-6
+    )
 
 
 def test_candidates_are_yielded_as_they_are_scored() -> None:
     objective = quadratic((0.2, 0.4))
-    for count, candidate in enumerate(coordinate_search(objective, (0.5, 0.5), step_size=0.25, max_candidates=20), 1):
+    strategy = coordinate_search((0.5, 0.5), step_size=0.25, max_candidates=20)
+    for count, candidate in enumerate(candidates_of(strategy, objective), 1):
         assert len(objective.asked) == count
         assert objective.asked[-1] == candidate.weights
 
@@ -127,7 +141,7 @@ def test_the_controls_scales_reach_as_far_as_all_segments_together() -> None:
     "spec", [SearchSpec(strategy="grid"), SearchSpec(max_candidates=9)], ids=["grid", "coordinate"]
 )
 def test_a_search_keeps_to_its_announced_number_of_candidates(spec: SearchSpec, num_weights: int) -> None:
-    candidates = list(search_weights(quadratic((0.33,) * num_weights), spec, num_weights=num_weights, num_segments=2))
+    candidates = list(search(quadratic((0.33,) * num_weights), spec, num_weights=num_weights, num_segments=2))
     limit = max_candidates(spec, num_weights=num_weights, num_segments=2)
     assert len(candidates) == limit if spec.strategy == "grid" else len(candidates) <= limit == 9
     assert candidates[0].weights == (0.0,) * num_weights
@@ -135,8 +149,8 @@ def test_a_search_keeps_to_its_announced_number_of_candidates(spec: SearchSpec, 
 
 def test_a_grid_offers_the_control_more_scales() -> None:
     spec = SearchSpec(strategy="grid", values=(0.0, 0.25))
-    control = search_weights(quadratic((0.5,)), spec, num_weights=1, num_segments=4, is_control=True)
-    merged = search_weights(quadratic((0.5, 0.5)), spec, num_weights=2, num_segments=4)
+    control = search(quadratic((0.5,)), spec, num_weights=1, num_segments=4, is_control=True)
+    merged = search(quadratic((0.5, 0.5)), spec, num_weights=2, num_segments=4)
     assert {candidate.weights for candidate in control} == {(0.0,), (0.25,), (1.0,)}
     assert {candidate.weights for candidate in merged} == set(itertools.product((0.0, 0.25), repeat=2))
 
@@ -150,20 +164,33 @@ def test_a_coordinate_search_starts_where_the_recipe_says_and_the_control_at_one
 ) -> None:
     spec = SearchSpec(initial_weight=initial_weight)
     objective = quadratic((0.5,) * num_weights)
-    search = search_weights(objective, spec, num_weights=num_weights, num_segments=4, is_control=num_weights == 1)
-    assert [next(search).weights for _ in range(2)] == [(0.0,) * num_weights, start]
+    found = search(objective, spec, num_weights=num_weights, num_segments=4, is_control=num_weights == 1)
+    assert [next(found).weights for _ in range(2)] == [(0.0,) * num_weights, start]
 
 
 def test_the_only_expert_that_was_kept_is_no_control() -> None:
-    search = search_weights(quadratic((0.5,)), SearchSpec(initial_weight=0.7), num_weights=1, num_segments=4)
-    assert [next(search).weights for _ in range(2)] == [(0.0,), (0.7,)]
+    found = search(quadratic((0.5,)), SearchSpec(initial_weight=0.7), num_weights=1, num_segments=4)
+    assert [next(found).weights for _ in range(2)] == [(0.0,), (0.7,)]
 
 
 def test_a_single_segment_starts_where_the_recipe_says_too() -> None:
-    search = search_weights(quadratic((0.5,)), SearchSpec(initial_weight=0.7), num_weights=1, num_segments=1)
-    assert [next(search).weights for _ in range(2)] == [(0.0,), (0.7,)]
+    found = search(quadratic((0.5,)), SearchSpec(initial_weight=0.7), num_weights=1, num_segments=1)
+    assert [next(found).weights for _ in range(2)] == [(0.0,), (0.7,)]
 
 
 def test_the_best_candidate_is_the_earliest_of_the_lowest() -> None:
     candidates = [Candidate((0.0,), 2.0), Candidate((0.5,), 1.0), Candidate((1.0,), 1.0)]
     assert best_candidate(candidates) is candidates[1]
+
+
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es"])
+def test_every_strategy_proposes_several_candidates_at_once(strategy: str) -> None:
+    spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 12})
+    batches = search_weights(spec, num_weights=2, num_segments=2)
+    batch, sizes = next(batches), list[int]()
+    with contextlib.suppress(StopIteration):
+        while True:
+            sizes.append(len(batch.weights))
+            batch = batches.send([sum((w - 0.4) ** 2 for w in weights) for weights in batch.weights])
+    assert max(sizes) >= 2
+    assert sum(sizes) / len(sizes) > 1.5

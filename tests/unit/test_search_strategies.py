@@ -1,15 +1,21 @@
-"""The searches that need a proxy, Optuna, or two rounds; and the log that lets a killed one go on."""
-
-import json
-from pathlib import Path
+"""The searches that need a proxy, Optuna, or two rounds."""
 
 import pytest
 
 from deme_core.recipe import SearchSpec
-from deme_core.search import Weights, best_candidate, max_candidates, search_weights
+from deme_core.search import Weights, best_candidate, max_candidates
+from deme_core.search.optuna_search import optuna_search
 from deme_core.search.quadratic import fit_minimum
-from deme_core.search.score_log import ScoreLog
-from tests.counted import Counted, quadratic
+from tests.counted import Counted, Objective, candidates_of, quadratic, search
+
+
+def minimum_of(proxy: Objective, *, num_weights: int, step: float, max_weight: float) -> Weights:
+    fit = fit_minimum(num_weights=num_weights, step=step, max_weight=max_weight)
+    losses = [proxy(point) for point in next(fit)]
+    with pytest.raises(StopIteration) as finished:
+        fit.send(losses)
+    found: Weights = finished.value.value
+    return found
 
 
 def bowl(optimum: Weights, coupling: float = 0.3) -> Counted:
@@ -19,14 +25,14 @@ def bowl(optimum: Weights, coupling: float = 0.3) -> Counted:
 @pytest.mark.parametrize("optimum", [(0.4,), (0.1, 0.5), (0.1, 0.1, 0.2, 0.5)])
 def test_a_fit_of_a_quadratic_finds_its_minimum_in_as_many_losses_as_it_has_coefficients(optimum: Weights) -> None:
     proxy = bowl(optimum)
-    found = fit_minimum(proxy, num_weights=len(optimum), step=0.5, max_weight=2.0)
+    found = minimum_of(proxy, num_weights=len(optimum), step=0.5, max_weight=2.0)
     assert found == pytest.approx(optimum, abs=2e-3)
     n = len(optimum)
     assert len(proxy.asked) == (n + 1) * (n + 2) // 2
 
 
 def test_a_fit_stays_within_its_bounds() -> None:
-    found = fit_minimum(bowl((3.0, -1.0), 0.0), num_weights=2, step=0.5, max_weight=2.0)
+    found = minimum_of(bowl((3.0, -1.0), 0.0), num_weights=2, step=0.5, max_weight=2.0)
     assert found == pytest.approx((2.0, 0.0), abs=1e-3)
 
 
@@ -34,7 +40,7 @@ def test_the_full_score_decides_how_far_along_the_fit_to_go() -> None:
     # The proxy's minimum points the right way and goes twice too far.
     proxy, objective = bowl((0.4, 0.8), 0.0), bowl((0.2, 0.4), 0.0)
     spec = SearchSpec(strategy="quadratic", max_candidates=12)
-    found = list(search_weights(objective, spec, num_weights=2, num_segments=2, proxy=proxy))
+    found = list(search(objective, spec, num_weights=2, num_segments=2, proxy=proxy))
     assert found[0].weights == (0.0, 0.0)
     assert found[1].weights == pytest.approx((0.4, 0.8), abs=2e-3)
     assert best_candidate(found).weights == pytest.approx((0.2, 0.4), abs=0.05)
@@ -43,13 +49,13 @@ def test_the_full_score_decides_how_far_along_the_fit_to_go() -> None:
 
 def test_a_proxy_that_rises_everywhere_leaves_the_line_of_equal_weights() -> None:
     spec = SearchSpec(strategy="quadratic", max_candidates=8)
-    found = list(search_weights(bowl((0.5, 0.5)), spec, num_weights=2, num_segments=2, proxy=bowl((-1.0, -1.0))))
+    found = list(search(bowl((0.5, 0.5)), spec, num_weights=2, num_segments=2, proxy=bowl((-1.0, -1.0))))
     assert found[1].weights == (0.5, 0.5)
 
 
 def test_no_way_leads_back_beyond_the_pretrained_model() -> None:
     spec = SearchSpec(strategy="quadratic", max_candidates=12)
-    found = search_weights(bowl((-0.5, -0.5)), spec, num_weights=2, num_segments=2, proxy=bowl((0.5, 0.5)))
+    found = search(bowl((-0.5, -0.5)), spec, num_weights=2, num_segments=2, proxy=bowl((0.5, 0.5)))
     candidates = list(found)
     assert best_candidate(candidates).weights == (0.0, 0.0)
     assert all(weight >= 0 for candidate in candidates for weight in candidate.weights)
@@ -62,8 +68,8 @@ def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weight
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 1.5})
 
     def run() -> list[Weights]:
-        search = search_weights(bowl(optimum), spec, num_weights=num_weights, num_segments=3, proxy=bowl(optimum))
-        return [candidate.weights for candidate in search]
+        found = search(bowl(optimum), spec, num_weights=num_weights, num_segments=3, proxy=bowl(optimum))
+        return [candidate.weights for candidate in found]
 
     weights = run()
     assert weights[0] == (0.0,) * num_weights
@@ -74,32 +80,18 @@ def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weight
 
 
 def test_cma_es_gets_near_a_minimum_without_any_proxy() -> None:
-    spec = SearchSpec(strategy="cma_es", max_candidates=80, max_weight=1.0, initial_weight=0.5)
-    found = list(search_weights(bowl((0.2, 0.8)), spec, num_weights=2, num_segments=2))
+    strategy = optuna_search("cma_es", num_weights=2, starts=[(0.5, 0.5)], max_weight=1.0, max_candidates=80)
+    found = list(candidates_of(strategy, bowl((0.2, 0.8))))
     assert best_candidate(found).weights == pytest.approx((0.2, 0.8), abs=0.1)
 
 
 def test_of_many_rough_candidates_the_best_and_the_pretrained_model_are_scored_in_full() -> None:
     spec = SearchSpec(strategy="grid", values=(0.0, 0.25, 0.5, 0.75, 1.0), few_steps=5, survivors=0.2)
     rough, full = bowl((0.5,)), bowl((0.75,))
-    found = list(search_weights(full, spec, num_weights=1, num_segments=1, rough=rough))
+    found = list(search(full, spec, num_weights=1, num_segments=1, rough=rough))
     assert [c.rough for c in found] == [True] * 5 + [False] * (len(found) - 5)
     assert full.asked[0] == (0.0,)
     assert (0.5,) in full.asked
     assert len(full.asked) <= 3
     assert not best_candidate(found).rough
     assert len(found) <= max_candidates(spec, num_weights=1, num_segments=1)
-
-
-def test_a_log_gives_back_what_was_paid_for_and_ignores_what_a_kill_left(tmp_path: Path) -> None:
-    path = tmp_path / "searches" / "x.jsonl"
-    log = ScoreLog(path)
-    assert log.remember("full", (0.1, 0.2), lambda: 3.5) == 3.5
-    with path.open("a") as file:
-        file.write("\n" + json.dumps(["full [0.3]", 1.0])[:-4])  # Half a line.
-    again = ScoreLog(path)
-    assert again.remember("full", (0.1, 0.2), lambda: pytest.fail("was paid for")) == 3.5
-    assert again.remember("rough", (0.1, 0.2), lambda: 4.0) == 4.0
-    assert again.remember("full", (0.3,), lambda: 2.0) == 2.0
-    assert ScoreLog(path).remember("full", (0.3,), lambda: pytest.fail("was paid for")) == 2.0
-    assert (again.count("full"), again.count("rough"), again.count("loss")) == (2, 1, 0)

@@ -1,0 +1,137 @@
+"""The stages of one recipe, done one by one in this process: what benchmarks share that look inside of a run.
+
+Everything is kept in the store of DEME_HOME, where the flow's artifacts are too: nothing is done twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.binned_losses import bin_edges
+from deme_core.recipe import MethodSpec, Recipe, SearchSpec
+from deme_core.segments import recipe_segments
+from deme_core.settings import Settings
+from tasks.jobs import (
+    EvaluateJob,
+    FinetuneJob,
+    GeneratedFeaturesJob,
+    GeneratedImages,
+    HeldoutJob,
+    ImportJob,
+    Job,
+    JobResult,
+    MergeJob,
+    PretrainJob,
+    RealFeaturesJob,
+    ReferenceJob,
+    SearchJob,
+)
+
+
+class Laboratory:
+    """The jobs of one recipe; what the store has is not done again.
+
+    Attributes:
+        recipe: what is done.
+        pretrained: theta_0.
+        edges: 0, inner edges, T of the segments.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        from tasks.work.base import JobContext
+
+        self.recipe, self.context = recipe, JobContext(Settings(), "cpu")
+        source = recipe.pretrained
+        if source.source == "pretrain":
+            assert source.training is not None
+            job: Job = PretrainJob(
+                dataset=recipe.dataset,
+                unet=source.unet,
+                noise_scheduler=source.noise_scheduler,
+                training=source.training,
+            )
+        else:
+            job = ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
+        self.pretrained = self.do(job)
+        segments = recipe_segments(recipe.segments, self.pretrained.metrics["num_train_timesteps"])
+        self.edges = (segments[0].low, *(segment.high for segment in segments))
+
+    def do(self, job: Job) -> JobResult:
+        """Does a job, or takes its result from the store."""
+        from tasks.work.base import execute
+
+        return execute(job, self.context, lambda _: None)
+
+    def experts(self) -> tuple[ArtifactRef, ...]:
+        """Returns one finetuned copy per segment."""
+        pairs = zip(self.edges, self.edges[1:], strict=False)
+        return tuple(self.finetuned(low, high, self.recipe.finetune.num_steps) for low, high in pairs)
+
+    def control(self) -> ArtifactRef:
+        """Returns the copy finetuned on all timesteps with the steps of all experts together."""
+        return self.finetuned(0, self.edges[-1], self.recipe.finetune.num_steps * (len(self.edges) - 1))
+
+    def finetuned(self, low: int, high: int, num_steps: int) -> ArtifactRef:
+        """Returns the copy finetuned on [low, high)."""
+        job = FinetuneJob(
+            label=f"[{low}, {high})",
+            pretrained=self.pretrained.ref,
+            dataset=self.recipe.dataset,
+            finetune=self.recipe.finetune,
+            low=low,
+            high=high,
+            num_steps=num_steps,
+        )
+        return self.do(job).ref
+
+    def merged(
+        self, experts: tuple[ArtifactRef, ...], weights: Sequence[float], method: MethodSpec | None = None
+    ) -> ArtifactRef:
+        """Returns the merge of experts; with one expert, its task vector scaled."""
+        method = method or MethodSpec()
+        job = MergeJob(pretrained=self.pretrained.ref, experts=experts, method=method, weights=tuple(weights))
+        return self.do(job).ref
+
+    def heldout(self, model: ArtifactRef) -> list[float]:
+        """Returns the denoising loss by timestep bin on images that no training saw, as the flow's report has it."""
+        edges = bin_edges(self.edges[-1], self.edges)
+        losses: list[float] = self.do(HeldoutJob(model=model, dataset=self.recipe.dataset, edges=edges)).metrics[
+            "losses"
+        ]
+        return losses
+
+    def reference(self, part: Literal["search", "report"]) -> JobResult:
+        """Returns what scores need of the real images of the search, or of the report."""
+        recipe = self.recipe
+        shared: dict[str, Any] = {
+            "dataset": recipe.dataset,
+            "evaluate": recipe.evaluate,
+            "part": part,
+            "num_for_search": recipe.merge.search.num_reference_images if recipe.merge.search else 0,
+        }
+        features = self.do(RealFeaturesJob(**shared, low=0, high=2**31))
+        return self.do(ReferenceJob(**shared, features=(features.ref,)))
+
+    def scores(self, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None = None) -> list[float]:
+        """Returns the deciding metric under each seed of the report, of one model or of the ensemble of experts."""
+        spec, reference, found = self.recipe.evaluate, self.reference("report").ref, []
+        for seed in spec.seeds:
+            images = GeneratedImages(models=models, edges=edges, seed=seed)
+            features = self.do(GeneratedFeaturesJob(images=images, evaluate=spec, low=0, high=spec.num_images))
+            job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
+            found.append(next(iter(self.do(job).metrics["scores"].values())))
+        return found
+
+    def search_job(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> SearchJob:
+        """Returns the search for the weights of experts, or for the scale of the control if it is the only one."""
+        return SearchJob(
+            pretrained=self.pretrained.ref,
+            experts=experts,
+            method=method,
+            segment_edges=self.edges,
+            is_control=len(experts) == 1,
+            search=search,
+            evaluate=self.recipe.evaluate,
+            dataset=self.recipe.dataset,
+            reference=self.reference("search").ref,
+        )

@@ -1,0 +1,161 @@
+"""A search for merge weights, driven from the flow process: its candidates are jobs that workers do side by side.
+
+What a strategy proposes together is measured together. Every measurement is an artifact of its own, so a search that
+was killed goes on where it was, and no two searches score the same candidate twice.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from deme_core.artifacts import ArtifactStore
+from deme_core.search import (
+    Batch,
+    Candidate,
+    Kind,
+    Weights,
+    best_candidate,
+    max_candidates,
+    scored_candidates,
+    search_weights,
+)
+from tasks.jobs import Job, JobResult, LossJob, ScoreJob, SearchJob
+from tasks.progress import Record, exhaust
+
+# Does jobs in any order, and gives their results in that of the jobs, each as soon as it is there.
+Do = Callable[[Sequence[Job]], Iterable[JobResult]]
+
+_STAGE = "weights"
+
+
+def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Callable[[Record], None]) -> JobResult:
+    """Returns the artifact of a search, searching only if the store does not have it.
+
+    Args:
+        job: what to search.
+        artifacts: the store.
+        do: has jobs done.
+        report: called with a progress record for every candidate.
+    """
+    started = time.perf_counter()
+    (described,) = do([job])
+    ref = artifacts.find(_STAGE, described.ref.digest)
+    if ref is not None:
+        return JobResult(ref, artifacts.manifest(ref).metrics, True, time.perf_counter() - started, 0.0)
+    metrics = exhaust(find_weights(job, described.metrics["num_weights"], do), report)
+    manifest = artifacts.manifest(described.ref)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "candidates.json").write_text(json.dumps(metrics["candidates"], indent=1))
+        ref = artifacts.publish(
+            _STAGE,
+            manifest.digest,
+            Path(folder),
+            settings=manifest.settings,
+            inputs=manifest.inputs,
+            dataset=manifest.dataset,
+            metrics=metrics,
+        )
+    return JobResult(ref, metrics, False, time.perf_counter() - started, 0.0)
+
+
+def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, None, dict[str, Any]]:
+    """Yields a progress record per candidate; returns the best weights, all candidates, and what they cost."""
+    measured, num_segments = _Measurements(job, num_weights, do), len(job.segment_edges) - 1
+    total = max_candidates(job.search, num_weights=num_weights, num_segments=num_segments, is_control=job.is_control)
+    batches = search_weights(job.search, num_weights=num_weights, num_segments=num_segments, is_control=job.is_control)
+    candidates: list[Candidate] = []
+    for candidate in scored_candidates(batches, measured.scores):
+        candidates.append(candidate)
+        yield {
+            "done": len(candidates),
+            "total": total,
+            "weights": list(candidate.weights),
+            "score": candidate.score,
+            "rough": candidate.rough,
+            "best_score": min(c.score for c in candidates if c.rough == candidate.rough),
+        }
+    best, cost = best_candidate(candidates), measured.cost()
+    return {
+        "weights": list(best.weights),
+        "score": best.score,
+        "candidates": [asdict(c) for c in candidates],
+        **cost,
+        "rank_correlation": _rank_correlations(candidates, measured if cost["num_losses"] else None),
+    }
+
+
+class _Measurements:
+    """Scores and losses of weights, each asked for once, and what they cost."""
+
+    def __init__(self, job: SearchJob, num_weights: int, do: Do) -> None:
+        self._job, self._do, self._zero = job, do, (0.0,) * num_weights
+        self._known: dict[tuple[Kind, Weights], Any] = {}
+
+    def scores(self, batch: Batch) -> Iterator[float]:
+        """Yields the scores or losses of a batch in its order, as they come."""
+        return self.losses(batch.weights) if batch.kind == "loss" else self._values(batch.kind, batch.weights)
+
+    def losses(self, weights: Sequence[Weights]) -> Iterator[float]:
+        """Yields held-out losses, relative to the pretrained model's in each segment, mean over the segments."""
+        values = self._values("loss", [self._zero, *weights])
+        before = next(values)
+        return (fmean(loss / of_zero for loss, of_zero in zip(losses, before, strict=True)) for losses in values)
+
+    def cost(self) -> dict[str, int]:
+        """Returns how many images and losses were needed, those that the store had included."""
+        each, kinds = self._job.search.num_images * len(self._job.search.seeds), [kind for kind, _ in self._known]
+        return {"num_images": each * (len(kinds) - kinds.count("loss")), "num_losses": kinds.count("loss")}
+
+    def _values(self, kind: Kind, weights: Sequence[Weights]) -> Iterator[Any]:
+        new = [key for w in dict.fromkeys(weights) if (key := (kind, w)) not in self._known]
+        results = zip(new, self._do([self._measurement(*key) for key in new]), strict=True)
+        for w in weights:
+            while (kind, w) not in self._known:
+                key, result = next(results)
+                self._known[key] = result.metrics["value"]
+            yield self._known[kind, w]
+
+    def _measurement(self, kind: Kind, weights: Weights) -> Job:
+        job, text = self._job, ", ".join(f"{weight:g}" for weight in weights)
+        model = {"pretrained": job.pretrained, "experts": job.experts, "method": job.method, "weights": weights}
+        if kind == "loss":
+            return LossJob(
+                **model, label=f"held-out loss of {text}", dataset=job.dataset, segment_edges=job.segment_edges
+            )
+        # A rough score is a full one of a recipe with as few steps; metrics that do not decide are not computed.
+        changed: dict[str, Any] = {"metrics": job.evaluate.metrics[:1]}
+        if kind == "rough":
+            changed["num_inference_steps"] = job.search.few_steps
+        return ScoreJob(
+            **model,
+            label=f"{kind} score of {text}",
+            evaluate=job.evaluate.model_copy(update=changed),
+            seeds=job.search.seeds,
+            num_images=job.search.num_images,
+            reference=job.reference,
+        )
+
+
+def _rank_correlations(candidates: Sequence[Candidate], measured: _Measurements | None) -> dict[str, float]:
+    """Returns Spearman's rank correlation of each proxy that was used with the full scores, if three are there."""
+    full = {c.weights: c.score for c in candidates if not c.rough}
+    rough = {c.weights: c.score for c in candidates if c.rough}
+    if len(full) < 3:
+        return {}
+    proxies: dict[str, list[float]] = {}
+    if measured is not None:
+        proxies["heldout_loss"] = list(measured.losses(list(full)))
+    if rough:
+        proxies["few_steps"] = [rough[weights] for weights in full]
+    return {name: _spearman(values, list(full.values())) for name, values in proxies.items()}
+
+
+def _spearman(left: list[float], right: list[float]) -> float:
+    from scipy.stats import spearmanr
+
+    return round(float(spearmanr(left, right).statistic), 4)

@@ -1,0 +1,36 @@
+"""The score of one candidate of a search: images of its live merge against the search's real images."""
+
+from pathlib import Path
+
+from deme_core.generate import SingleModel
+from deme_core.metrics import metric_name
+from tasks.jobs import ScoreJob
+from tasks.work.base import Identity, JobContext, Work
+from tasks.work.live_model import live_merge, merge_inputs
+from tasks.work.scoring import build_evaluation
+
+
+def identity(job: ScoreJob, context: JobContext) -> Identity:
+    """Models, weights, real images, seeds and sampling: whichever search asks, the score is the same."""
+    inputs, merge = merge_inputs(job)
+    report_only = {"seeds", "num_images", "num_reference_images", "batch_size"}
+    sampling = {
+        "evaluate": job.evaluate.model_dump(mode="json", exclude=report_only),
+        "seeds": list(job.seeds),
+        "num_images": job.num_images,
+    }
+    return Identity(settings={"kind": "score"} | merge | sampling, inputs=inputs | {"reference": job.reference.digest})
+
+
+def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
+    """Returns the mean score over the search's seeds."""
+    folder, merge = live_merge(job, context)
+    evaluation = build_evaluation(
+        context, job.evaluate, model=folder, reference=job.reference, num_images=job.num_images
+    )
+    metric = metric_name(job.evaluate.metrics[0], evaluation.reference.extractor_name)
+    scores: list[float] = []
+    for seed in job.seeds:
+        yield {"done": len(scores), "total": len(job.seeds)}
+        scores.append(evaluation.score(SingleModel(merge.model), seed)[0][metric])
+    return {"value": sum(scores) / len(scores)}

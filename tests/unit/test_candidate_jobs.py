@@ -1,0 +1,123 @@
+"""The jobs of a search on real models: scores in the store outlive a killed search, and are shared by searches."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
+from deme_core.settings import Settings
+from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, ReferenceJob, SearchJob
+from tasks.weight_search import search_artifact
+from tasks.work.base import JobContext, execute
+from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
+
+CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+EVALUATE = EvaluateSpec(
+    num_images=4, num_inference_steps=2, extractor="efficientnet_lite0", extractor_resolution=32, kid_subset_size=4
+)
+DATASET = DatasetSpec(source="digits", num_images=40)
+
+
+class Laboratory:
+    """Does jobs in this process, and notes those of candidates that the store did not have."""
+
+    def __init__(self, home: Path) -> None:
+        self.context = JobContext(Settings.model_validate({"DEME_HOME": home, "DEME_STORE_URI": None}), "cpu")
+        self.measured, self.killed_after = list[CandidateJob](), 10**9
+        self.models = [self._model(home, seed).ref for seed in range(3)]
+        self.reference = self.one(
+            ReferenceJob(dataset=DATASET, evaluate=EVALUATE, part="search", num_for_search=16)
+        ).ref
+
+    def _model(self, home: Path, seed: int) -> JobResult:
+        folder = write_tiny_folder(home / f"model-{seed}", randomize(one_level_unet(), seed=seed), **CONFIG)
+        return self.one(ImportJob(source=str(folder)))
+
+    def one(self, job: Job) -> JobResult:
+        return execute(job, self.context, lambda _: None)
+
+    def do(self, jobs: Sequence[Job]) -> Iterator[JobResult]:
+        for job in jobs:
+            if len(self.measured) == self.killed_after:
+                raise KeyboardInterrupt
+            result = self.one(job)
+            if isinstance(job, CandidateJob) and not result.cached:
+                self.measured.append(job)
+            yield result
+
+    def search(self, *experts: int, **settings: Any) -> JobResult:
+        job = SearchJob(
+            pretrained=self.models[0],
+            experts=tuple(self.models[expert] for expert in experts),
+            method=MethodSpec(method=settings.pop("method", "task_arithmetic")),
+            segment_edges=(0, 500, 1000),
+            is_control=len(experts) == 1,
+            search=SearchSpec.model_validate({"num_images": 4} | settings),
+            evaluate=EVALUATE,
+            dataset=DATASET,
+            reference=self.reference,
+        )
+        return search_artifact(job, self.context.artifacts, self.do, lambda _: None)
+
+
+@pytest.fixture
+def laboratory(tmp_path: Path) -> Laboratory:
+    return Laboratory(tmp_path)
+
+
+def test_a_killed_search_goes_on_where_it_was(laboratory: Laboratory, tmp_path: Path) -> None:
+    laboratory.killed_after = 8  # Six losses and two scores.
+    with pytest.raises(KeyboardInterrupt):
+        laboratory.search(1, 2, strategy="quadratic", max_candidates=5)
+    laboratory.killed_after = 10**9
+    result = laboratory.search(1, 2, strategy="quadratic", max_candidates=5)
+    assert len({job.model_dump_json() for job in laboratory.measured}) == len(laboratory.measured)
+    assert (result.cached, result.metrics["num_images"], result.metrics["num_losses"]) == (False, 5 * 4, 6)
+
+    undisturbed = Laboratory(tmp_path / "undisturbed")
+    assert undisturbed.search(1, 2, strategy="quadratic", max_candidates=5).metrics == result.metrics
+    assert len(undisturbed.measured) == len(laboratory.measured)
+
+
+def test_a_finished_search_asks_for_nothing(laboratory: Laboratory) -> None:
+    first = laboratory.search(1, 2, max_candidates=4)
+    laboratory.measured.clear()
+    again = laboratory.search(1, 2, max_candidates=4)
+    assert (again.cached, again.ref) == (True, first.ref)
+    assert again.metrics["weights"] == list(first.metrics["weights"])
+    assert not laboratory.measured
+
+
+def test_what_one_search_scored_another_does_not(laboratory: Laboratory) -> None:
+    small = laboratory.search(1, 2, max_candidates=4)
+    laboratory.measured.clear()
+    large = laboratory.search(1, 2, max_candidates=8)
+    assert len(laboratory.measured) == 4
+    assert [c["score"] for c in large.metrics["candidates"]][:4] == [c["score"] for c in small.metrics["candidates"]]
+    assert large.metrics["num_images"] == 8 * 4, "costs are those of the search, whoever paid"
+
+    laboratory.measured.clear()
+    laboratory.search(1, max_candidates=3)
+    assert (0.0,) not in [job.weights for job in laboratory.measured], "theta_0 is the same in every search"
+
+
+def test_blocks_have_weights_of_their_own(laboratory: Laboratory) -> None:
+    result = laboratory.search(1, 2, method="block_weights", max_candidates=3)
+    assert len(result.metrics["weights"]) == 2 * 3, "two copies, and three blocks of a network of one level"
+
+
+def test_of_large_things_only_the_last_stay_in_memory(tmp_path: Path) -> None:
+    context, loaded = JobContext(Settings.model_validate({"DEME_HOME": tmp_path}), "cpu"), list[str]()
+
+    def use(key: str) -> None:
+        def load() -> str:
+            loaded.append(key)
+            return key
+
+        assert context.remember_latest("merge", key, load, num_kept=2) == key
+
+    for key in "ababcacb":
+        use(key)
+    assert loaded == ["a", "b", "c", "a", "b"]

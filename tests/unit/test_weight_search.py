@@ -1,0 +1,109 @@
+"""A search whose candidates are measured by several workers at once, by functions in place of models."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
+from deme_core.search import Weights
+from tasks.jobs import Job, JobResult, LossJob, ScoreJob, SearchJob
+from tasks.progress import exhaust
+from tasks.weight_search import find_weights
+
+STRATEGIES: list[dict[str, Any]] = [
+    {"strategy": "grid"},
+    {"strategy": "grid", "few_steps": 5},
+    {"strategy": "coordinate"},
+    {"strategy": "quadratic"},
+    {"strategy": "tpe"},
+    {"strategy": "cma_es"},
+    {"strategy": "cma_es", "few_steps": 5},
+]
+
+
+def ref(stage: str, digest: str) -> ArtifactRef:
+    return ArtifactRef(f"file:///store/{stage}/{digest}", digest)
+
+
+def search_job(settings: dict[str, Any]) -> SearchJob:
+    return SearchJob(
+        pretrained=ref("pretrained", "p"),
+        experts=(ref("finetune", "a"), ref("finetune", "b")),
+        method=MethodSpec(),
+        segment_edges=(0, 500, 1000),
+        is_control=False,
+        search=SearchSpec.model_validate({"max_candidates": 14, "num_images": 10, "seeds": (8, 9)} | settings),
+        evaluate=EvaluateSpec(num_images=20, num_inference_steps=50),
+        dataset=DatasetSpec(source="digits"),
+        reference=ref("reference", "r"),
+    )
+
+
+def score(weights: Weights, num_inference_steps: int) -> float:
+    return (weights[0] - 0.3) ** 2 + 2 * (weights[1] - 0.6) ** 2 + weights[0] * weights[1] / num_inference_steps
+
+
+class Workers:
+    """Does the jobs of a search ``num_workers`` at a time; which ends first is left to chance."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.done, self._num_workers = list[Job](), num_workers
+
+    def __call__(self, jobs: Sequence[Job]) -> Iterator[JobResult]:
+        with ThreadPoolExecutor(self._num_workers) as executor:
+            yield from executor.map(self._do, jobs)
+
+    def _do(self, job: Job) -> JobResult:
+        time.sleep(random.uniform(0, 0.003))
+        self.done.append(job)
+        if isinstance(job, LossJob):
+            value: Any = [1 + score(job.weights, 1), 2 + 3 * score(job.weights, 2)]
+        else:
+            assert isinstance(job, ScoreJob)
+            value = score(job.weights, job.evaluate.num_inference_steps)
+        return JobResult(ref("search", "x"), {"value": value}, False, 0.0, 0.0)
+
+
+def found(settings: dict[str, Any], workers: Workers) -> dict[str, Any]:
+    return exhaust(find_weights(search_job(settings), 2, workers), lambda _: None)
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=str)
+def test_neither_the_number_of_workers_nor_the_order_of_scores_changes_a_search(settings: dict[str, Any]) -> None:
+    alone, many = found(settings, Workers(1)), found(settings, Workers(7))
+    assert alone == many
+    assert alone["candidates"][0]["weights"] == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=str)
+def test_nothing_is_measured_twice_and_everything_counts(settings: dict[str, Any]) -> None:
+    workers = Workers(3)
+    result = found(settings, workers)
+    assert len({job.model_dump_json() for job in workers.done}) == len(workers.done)
+    scores = [job for job in workers.done if isinstance(job, ScoreJob)]
+    assert result["num_images"] == 10 * 2 * len(scores)
+    # Losses that only tell how well they rank the candidates come on top.
+    num_losses = sum(isinstance(job, LossJob) for job in workers.done)
+    assert result["num_losses"] == (6 if settings["strategy"] in ("quadratic", "tpe", "cma_es") else 0)
+    assert num_losses >= result["num_losses"]
+    assert bool(num_losses) == ("heldout_loss" in result["rank_correlation"])
+
+
+def test_a_rough_score_is_the_full_score_of_fewer_steps_and_of_the_deciding_metric_alone() -> None:
+    workers = Workers(2)
+    found({"strategy": "grid", "few_steps": 5}, workers)
+    scores = [job for job in workers.done if isinstance(job, ScoreJob)]
+    assert {job.evaluate.num_inference_steps for job in scores} == {5, 50}
+    assert {job.evaluate.metrics for job in scores} == {("fid",)}
+
+
+def test_progress_comes_while_a_batch_is_measured() -> None:
+    workers, records = Workers(1), find_weights(search_job({"strategy": "grid"}), 2, lambda jobs: workers(jobs))
+    first = next(records)
+    assert (first["done"], first["total"], first["weights"]) == (1, 9, [0.0, 0.0])
+    assert [record["done"] for record in records] == list(range(2, 10))
