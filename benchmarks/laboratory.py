@@ -94,10 +94,8 @@ class Laboratory:
 
     def heldout(self, model: ArtifactRef) -> list[float]:
         """Returns the denoising loss by timestep bin on images that no training saw, as the flow's report has it."""
-        edges = bin_edges(self.edges[-1], self.edges)
-        losses: list[float] = self.do(HeldoutJob(model=model, dataset=self.recipe.dataset, edges=edges)).metrics[
-            "losses"
-        ]
+        job = HeldoutJob(model=model, dataset=self.recipe.dataset, edges=bin_edges(self.edges[-1], self.edges))
+        losses: list[float] = self.do(job).metrics["bins"]
         return losses
 
     def reference(self, part: Literal["search", "report"]) -> JobResult:
