@@ -101,13 +101,16 @@ def image_difference(candidate: RowScores, baseline: RowScores, confidence: floa
 
     Args:
         candidate: scores and replicates of one row.
-        baseline: the other row's, of the same seeds and resamples.
+        baseline: the other row's, of the same seeds. Of resamples, the first ones that both have are used: a seed
+            draws the same, however many are asked for.
         confidence: the interval's coverage, in (0, 1).
     """
     from scipy.special import ndtri
 
     mean = paired_difference(candidate.by_seed, baseline.by_seed, confidence).mean
-    shifts = np.asarray(candidate.replicates, dtype=np.float64) - np.asarray(baseline.replicates, dtype=np.float64)
+    num_shared = _num_shared_resamples(candidate, baseline)
+    ours, theirs = ([seed[:num_shared] for seed in row.replicates] for row in (candidate, baseline))
+    shifts = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     half_width = float(ndtri((1 + confidence) / 2)) * float(shifts.mean(axis=0).std(ddof=1))
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
 
@@ -115,9 +118,16 @@ def image_difference(candidate: RowScores, baseline: RowScores, confidence: floa
 def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> dict[str, Interval]:
     """Returns the intervals of candidate − baseline: over ``seeds``, and over ``images`` where both were resampled."""
     found = {"seeds": paired_difference(candidate.by_seed, baseline.by_seed, confidence)}
-    if all(len(row.replicates) == len(row.by_seed) and all(row.replicates) for row in (candidate, baseline)):
+    if _num_shared_resamples(candidate, baseline) >= 2:
         found["images"] = image_difference(candidate, baseline, confidence)
     return found
+
+
+def _num_shared_resamples(*rows: RowScores) -> int:
+    """Returns how many resamples of each seed all rows have; 0 if one has none of some seed."""
+    if any(len(row.replicates) != len(row.by_seed) for row in rows):
+        return 0
+    return min(len(replicates) for row in rows for replicates in row.replicates)
 
 
 def compare(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Verdict:

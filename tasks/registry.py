@@ -10,7 +10,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from deme_core.settings import Settings
-from deme_core.verdict import compare, paired_difference
+from deme_core.verdict import RowScores, compare, paired_difference
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -32,23 +32,28 @@ class Registration:
     reason: str
 
 
-def register(settings: Settings, report: Mapping[str, Any], *, source: str, metric: str) -> Registration:
+def register(
+    settings: Settings, report: Mapping[str, Any], scores: RowScores, *, source: str, metric: str
+) -> Registration:
     """Registers the merged model of a run as challenger, and promotes it if it beats the champion.
 
     Args:
         settings: where MLflow is.
         report: the run's report.
+        scores: what the merged model scored by the metric that decides.
         source: URI of the folder of the merged model, which stock diffusers loads.
         metric: name of the metric that decides.
     """
     client = MlflowClient(settings.tracking_uri)
     name = f"deme-{report['recipe']}"
     try:
-        version = _find_version(client, name, report) or _create_version(client, name, report, source, metric)
+        version = _find_version(client, name, report) or _create_version(
+            client, name, report, scores, source=source, metric=metric
+        )
     except MlflowException as error:
         return Registration(name, None, "not registered", f"MLflow at {settings.tracking_uri} refused: {error.message}")
     client.set_registered_model_alias(name, CHALLENGER, version.version)
-    decision, reason = _decide(_champion(client, name), version, report, metric)
+    decision, reason = _decide(_champion(client, name), version, report, scores, metric)
     if decision == "promoted":
         client.set_registered_model_alias(name, CHAMPION, version.version)
     for key, value in {"deme.decision": decision, "deme.reason": reason}.items():
@@ -67,7 +72,7 @@ def _find_version(client: MlflowClient, name: str, report: Mapping[str, Any]) ->
 
 
 def _create_version(
-    client: MlflowClient, name: str, report: Mapping[str, Any], source: str, metric: str
+    client: MlflowClient, name: str, report: Mapping[str, Any], scores: RowScores, *, source: str, metric: str
 ) -> ModelVersion:
     try:
         client.create_registered_model(name, description=f"Merged models of the recipe {report['recipe']}.")
@@ -81,7 +86,8 @@ def _create_version(
         "deme.weights": json.dumps(merged["weights"]),
         "deme.fingerprint": report["fingerprint"],
         "deme.metric": metric,
-        "deme.scores": json.dumps(report["scores"]["merged"][metric]),
+        "deme.scores": json.dumps(scores.by_seed),
+        "deme.replicates": json.dumps(scores.replicates),
     }
     return client.create_model_version(name, source=source, run_id=report["mlflow_run_id"], tags=tags)
 
@@ -94,9 +100,8 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def _decide(
-    champion: ModelVersion | None, version: ModelVersion, report: Mapping[str, Any], metric: str
+    champion: ModelVersion | None, version: ModelVersion, report: Mapping[str, Any], scores: RowScores, metric: str
 ) -> tuple[Literal["promoted", "kept"], str]:
-    scores = report["scores"]["merged"][metric]
     if champion is None:
         verdict = report["verdict"]["vs_pretrained"]
         if verdict == "better":
@@ -109,8 +114,8 @@ def _decide(
             "kept",
             f"champion version {champion.version} was evaluated under other conditions; scores cannot be compared",
         )
-    theirs = json.loads(champion.tags["deme.scores"])
-    verdict, difference = compare(scores, theirs), paired_difference(scores, theirs)
+    theirs = RowScores(json.loads(champion.tags["deme.scores"]), json.loads(champion.tags.get("deme.replicates", "[]")))
+    verdict, difference = compare(scores, theirs), paired_difference(scores.by_seed, theirs.by_seed)
     numbers = f"{metric} {difference.mean:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
     return ("promoted" if verdict == "better" else "kept"), (
         f"against champion version {champion.version} it is {verdict} ({numbers})"

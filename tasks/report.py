@@ -76,7 +76,7 @@ def write_report(
     }
     _track(runtime, report, primary)
     source = runtime.artifacts.folder_uri(merged.ref)
-    registration = register(runtime.settings, report, source=source, metric=primary)
+    registration = register(runtime.settings, report, deciding["merged"], source=source, metric=primary)
     report["registry"] = asdict(registration)
     runtime.tracker.set_tags(runtime.tracker.run_id, registration_tags(registration))
     relative = relative_heldout_losses(runtime, losses, expert_losses, experts)

@@ -7,6 +7,7 @@ import pytest
 from mlflow import MlflowClient
 
 from deme_core.settings import Settings
+from deme_core.verdict import RowScores
 from tasks.registry import register
 
 METRIC = "fd_efficientnet_lite0"
@@ -18,13 +19,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings(MLFLOW_TRACKING_URI=f"sqlite:///{path}")  # type: ignore[call-arg]
 
 
-def report(recipe: str, digest: str, scores: list[float], *, verdict: str = "better", **other: Any) -> dict[str, Any]:
+def report(recipe: str, digest: str, *, verdict: str = "better", **other: Any) -> dict[str, Any]:
     return {
         "recipe": recipe,
         "fingerprint": "f",
         "mlflow_run_id": None,
         "merged": {"digest": digest, "uri": f"s3://deme/store/merged/{digest}", "weights": [0.5]},
-        "scores": {"merged": {METRIC: scores}},
         "verdict": {"vs_pretrained": verdict},
         **other,
     }
@@ -36,8 +36,10 @@ def champion(settings: Settings, name: str) -> str | None:
 
 
 def test_a_champion_must_be_beaten_beyond_the_interval(settings: Settings, tmp_path: Path) -> None:
-    def run(digest: str, scores: list[float], **other: Any) -> Any:
-        return register(settings, report("race", digest, scores, **other), source=tmp_path.as_uri(), metric=METRIC)
+    def run(digest: str, scores: list[float], spread: float = 0.1, **other: Any) -> Any:
+        resampled = [[score - spread, score, score + spread] for score in scores]
+        row = RowScores(scores, [resampled[0], resampled[1][::-1], resampled[2]])
+        return register(settings, report("race", digest, **other), row, source=tmp_path.as_uri(), metric=METRIC)
 
     first = run("a", [30.0, 31.0, 32.0])
     assert (first.version, first.decision) == ("1", "promoted")
@@ -45,24 +47,26 @@ def test_a_champion_must_be_beaten_beyond_the_interval(settings: Settings, tmp_p
     assert (near.version, near.decision) == ("2", "kept")
     assert "too close to call" in near.reason
     assert champion(settings, "deme-race") == "1"
+    of_few_images = run("e", [20.0, 21.0, 22.1], spread=90.0)
+    assert of_few_images.decision == "kept", "the interval over images holds too"
     better = run("c", [20.0, 21.0, 22.1])
-    assert (better.version, better.decision) == ("3", "promoted")
-    assert champion(settings, "deme-race") == "3"
+    assert (better.version, better.decision) == ("4", "promoted")
+    assert champion(settings, "deme-race") == "4"
     other_terms = run("d", [1.0, 1.1, 1.2], fingerprint="g")
     assert other_terms.decision == "kept"
     assert "cannot be compared" in other_terms.reason
     again = run("c", [20.0, 21.0, 22.1])
-    assert (again.version, again.decision) == ("3", "promoted")
+    assert (again.version, again.decision) == ("4", "promoted")
 
     client = MlflowClient(settings.tracking_uri)
-    assert client.get_model_version_by_alias("deme-race", "challenger").version in ("3", 3)
+    assert client.get_model_version_by_alias("deme-race", "challenger").version in ("4", 4)
     tags = client.get_model_version("deme-race", "2").tags
     assert tags["deme.decision"] == "kept"
     assert tags["deme.reason"] == near.reason
 
 
 def test_the_first_champion_must_beat_its_pretrained_model(settings: Settings, tmp_path: Path) -> None:
-    content = report("first", "a", [30.0, 31.0], verdict="too close to call")
-    found = register(settings, content, source=tmp_path.as_uri(), metric=METRIC)
+    content = report("first", "a", verdict="too close to call")
+    found = register(settings, content, RowScores([30.0, 31.0]), source=tmp_path.as_uri(), metric=METRIC)
     assert (found.version, found.decision) == ("1", "kept")
     assert champion(settings, "deme-first") is None

@@ -18,6 +18,7 @@ def test_every_resample_holds_as_many_images_as_there_are() -> None:
     assert counts.shape == (7, 40)
     assert (counts.sum(axis=1) == 40).all()
     assert (resample(40, num_replicates=7, seed=1) == counts).all()
+    assert (resample(40, num_replicates=9, seed=1)[:7] == counts).all(), "more resamples go on where fewer end"
     assert (resample(40, num_replicates=7, seed=2) != counts).any()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
 from deme_core.settings import Settings
-from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, ReferenceJob, SearchJob
+from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, RealFeaturesJob, ReferenceJob, SearchJob
 from tasks.weight_search import search_artifact
 from tasks.work.base import JobContext, execute
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
@@ -27,9 +27,9 @@ class Laboratory:
         self.context = JobContext(Settings.model_validate({"DEME_HOME": home, "DEME_STORE_URI": None}), "cpu")
         self.measured, self.killed_after = list[CandidateJob](), 10**9
         self.models = [self._model(home, seed).ref for seed in range(3)]
-        self.reference = self.one(
-            ReferenceJob(dataset=DATASET, evaluate=EVALUATE, part="search", num_for_search=16)
-        ).ref
+        part: dict[str, Any] = {"dataset": DATASET, "evaluate": EVALUATE, "part": "search", "num_for_search": 16}
+        features = self.one(RealFeaturesJob(**part, low=0, high=16)).ref
+        self.reference = self.one(ReferenceJob(**part, features=(features,))).ref
 
     def _model(self, home: Path, seed: int) -> JobResult:
         folder = write_tiny_folder(home / f"model-{seed}", randomize(one_level_unet(), seed=seed), **CONFIG)

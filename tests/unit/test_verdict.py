@@ -87,3 +87,11 @@ def test_the_interval_over_images_is_centred_on_the_scores_not_on_the_replicates
     difference = differences(candidate, baseline)["images"]
     assert difference.mean == pytest.approx(-1.0)
     assert difference.high - difference.mean == pytest.approx(1.959964 * 0.1, rel=1e-5)
+
+
+def test_rows_share_the_resamples_that_both_have() -> None:
+    baseline = RowScores([10.0, 12.0], replicates(10.0, 12.0, spread=0.0))
+    scores = [9.0, 11.0]
+    longer = RowScores(scores, [[*values, 99.0] for values in replicates(*scores, spread=0.1)])
+    assert differences(longer, baseline) == differences(RowScores(scores, replicates(*scores, spread=0.1)), baseline)
+    assert set(differences(RowScores(scores, [[], []]), baseline)) == {"seeds"}
