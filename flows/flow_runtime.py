@@ -13,7 +13,8 @@ from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from flows.environment import make_folders
 from tasks.remote_pool import RemotePool
-from tasks.runtime import Pool, Runtime, Timing, use_runtime
+from tasks.runtime import Pool, Runtime, use_runtime
+from tasks.timing import Timing
 from tasks.tracking import Tracker, check_tracking
 from tasks.worker_pool import WorkerPool, plan_slots
 
