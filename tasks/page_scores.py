@@ -3,45 +3,48 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deme_core.html_report.content import Difference, Score
+from deme_core.html_report.content import Difference, Score, Scores
 from deme_core.metrics import higher_is_better
-from deme_core.verdict import Interval, RowScores, compare, differences, interval, row_intervals
+from deme_core.verdict import RowScores, compare, differences, interval, paired_difference, row_intervals
+
+ByMetric = Mapping[str, Sequence[float]]
 
 
-def page_row(scores: Mapping[str, Sequence[float]], primary: str, deciding: RowScores) -> dict[str, Score]:
-    """Returns the scores of one row.
+def page_scores(
+    scores: Mapping[str, ByMetric], deciding: Mapping[str, RowScores], metric: str, pairs: Sequence[tuple[str, str]]
+) -> Scores:
+    """Returns what a page says of scores.
 
     Args:
-        scores: one per sampling seed, by metric.
-        primary: the metric that decides.
-        deciding: what the row scored by that, with its resamples.
+        scores: by row and metric, one per sampling seed.
+        deciding: what each row scored by the metric that decides, with its resamples.
+        metric: the metric that decides.
+        pairs: a row and its baseline, of every difference to state.
     """
-    images = {primary: row_intervals(deciding).get("images")}
-    return {
-        metric: Score(seeds=interval(values), images=images.get(metric), by_seed=tuple(values))
-        for metric, values in scores.items()
-    }
+    decide = [_deciding_difference(row, baseline, metric, deciding) for row, baseline in pairs]
+    others = [
+        Difference(row, baseline, other, paired_difference(values, scores[baseline][other]))
+        for row, baseline in pairs
+        for other, values in scores[row].items()
+        if other != metric
+    ]
+    return Scores(
+        metric=metric,
+        rows={row: _row(by_metric, metric, deciding[row]) for row, by_metric in scores.items()},
+        differences=(*decide, *others),
+        higher_is_better=frozenset(m for by_metric in scores.values() for m in by_metric if higher_is_better(m)),
+    )
 
 
-def deciding_difference(row: str, baseline: str, metric: str, ours: RowScores, theirs: RowScores) -> Difference:
-    """Returns how a row differs from a baseline by the metric that decides."""
+def _row(scores: ByMetric, metric: str, deciding: RowScores) -> dict[str, Score]:
+    images = {metric: row_intervals(deciding).get("images")}
+    return {name: Score(interval(values), images.get(name), tuple(values)) for name, values in scores.items()}
+
+
+def _deciding_difference(row: str, baseline: str, metric: str, deciding: Mapping[str, RowScores]) -> Difference:
+    ours, theirs = deciding[row], deciding[baseline]
     found = differences(ours, theirs)
     return Difference(row, baseline, metric, found["seeds"], found.get("images"), compare(ours, theirs))
-
-
-def other_differences(report: Mapping[str, Any]) -> list[Difference]:
-    """Returns how ``merged`` differs from each baseline by the metrics that do not decide."""
-    return [
-        Difference("merged", vs.removeprefix("vs_"), metric, Interval(**gain))
-        for vs, by_metric in report["gain"].items()
-        for metric, gain in by_metric.items()
-        if metric != report["metric"]
-    ]
-
-
-def growing_metrics(scores: Mapping[str, Any]) -> frozenset[str]:
-    """Returns those metrics that grow as images get better."""
-    return frozenset(filter(higher_is_better, scores))
 
 
 def evaluation_facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -16,11 +16,18 @@ from tasks.registry import register, registration_tags
 from tasks.report_figures import draw_figures, sample_grids
 from tasks.report_metrics import log_report, log_run_metrics, log_score_metrics
 from tasks.report_page import keep_page, page_of_rows, page_of_run
-from tasks.row_scores import Rows, both_intervals, deciding_scores, fingerprint, means, scores_by_row, shared_conditions
+from tasks.row_scores import (
+    BASELINES,
+    Rows,
+    both_intervals,
+    deciding_scores,
+    fingerprint,
+    means,
+    scores_by_row,
+    shared_conditions,
+)
 from tasks.run_results import RunResults
 from tasks.runtime import Runtime, current_runtime
-
-BASELINES = ("pretrained", "finetuned")
 
 
 @task(name="report", cache_policy=NO_CACHE)

@@ -16,7 +16,6 @@ from deme_core.html_report.content import (
     Provenance,
     RunContent,
     Samples,
-    Scores,
     SearchLog,
     TriedWeights,
 )
@@ -24,12 +23,13 @@ from deme_core.html_report.pictures import read_picture
 from deme_core.recipe_file import dump_recipe
 from deme_core.verdict import RowScores
 from tasks.experts import Expert
-from tasks.page_scores import deciding_difference, evaluation_facts, growing_metrics, other_differences, page_row
+from tasks.page_scores import evaluation_facts, page_scores
 from tasks.provenance import evaluation_digests, model_digests, versions
 from tasks.report_figures import report_folder
-from tasks.row_scores import Rows
+from tasks.row_scores import BASELINES, Rows
 from tasks.run_results import RunResults
 from tasks.runtime import Runtime
+from tasks.tracked_runs import REPORT_TAG
 
 STAGE = "report"
 PAGE = "report.html"
@@ -55,17 +55,12 @@ def page_of_run(
         relative: held-out losses by row and copy.
         grids: sample grids by row.
     """
-    metric = report["metric"]
-    verdicts = [
-        deciding_difference("merged", row, metric, deciding["merged"], deciding[row])
-        for row in ("pretrained", "finetuned")
-    ]
-    content = page_of_rows(runtime, report, deciding, grids, title=runtime.recipe.name, command="deme run {recipe}")
+    title, pairs = runtime.recipe.name, [("merged", baseline) for baseline in BASELINES]
+    content = page_of_rows(runtime, report, deciding, grids, title=title, command="deme run {recipe}", pairs=pairs)
     segments = [expert.segment for expert in results.experts]
     digests = model_digests(runtime.artifacts, results.models, results.trainings)
     return replace(
         content,
-        scores=replace(content.scores, differences=(*verdicts, *other_differences(report))),
         provenance=replace(content.provenance, digests={**content.provenance.digests, **digests}),
         heldout=HeldoutLosses(curves=_ordered(relative), segment_edges=(segments[0].low, *(s.high for s in segments))),
         trainings={name: result.metrics["history"] for name, result in results.trainings.items()},
@@ -82,6 +77,7 @@ def page_of_rows(
     *,
     title: str,
     command: str,
+    pairs: Sequence[tuple[str, str]] = (),
 ) -> RunContent:
     """Returns what the page of any evaluation shows.
 
@@ -92,19 +88,15 @@ def page_of_rows(
         grids: sample grids by row.
         title: what was evaluated.
         command: does it again; ``{recipe}`` stands for the recipe's file.
+        pairs: rows and the baselines that they are compared with.
     """
-    metric, seed = report["metric"], report["seeds"][0]
-    name = runtime.recipe.name
+    name, seed = runtime.recipe.name, report["seeds"][0]
     return RunContent(
         title=title,
         run=runtime.tracker.run_id,
         finished=f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC",
         facts=evaluation_facts(report),
-        scores=Scores(
-            metric=metric,
-            rows={row: page_row(scores, metric, deciding[row]) for row, scores in report["scores"].items()},
-            higher_is_better=growing_metrics(report["scores"][next(iter(deciding))]),
-        ),
+        scores=page_scores(report["scores"], deciding, report["metric"], pairs),
         samples=Samples(
             note=f"The first images of seed {seed}. All rows start from the same noise, so tiles compare one by one.",
             rows={row: (read_picture(path),) for row, path in grids.items()},
@@ -141,7 +133,7 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
         inputs={f"{row}-{r.metrics['seed']}": r.ref.digest for row, results in rows.items() for r in results},
         metrics=report,
     )
-    runtime.tracker.set_tags(run_id, {"deme.report.uri": ref.uri})
+    runtime.tracker.set_tags(run_id, {REPORT_TAG: ref.uri})
     return {"path": str(folder / PAGE), "uri": ref.uri}
 
 

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 Tried = list[tuple[int, TriedWeights]]
 
+# Weights are often equal: of points in one place, all must be seen.
+_SYMBOLS = ("circle", "x", "diamond-open", "cross", "square-open", "star")
+
 
 def search_chart(log: SearchLog) -> "Figure":
     """Draws the scores in the order in which they were asked for, and against each weight.
@@ -60,7 +63,7 @@ def _draw_weights(figure: "Figure", tried: Tried, names: tuple[str, ...], row: i
         figure.add_scatter(
             x=[candidate.weights[index] for _, candidate in tried],
             y=[candidate.score for _, candidate in tried],
-            **_points(tried, palette[name]),
+            **_points(tried, palette[name], _SYMBOLS[index % len(_SYMBOLS)]),
             name=name,
             legendgroup=name,
             showlegend=row == 1 and len(names) > 1,
@@ -69,7 +72,7 @@ def _draw_weights(figure: "Figure", tried: Tried, names: tuple[str, ...], row: i
         )
 
 
-def _points(tried: Tried, colour: str) -> dict[str, Any]:
+def _points(tried: Tried, colour: str, symbol: str = "circle") -> dict[str, Any]:
     """Returns points that tell their weights; the best one is larger and has a rim."""
     best = min(tried, key=lambda pair: pair[1].score)
     is_best = [pair is best for pair in tried]
@@ -79,6 +82,7 @@ def _points(tried: Tried, colour: str) -> dict[str, Any]:
         "hovertemplate": "%{text}<br>%{y:.5g}<extra></extra>",
         "marker": {
             "color": colour,
+            "symbol": symbol,
             "size": [13 if it_is else 8 for it_is in is_best],
             "line": {"color": NEUTRAL, "width": [2 if it_is else 0 for it_is in is_best]},
             "opacity": 0.85,

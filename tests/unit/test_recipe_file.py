@@ -203,7 +203,7 @@ def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_dotted_name(file: str) -> None:
-    settings = flatten(load_recipe(file))
+    settings = flatten(load_recipe(file).model_dump(mode="json"))
     assert settings["finetune.num_steps"] == 10
     assert settings["merge.weights"] == [0.5, 0.25]
     assert settings["merge.search"] is None
