@@ -61,7 +61,8 @@ def _draw_intervals(
         figure.add_scatter(
             x=[images.low, images.high],
             y=[label, label],
-            mode="lines",
+            mode="lines+markers",  # Unseen points, so that a margin stays around them.
+            marker={"opacity": 0, "size": 6},
             line={"color": translucent(colour, 0.3), "width": 14},
             hovertemplate="over images: %{x:.5g}<extra></extra>",
             row=1,

@@ -87,7 +87,9 @@ def score(mean: float, *, has_images: bool = True) -> Score:
 
 
 def difference(baseline: str, mean: float, verdict: Verdict, row: str = "merged") -> Difference:
-    return Difference(row, baseline, METRIC, Interval(mean, mean - 2, mean + 2), Interval(mean, mean - 4, mean), verdict)
+    return Difference(
+        row, baseline, METRIC, Interval(mean, mean - 2, mean + 2), Interval(mean, mean - 4, mean), verdict
+    )
 
 
 SCORES = Scores(
@@ -182,7 +184,9 @@ def test_several_runs_have_one_sentence() -> None:
 def test_the_table_has_both_intervals_of_every_row(page: Page) -> None:
     rows = page.rows()
     assert rows[0] == f"row {METRIC} ↓ precision ↑"
-    assert rows[1].startswith("pretrained the model as it came 393.0 391.0 to 395.0 over seeds 390.0 to 396.0 over images")
+    assert rows[1].startswith(
+        "pretrained the model as it came 393.0 391.0 to 395.0 over seeds 390.0 to 396.0 over images"
+    )
     assert "merged one model, merged from the copies 334.6 332.6 to 336.6 over seeds" in rows[4]
     assert rows[1].count("over images") == 1, "precision was not resampled"
 
