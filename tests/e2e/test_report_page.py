@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from tests.e2e.browser import console_errors, requested_addresses, take_offline, wait_until
 
+from tests.e2e.browser import console_errors, requested_addresses, take_offline, wait_until
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 
