@@ -38,6 +38,10 @@ class DatasetError(InputError):
     """A data set is missing, empty, broken or too small for what was asked."""
 
 
+class PromptsError(InputError):
+    """Prompts are missing, empty or damaged."""
+
+
 class ModelFolderError(InputError):
     """A model folder is incomplete, damaged, pickled, or does not match its own config."""
 

@@ -241,6 +241,13 @@ class EvaluateSpec(_Spec):
         ge=32,
         description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299.",
     )
+    # Left out of a dump where there are none: digests made before there were prompts stay.
+    prompts: str | None = Field(
+        None,
+        exclude_if=lambda prompts: prompts is None,
+        description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
+        "caption; image i belongs to prompt i modulo their number.",
+    )
     metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = Field(
         ("fid", "kid"), min_length=1, description="What is computed; the first is searched and decides the verdict."
     )
