@@ -50,6 +50,10 @@ class ExtractorUnavailableError(InputError):
     """The weights of a feature extractor cannot be had."""
 
 
+class NonFiniteImagesError(InputError):
+    """Images that were generated, or what was computed of images, are NaN or infinite."""
+
+
 class StoreUnavailableError(InputError):
     """The object store cannot be reached, refuses the credentials, or has no space left."""
 

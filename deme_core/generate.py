@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from deme_core.errors import NonFiniteImagesError
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 
@@ -112,6 +113,9 @@ def generate(
 
     Yields:
         uint8 (B, C, H, W), on the CPU, quantised as diffusers' pipelines do.
+
+    Raises:
+        NonFiniteImagesError: an image is NaN or infinite.
     """
     scheduler = sampling.build_scheduler(scheduler_config)
     extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
@@ -121,7 +125,17 @@ def generate(
         for timestep in scheduler.timesteps.tolist():
             prediction = denoiser(images, timestep)
             images = scheduler.step(prediction, timestep, images, generator=generators, **extra).prev_sample
+        _check_finite(images, seed)
         yield quantize(images)
+
+
+def _check_finite(images: torch.Tensor, seed: int) -> None:
+    # Quantised, they would be black or white, and get a score.
+    if num_bad := int((~images.isfinite().flatten(1).all(dim=1)).sum()):
+        raise NonFiniteImagesError(
+            f"{num_bad} of {len(images)} images generated under seed {seed} are NaN or infinite, so the model has "
+            "diverged; train it with a lower learning rate, or merge with smaller weights."
+        )
 
 
 def quantize(images: torch.Tensor) -> torch.Tensor:

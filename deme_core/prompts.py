@@ -1,6 +1,7 @@
 """Prompts: the texts that images are generated from or scored against, one for each image in turn."""
 
 import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -29,7 +30,7 @@ class Prompts:
     columns: dict[str, tuple[str, ...]]
     digest: str
 
-    def of_images(self, indices: range) -> list[str]:
+    def of_images(self, indices: Sequence[int]) -> list[str]:
         """Returns the prompt of each of these images of a set."""
         return [self.texts[index % len(self.texts)] for index in indices]
 
