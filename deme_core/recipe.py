@@ -5,6 +5,7 @@ environment (`deme_core.settings`).
 """
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -92,6 +93,12 @@ class DatasetSpec(_Spec):
     split: str = Field("train", description="Split of a datasets name.")
     image_column: str = Field("image", description="Column of a datasets name that holds the images.")
     caption_column: str | None = Field(None, description="Column that holds captions, for text-conditional models.")
+    caption_template: str | None = Field(
+        None, description="Captions made from columns instead, e.g. 'a photo of a {label}'."
+    )
+    caption_dropout: Probability = Field(
+        0.0, description="Chance that training sees the empty caption instead, for classifier-free guidance."
+    )
     label_column: str | None = Field(None, description="Column that holds class labels.")
     resolution: int | None = Field(None, ge=4, description="Side of the square images, in pixels; digits are 8.")
     channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
@@ -111,6 +118,20 @@ class DatasetSpec(_Spec):
             raise ValueError(f"source '{self.source}' needs a path")
         if self.source != "digits" and self.resolution is None:
             raise ValueError(f"source '{self.source}' needs a resolution")
+        return self
+
+    @model_validator(mode="after")
+    def _captions(self) -> Self:
+        if self.caption_column is not None and self.caption_template is not None:
+            raise ValueError("give either caption_column or caption_template")
+        if self.caption_dropout and self.caption_column is None and self.caption_template is None:
+            raise ValueError("caption_dropout needs captions: give caption_column or caption_template")
+        try:
+            fields = [parsed[1:] for parsed in Formatter().parse(self.caption_template or "")]
+        except ValueError as error:
+            raise ValueError(f"caption_template '{self.caption_template}' is malformed ({error})") from error
+        if any(field != (None, None, None) and (not field[0] or field[1] or field[2]) for field in fields):
+            raise ValueError("caption_template takes names of columns in braces and nothing else, as in '{label}'")
         return self
 
 

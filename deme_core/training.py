@@ -17,13 +17,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
+from deme_core.images import TrainingBatch
 from deme_core.model_digest import model_digest
 from deme_core.objectives import consistency_loss, diffusion_loss, training_target
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import derive_seed, generator
 from deme_core.timesteps import TimestepSampler, check_histogram
 
-BatchSource = Callable[[int], Iterable[torch.Tensor]]
+BatchSource = Callable[[int], Iterable[TrainingBatch]]
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class Training:
     Args:
         model: the model to train, on the CPU or already on ``device``; it is changed.
         noise_scheduler: adds the noise and names the prediction type.
-        batches: from the number of the first batch, an endless stream of float32 (B, C, H, W) in [-1, 1].
+        batches: from the number of the first batch, an endless stream of them.
         spec: optimizer, precision, EMA and the like.
         plan: timesteps, number of steps, consistency.
         pretrained: frozen theta_0; needed if the plan has a consistency weight.
@@ -182,22 +183,22 @@ class Training:
         step = self.global_step
         return step % self.record_every == 0 or step % self.spec.checkpoint_every == 0 or step == self.plan.num_steps
 
-    def _optimizer_step(self, batches: Iterator[tuple[int, torch.Tensor]], sums: _Sums) -> torch.Tensor:
+    def _optimizer_step(self, batches: Iterator[tuple[int, TrainingBatch]], sums: _Sums) -> torch.Tensor:
         """Returns diffusion loss, consistency loss and gradient norm, float32 (3,), on the device."""
         losses = torch.zeros(2, device=self.device)
         grad_norm = torch.zeros((), device=self.device)
         accumulation = self.spec.gradient_accumulation_steps
         for _ in range(accumulation):
-            number, clean_images = next(batches)
+            number, batch = next(batches)
             with self.accelerator.accumulate(self.model):
-                diffusion, consistency = self._losses(number, clean_images.to(self.device))
+                diffusion, consistency = self._losses(number, batch.clean_images.to(self.device))
                 self.accelerator.backward(diffusion + self.plan.consistency_weight * consistency)
                 if self.accelerator.sync_gradients:
                     grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
-            sums.num_images += len(clean_images)
+            sums.num_images += len(batch)
         sums.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         self.ema.step(self.model.parameters())

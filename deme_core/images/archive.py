@@ -3,17 +3,20 @@
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deme_core.errors import DatasetError
 from deme_core.images.pixels import BrokenImageError
-from deme_core.images.source import is_image_name, stat_listing
+from deme_core.images.source import Column, folder_labels, is_image_name, stat_listing
 
 
 class ZipSource:
     """All images of a zip, sorted by their path."""
+
+    columns: Sequence[str] = ("label",)
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -47,6 +50,10 @@ class ZipSource:
             raise BrokenImageError("damaged in the zip") from error
         except OSError as error:
             raise DatasetError(f"Cannot read {self.description} ({error.strerror or error}).") from error
+
+    def column(self, name: str) -> Column:
+        """The folder that each image lies in."""
+        return folder_labels(self._names)
 
     def _open(self) -> None:
         try:

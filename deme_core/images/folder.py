@@ -1,17 +1,19 @@
 """A folder of image files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 from deme_core.errors import DatasetError
-from deme_core.images.source import is_image_name, stat_listing
+from deme_core.images.source import Column, folder_labels, is_image_name, stat_listing
 
 
 class FolderSource:
     """All images below a folder, linked folders included, sorted by their path relative to it."""
+
+    columns: Sequence[str] = ("label",)
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -40,6 +42,10 @@ class FolderSource:
             return path.read_bytes()
         except OSError as error:
             raise DatasetError(f"Cannot read {path} ({error.strerror}); make it readable or remove it.") from error
+
+    def column(self, name: str) -> Column:
+        """The folder that each image lies in."""
+        return folder_labels(self._names)
 
 
 def _image_names(root: Path) -> Iterator[str]:

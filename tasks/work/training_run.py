@@ -37,6 +37,7 @@ def run_training(
             seed=plan.seed,
             random_crop=dataset.crop == "random",
             random_flip=dataset.random_flip,
+            caption_dropout=dataset.caption_dropout,
             start_batch=start_batch,
         )
 

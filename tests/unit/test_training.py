@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError, TimestepHistogramError
+from deme_core.images import TrainingBatch
 from deme_core.objectives import training_target
 from deme_core.projection import attach_projections, is_projection
 from deme_core.recipe import TrainingSpec
@@ -23,8 +24,8 @@ BATCH_SIZE = 4
 SAMPLER = TimestepSampler(TimestepSegment(0, 500), 1000, 0.3)
 
 
-def batches(first: int, batch_size: int = BATCH_SIZE) -> Iterator[torch.Tensor]:
-    return (tiny_images(batch_size, seed=number) for number in itertools.count(first))
+def batches(first: int, batch_size: int = BATCH_SIZE) -> Iterator[TrainingBatch]:
+    return (TrainingBatch(tiny_images(batch_size, seed=number)) for number in itertools.count(first))
 
 
 def build(
@@ -79,7 +80,7 @@ def state_of(training: Training) -> dict[str, torch.Tensor]:
 def test_the_loss_falls_on_a_few_fixed_images() -> None:
     images = tiny_images(8)
     training = build(
-        source=lambda first: itertools.repeat(images),
+        source=lambda first: itertools.repeat(TrainingBatch(images)),
         num_steps=40,
         batch_size=8,
         learning_rate=5e-3,
@@ -339,9 +340,9 @@ def test_a_record_holds_the_means_since_the_one_before() -> None:
 def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumulation: int) -> None:
     bad_batch = 5
 
-    def source(first: int) -> Iterator[torch.Tensor]:
-        for number, images in enumerate(batches(first), start=first):
-            yield images + (value if number == bad_batch else 0.0)
+    def source(first: int) -> Iterator[TrainingBatch]:
+        for number, batch in enumerate(batches(first), start=first):
+            yield TrainingBatch(batch.clean_images + (value if number == bad_batch else 0.0))
 
     training = build(source=source, num_steps=20, record_every=4, gradient_accumulation_steps=accumulation)
     with pytest.raises(NonFiniteLossError) as caught:
@@ -351,7 +352,8 @@ def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumul
 
 
 def test_a_non_finite_loss_is_raised_before_the_step_of_the_checkpoint_is_yielded() -> None:
-    training = build(source=lambda first: itertools.repeat(torch.full((4, 1, 8, 8), float("nan"))), checkpoint_every=2)
+    broken = TrainingBatch(torch.full((4, 1, 8, 8), float("nan")))
+    training = build(source=lambda first: itertools.repeat(broken), checkpoint_every=2)
     with pytest.raises(NonFiniteLossError):
         next(training.progress())
 
