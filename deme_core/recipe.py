@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
+DEFAULT_IMAGE_COLUMN = "image"
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -85,21 +86,31 @@ class PretrainedSpec(_Spec):
 class DatasetSpec(_Spec):
     """Which images, and how they are brought to one size."""
 
-    source: Literal["digits", "imagefolder", "hub"] = Field(description="Where the images come from.")
+    source: Literal["digits", "imagefolder", "webdataset", "hub"] = Field(description="Where the images come from.")
     path: str | None = Field(
-        None, description="A folder, a zip, an object-store prefix (imagefolder), or a datasets name."
+        None,
+        description="A folder, a zip (imagefolder) or tar (webdataset), an object-store prefix, or a datasets name.",
     )
     name: str | None = Field(None, description="Configuration of a datasets name.")
     split: str = Field("train", description="Split of a datasets name.")
-    image_column: str = Field("image", description="Column of a datasets name that holds the images.")
-    caption_column: str | None = Field(None, description="Column that holds captions, for text-conditional models.")
+    image_column: str = Field(
+        DEFAULT_IMAGE_COLUMN,
+        description="Column of a datasets name that holds the images; or their extension, in tars with several.",
+    )
+    caption_column: str | None = Field(
+        None,
+        description="What holds captions, for text-conditional models: a column of a datasets name, a key of "
+        "metadata.jsonl, an extension or a JSON key in tars.",
+    )
     caption_template: str | None = Field(
         None, description="Captions made from columns instead, e.g. 'a photo of a {label}'."
     )
     caption_dropout: Probability = Field(
         0.0, description="Chance that training sees the empty caption instead, for classifier-free guidance."
     )
-    label_column: str | None = Field(None, description="Column that holds class labels.")
+    label_column: str | None = Field(
+        None, description="What holds class labels; without a column 'label' that is the sub-folder of each image."
+    )
     resolution: int | None = Field(None, ge=4, description="Side of the square images, in pixels; digits are 8.")
     channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")

@@ -1,15 +1,13 @@
 """Captions and labels: the columns of a source as what a model is conditioned on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from string import Formatter
 from typing import Any
 
 from deme_core.errors import DatasetError
-from deme_core.images.source import Column, ImageSource
+from deme_core.images.source import Column, ImageSource, first_names
 from deme_core.recipe import DatasetSpec
-
-NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,8 @@ def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[
 
 
 def _captions(source: ImageSource, name: str, indices: Sequence[int]) -> list[str]:
-    values = [_named(_column(source, name, "caption_column"), index) for index in indices]
+    column = _column(source, name, "caption_column")
+    values = [_named(column, index) for index in indices]
     for value in values:
         if not isinstance(value, str | None):
             raise DatasetError(
@@ -78,10 +77,11 @@ def _from_template(source: ImageSource, template: str, indices: Sequence[int]) -
 
 
 def _column(source: ImageSource, name: str, key: str) -> Column:
-    if name in source.columns:
-        return source.column(name)
-    has = f"has {', '.join(source.columns)}" if source.columns else "has none"
-    raise DatasetError(f"Column '{name}' is not in {source.description}, which {has}; set dataset.{key}.")
+    column = source.column(name)
+    if column is None:
+        has = ", ".join(source.columns) or "none"
+        raise DatasetError(f"Column '{name}' is not in {source.description}, which has {has}; set dataset.{key}.")
+    return column
 
 
 def _named(column: Column, index: int) -> Any:
@@ -113,11 +113,5 @@ def _refuse_missing(source: ImageSource, indices: Sequence[int], values: Sequenc
     if missing:
         raise DatasetError(
             f"{len(missing)} of {len(indices)} images in {source.description} have no {what} "
-            f"({', '.join(_first_names(source, missing))}); give each one, or leave these images out."
+            f"({first_names([source.name(index) for index in missing])}); give each one, or leave these images out."
         )
-
-
-def _first_names(source: ImageSource, indices: Sequence[int]) -> Iterator[str]:
-    yield from (source.name(index) for index in indices[:NUM_NAMED])
-    if len(indices) > NUM_NAMED:
-        yield "…"

@@ -18,9 +18,10 @@ from deme_core.images.folder import FolderSource
 from deme_core.images.hub import HubSource
 from deme_core.images.inspection import Inspection, inspect
 from deme_core.images.pixels import PIXELS_VERSION, BrokenImageError, center_corner, crop, decode, resize
-from deme_core.images.remote import fetch_images
+from deme_core.images.remote import IMAGES, TARS, FileKind, fetch_images
 from deme_core.images.source import ImageSource
-from deme_core.recipe import DatasetSpec
+from deme_core.images.tars import TarSource, find_tars
+from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
 
 DIGITS_RESOLUTION = 8
 
@@ -168,14 +169,14 @@ class SquareImages:
 
 
 def load_images(
-    spec: DatasetSpec, *, cache: Path, fetch_prefix: Callable[[str, Path], Path] | None = None
+    spec: DatasetSpec, *, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images
 ) -> ImageDataset:
     """Open a data set and verify that each of its images can be decoded.
 
     Args:
         spec: which images.
         cache: folder for downloads and for the results of the verification; may be deleted at any time.
-        fetch_prefix: brings an object-store URI to a local folder or zip below ``cache``; default ``fetch_images``.
+        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
 
     Raises:
         DatasetError: the images are missing, broken, too few, or cannot be loaded, or have not all the captions or
@@ -183,7 +184,7 @@ def load_images(
         StoreUnavailableError: their object store cannot be reached.
     """
     channels = spec.channels or (1 if spec.source == "digits" else 3)
-    source = _open_source(spec, cache / "images", fetch_prefix or fetch_images)
+    source = _open_source(spec, cache / "images", fetch_prefix)
     inspection = inspect(
         source,
         num_images=spec.num_images,
@@ -196,12 +197,14 @@ def load_images(
     return SquareImages(source, inspection, conditioning, spec, resolution=resolution, channels=channels)
 
 
-def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path], Path]) -> ImageSource:
+def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path]) -> ImageSource:
     if spec.source == "digits":
         return DigitsSource()
     if spec.source == "hub":
         return HubSource(spec)
-    path = _local_path(str(spec.path), cache, fetch_prefix)
+    if spec.source == "webdataset":
+        return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS)))
+    path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES))
     if path.is_dir():
         return FolderSource(path)
     if path.suffix.lower() == ".zip" and path.is_file():
@@ -211,11 +214,18 @@ def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Pa
     raise DatasetError(f"There is no folder or zip {path}; check dataset.path.")
 
 
-def _local_path(path: str, cache: Path, fetch_prefix: Callable[[str, Path], Path]) -> Path:
+def _open_tars(spec: DatasetSpec, path: Path) -> ImageSource:
+    if not path.exists():
+        raise DatasetError(f"There is no folder or tar {path}; check dataset.path.")
+    tars, root = find_tars(path)
+    return TarSource(tars, root, None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column)
+
+
+def _local_path(path: str, fetch: Callable[[str], Path]) -> Path:
     if path.startswith("file:///"):
         return Path(unquote(urlsplit(path).path))
     if path.startswith("s3://"):
-        return fetch_prefix(path, cache)
+        return fetch(path)
     if "://" in path:
-        raise DatasetError("dataset.path must be a folder, a zip, file:///PATH or s3://BUCKET/PREFIX.")
+        raise DatasetError("dataset.path must be a folder, a zip or tar, file:///PATH or s3://BUCKET/PREFIX.")
     return Path(path).expanduser()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deme_core.images.source import Column
+from deme_core.images.source import LABEL, Column
 
 
 class DigitsSource:
@@ -12,7 +12,7 @@ class DigitsSource:
 
     description = "the digits"
     listing = None
-    columns: Sequence[str] = ("label",)
+    columns: Sequence[str] = (LABEL,)
 
     def __init__(self) -> None:
         from sklearn.datasets import load_digits
@@ -34,6 +34,6 @@ class DigitsSource:
         """One PGM file."""
         return self._encoded[index]
 
-    def column(self, name: str) -> Column:
+    def column(self, name: str) -> Column | None:
         """Which digit each one is."""
-        return Column(self._labels, [str(digit) for digit in range(10)])
+        return Column(self._labels, [str(digit) for digit in range(10)]) if name == LABEL else None

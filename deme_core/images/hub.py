@@ -48,8 +48,10 @@ class HubSource:
         """All columns but the images."""
         return [name for name in self._table.column_names if name != self._column]
 
-    def column(self, name: str) -> Column:
+    def column(self, name: str) -> Column | None:
         """One column, with the names of its classes where it has them."""
+        if name not in self.columns:
+            return None
         names = getattr(self._table.features[name], "names", None)
         return Column(self._table.with_format(None)[name][:], names)
 

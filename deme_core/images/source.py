@@ -11,6 +11,8 @@ from deme_core.digests import canonical_json, sha256_bytes
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 SETTLED_AFTER_SEC = 2.0
+LABEL = "label"
+NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,27 @@ class ImageSource(Protocol):
 
     @property
     def columns(self) -> Sequence[str]:
-        """Names of what the source says of its images."""
+        """Names of what the source says of its images, for messages; may have to read all of it."""
         ...
 
-    def column(self, name: str) -> Column:
-        """One of ``columns``; DatasetError if it cannot be read."""
+    def column(self, name: str) -> Column | None:
+        """One of ``columns``; None if there is no such one, DatasetError if it cannot be read."""
         ...
 
 
 def is_image_name(name: str) -> bool:
     """Whether a relative POSIX path names an image: not hidden, nor one of macOS's ``__MACOSX`` companions."""
-    path = PurePosixPath(name)
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a relative POSIX path or a folder of it begins with a dot, or is one of macOS's companions."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return the first three names, for a message, and a sign where there are more."""
+    return ", ".join([*names[:NUM_NAMED], *(["…"] if len(names) > NUM_NAMED else [])])
 
 
 def folder_labels(names: Sequence[str]) -> Column:

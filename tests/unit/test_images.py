@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from deme_core.errors import DatasetError
 from deme_core.images import ImageDataset, TrainingBatches, batches, load_images, normalize, source
-from deme_core.images.remote import fetch_images
+from deme_core.images.remote import FileKind, fetch_images
 from deme_core.recipe import DatasetSpec
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg" / "test.tar.xz"
@@ -254,7 +254,7 @@ def test_an_object_store_uri_is_fetched(folder: Path, tmp_path: Path) -> None:
     spec = DatasetSpec(source="imagefolder", path="s3://bucket/images", resolution=16)
     asked = []
 
-    def fetch(uri: str, cache: Path) -> Path:
+    def fetch(uri: str, cache: Path, kind: FileKind) -> Path:
         asked.append(uri)
         return folder
 
