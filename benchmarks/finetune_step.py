@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from benchmarks.measurement import Duration, median_ratio, print_result, print_table, take_turns, timed
-from deme_core.images import TrainingBatch
+from deme_core.families import EncodedBatch, Unconditional
 from deme_core.model_digest import model_digest
 from deme_core.projection import attach_projections
 from deme_core.recipe import FinetuneSpec
@@ -65,8 +65,8 @@ def build_training(pretrained: nn.Module, clean_images: torch.Tensor, *, channel
         attach_projections(model)
     return Training(
         model,
-        DDPMScheduler(),
-        lambda _first_batch: itertools.repeat(TrainingBatch(clean_images)),
+        Unconditional(denoiser_config=dict(pretrained.config), scheduler_config={}),
+        lambda _first_batch: itertools.repeat(EncodedBatch(clean_images, {})),
         spec=FinetuneSpec(num_steps=_NEVER, batch_size=len(clean_images), checkpoint_every=_NEVER),
         plan=TrainingPlan("benchmark", TimestepSampler(TimestepSegment(0, 250), 1000, 0.3), _NEVER, 1.0),
         pretrained=copy.deepcopy(pretrained),

@@ -1,13 +1,15 @@
 """Evaluation: one denoiser's images, scored against a reference, under settings all rows share."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from deme_core.digests import spell_infinities
 from deme_core.extractors import FeatureExtractor
+from deme_core.families import Adapter
 from deme_core.feature_statistics import Features
 from deme_core.generate import Denoiser, Sampling, generate
 from deme_core.metrics import Metric, score
@@ -20,31 +22,33 @@ class FeatureSource:
     """Features of generated images, made in memory: what every row shares before anything is scored.
 
     Attributes:
-        scheduler_config: the model's scheduler_config.json.
+        adapter: all about the model but its denoiser.
         sampling: sampler and its settings.
-        shape: (C, H, W) of an image.
         extractor: turns images into features.
         device: where the denoiser is.
+        prompts: for a model that takes text; image i belongs to prompt i modulo their number.
     """
 
-    scheduler_config: Mapping[str, Any]
+    adapter: Adapter
     sampling: Sampling
-    shape: Sequence[int]
     extractor: FeatureExtractor
     device: torch.device | str
+    prompts: Sequence[str] | None = None
 
     def source_conditions(self) -> dict[str, Any]:
         """Returns all that features must share to be compared, by name; the batch size is not among it."""
-        scheduler = self.sampling.build_scheduler(self.scheduler_config)
+        scheduler = self.sampling.build_scheduler(self.adapter)
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+        guidance = {} if self.sampling.guidance_scale == 1.0 else {"guidance_scale": self.sampling.guidance_scale}
         return {
             "sampler": self.sampling.sampler,
             "num_inference_steps": self.sampling.num_inference_steps,
             "eta": self.sampling.eta,
-            "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+            "scheduler": spell_infinities(config),
             "dtype": "float32",
-            "shape": list(self.shape),
+            "shape": list(self.adapter.image_shape),
             "extractor": self.extractor.digest,
-        }
+        } | guidance
 
     def batches(self, denoiser: Denoiser, seed: int, indices: Sequence[int]) -> Iterator[tuple[Features, torch.Tensor]]:
         """Yields features (B, D) and the images uint8 (B, C, H, W), any slice of the set that ``seed`` names.
@@ -56,11 +60,11 @@ class FeatureSource:
         """
         for images in generate(
             denoiser,
-            self.scheduler_config,
+            self.adapter,
             self.sampling,
-            shape=self.shape,
             seed=seed,
             indices=indices,
+            prompts=self.prompts,
             device=self.device,
         ):
             yield self.extractor(images), images

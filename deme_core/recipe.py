@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
+Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
 DEFAULT_IMAGE_COLUMN = "image"
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
@@ -249,11 +250,20 @@ class EvaluateSpec(_Spec):
     seeds: tuple[int, ...] = Field(
         (1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval."
     )
-    sampler: Literal["ddim", "ddpm"] = Field("ddim", description="Sampler of the reverse process.")
+    sampler: Sampler = Field(
+        "ddim", description="Sampler of the reverse process; flow_match_euler for flow-matching models, and only those."
+    )
     num_inference_steps: int = Field(50, ge=1, description="Sampling steps.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
         None, description="Spacing of the sampling timesteps; default the model's own scheduler config."
+    )
+    # Left out of a dump where it is the default, as are others below: digests made before there was a choice stay.
+    guidance_scale: float = Field(
+        1.0,
+        ge=1,
+        exclude_if=lambda scale: bool(scale == 1.0),
+        description="Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is none.",
     )
     batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(

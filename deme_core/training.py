@@ -7,7 +7,6 @@ Pretraining, the N copies and the control are all this, with other settings. Eve
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,14 +16,14 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
-from deme_core.images import TrainingBatch
+from deme_core.families import Adapter, EncodedBatch
 from deme_core.model_digest import model_digest
-from deme_core.objectives import consistency_loss, diffusion_loss, training_target
+from deme_core.objectives import consistency_loss, diffusion_loss
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import derive_seed, generator
 from deme_core.timesteps import TimestepSampler, check_histogram
 
-BatchSource = Callable[[int], Iterable[TrainingBatch]]
+BatchSource = Callable[[int], Iterable[EncodedBatch]]
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ class Training:
 
     Args:
         model: the model to train, on the CPU or already on ``device``; it is changed.
-        noise_scheduler: adds the noise and names the prediction type.
-        batches: from the number of the first batch, an endless stream of them.
+        adapter: says how the model is noised and called, and what its target is.
+        batches: from the number of the first batch, an endless stream of what the denoiser is trained on.
         spec: optimizer, precision, EMA and the like.
         plan: timesteps, number of steps, consistency.
         pretrained: frozen theta_0; needed if the plan has a consistency weight.
@@ -111,7 +110,7 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        noise_scheduler: Any,
+        adapter: Adapter,
         batches: BatchSource,
         *,
         spec: TrainingSpec,
@@ -129,7 +128,8 @@ class Training:
             cpu=torch.device(device).type == "cpu",
         )
         self.spec, self.plan, self.batches, self.record_every = spec, plan, batches, record_every
-        self.noise_scheduler = noise_scheduler
+        self.adapter = adapter
+        adapter.prepare_training(model)
         self.device = self.accelerator.device
         self.pretrained = pretrained.eval().requires_grad_(False).to(self.device) if pretrained is not None else None
         optimizer = torch.optim.AdamW(
@@ -183,7 +183,7 @@ class Training:
         step = self.global_step
         return step % self.record_every == 0 or step % self.spec.checkpoint_every == 0 or step == self.plan.num_steps
 
-    def _optimizer_step(self, batches: Iterator[tuple[int, TrainingBatch]], sums: _Sums) -> torch.Tensor:
+    def _optimizer_step(self, batches: Iterator[tuple[int, EncodedBatch]], sums: _Sums) -> torch.Tensor:
         """Returns diffusion loss, consistency loss and gradient norm, float32 (3,), on the device."""
         losses = torch.zeros(2, device=self.device)
         grad_norm = torch.zeros((), device=self.device)
@@ -191,7 +191,7 @@ class Training:
         for _ in range(accumulation):
             number, batch = next(batches)
             with self.accelerator.accumulate(self.model):
-                diffusion, consistency = self._losses(number, batch.clean_images.to(self.device))
+                diffusion, consistency = self._losses(number, batch.to(self.device))
                 self.accelerator.backward(diffusion + self.plan.consistency_weight * consistency)
                 if self.accelerator.sync_gradients:
                     grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
@@ -204,20 +204,21 @@ class Training:
         self.ema.step(self.model.parameters())
         return torch.cat([losses, grad_norm[None]])
 
-    def _losses(self, number: int, clean_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, number: int, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        clean, process = batch.latents, self.adapter.noise_process
         rng = generator("training", self.plan.seed, number, device=self.device)
         torch.manual_seed(derive_seed("dropout", self.plan.seed, number))
-        noise = torch.randn(clean_images.shape, generator=rng, device=self.device)
-        timesteps = self.plan.sampler(len(clean_images), rng)
+        noise = torch.randn(clean.shape, generator=rng, device=self.device)
+        timesteps = self.plan.sampler(len(batch), rng)
         self.timestep_counts += torch.bincount(timesteps.cpu(), minlength=len(self.timestep_counts))
-        noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
-        target = training_target(self.noise_scheduler, clean_images, noise, timesteps)
-        prediction = self.model(noisy_images, timesteps).sample
+        noisy, target = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
+        told = process.model_timesteps(timesteps)
+        prediction = self.adapter.predict(self.model, noisy, told, batch.conditioning)
         diffusion = diffusion_loss(prediction, target)
         if self.pretrained is None:
             return diffusion, torch.zeros_like(diffusion)
         with torch.no_grad(), self.accelerator.autocast():
-            pretrained_prediction = self.pretrained(noisy_images, timesteps).sample
+            pretrained_prediction = self.adapter.predict(self.pretrained, noisy, told, batch.conditioning)
         return diffusion, consistency_loss(prediction, pretrained_prediction)
 
     def _record(self, sums: _Sums) -> TrainingProgress:

@@ -6,13 +6,14 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast, get_args
 
 from rich.console import Console
 from rich.progress import track
 
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.errors import InputError
+from deme_core.recipe import Sampler
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
 
@@ -57,23 +58,22 @@ def generate_images(
     console: Console,
 ) -> None:
     """Writes ``num_images`` PNG files named by image index into the folder ``out``."""
-    if sampler not in ("ddim", "ddpm"):
-        raise InputError(f"--sampler '{sampler}' is neither ddim nor ddpm.")
+    if sampler not in get_args(Sampler):
+        raise InputError(f"--sampler '{sampler}' is none of {', '.join(get_args(Sampler))}.")
     import torch
     from PIL import Image
 
-    from deme_core.generate import Sampling, SingleModel, generate, image_shape
-    from deme_core.model_folder import load_unet, open_model_folder
+    from deme_core.generate import Sampling, SingleModel, generate
+    from deme_core.model_folder import load_denoiser, open_model_folder
     from deme_core.model_source import fetch_source
 
     folder = open_model_folder(fetch_source(model, revision=None, cache=Settings().cache_folder))
-    sampling = Sampling(cast(Literal["ddim", "ddpm"], sampler), num_inference_steps, batch_size=batch_size)
+    sampling = Sampling(cast(Sampler, sampler), num_inference_steps, batch_size=batch_size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batches = generate(
-        SingleModel(load_unet(folder).eval().to(device)),
-        folder.scheduler_config,
+        SingleModel(load_denoiser(folder).eval().to(device)),
+        folder.adapter(device),
         sampling,
-        shape=image_shape(folder.unet_config),
         seed=seed,
         indices=range(num_images),
         device=device,

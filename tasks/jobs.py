@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict
 from deme_core.artifacts import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
 
+PRETRAINED_STAGE = "pretrained"
+
 
 class Job(BaseModel):
     """The work of one stage.
@@ -31,7 +33,7 @@ class Job(BaseModel):
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
 
-    stage: ClassVar[str] = "pretrained"
+    stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "pretrain"
     dataset: DatasetSpec
     unet: dict[str, Any]
@@ -42,7 +44,7 @@ class PretrainJob(Job):
 class ImportJob(Job):
     """Bring a pretrained diffusers folder into the store, checked, as safetensors."""
 
-    stage: ClassVar[str] = "pretrained"
+    stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "import_model"
     source: str
     revision: str | None = None

@@ -123,16 +123,16 @@ def _weights_digest(path: Path) -> str:
             message names files by their path within the folder.
     """
     from deme_core.model_digest import model_digest
-    from deme_core.model_folder import build_unet, load_unet, open_model_folder
+    from deme_core.model_folder import build_denoiser, load_denoiser, open_model_folder
 
     try:
         folder = open_model_folder(path)
         try:
             assert folder.num_train_timesteps > 0
-            build_unet(folder.unet_config, materialize=False)
+            build_denoiser(folder.denoiser_config, materialize=False)
         except Exception as error:  # diffusers raises errors of any kind for values that it cannot use
             raise ModelFolderError(f"Its configs describe no model ({type(error).__name__}: {error}).") from error
-        return model_digest(load_unet(folder))
+        return model_digest(load_denoiser(folder))
     except ModelFolderError as error:
         message = str(error).replace(f"{path}/", "").replace(str(path), "it")
         raise ModelFolderError(" ".join(message.split())) from error

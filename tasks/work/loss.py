@@ -27,14 +27,12 @@ def identity(job: LossJob, context: JobContext) -> Identity:
 
 def run(job: LossJob, context: JobContext, out: Path, digest: str) -> Work:
     """Returns the mean loss in each segment."""
-    from diffusers import DDPMScheduler
-
     yield {"message": "measuring the held-out loss"}
     folder, merge = live_merge(job, context)
     edges = bin_edges(folder.num_train_timesteps, job.segment_edges)
     losses = heldout_losses(
         merge.model,
-        DDPMScheduler.from_config(folder.scheduler_config),
+        folder.adapter(context.device),
         context.heldout_images(job.dataset),
         edges=edges,
         seed=_SEED,

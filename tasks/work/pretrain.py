@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from deme_core.errors import InputError
-from deme_core.model_folder import build_unet, write_model_folder
+from deme_core.families import Unconditional
+from deme_core.model_folder import build_denoiser, write_model_folder
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
@@ -36,7 +37,7 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     fixed = {"sample_size": images.resolution, "in_channels": images.channels, "out_channels": images.channels}
     torch.manual_seed(derive_seed("initial weights", job.training.seed))
     try:
-        model = build_unet({"_class_name": "UNet2DModel", **job.unet, **fixed})
+        model = build_denoiser({"_class_name": "UNet2DModel", **job.unet, **fixed})
         noise_scheduler = DDPMScheduler(**job.noise_scheduler)
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"pretrained.unet or pretrained.noise_scheduler cannot be built: {error}.") from error
@@ -48,12 +49,11 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
         num_steps=job.training.num_steps,
         seed=job.training.seed,
     )
-    tensors, metrics = yield from run_training(
-        context, digest, model, noise_scheduler, images, job.dataset, job.training, plan
-    )
+    adapter = Unconditional(denoiser_config=_config(model), scheduler_config=_config(noise_scheduler))
+    tensors, metrics = yield from run_training(context, digest, model, adapter, images, job.dataset, job.training, plan)
     write_model_folder(
         out,
-        unet_config={"_class_name": "UNet2DModel", **_config(model)},
+        denoiser_config={"_class_name": "UNet2DModel", **_config(model)},
         scheduler_config={"_class_name": "DDPMScheduler", **_config(noise_scheduler)},
         tensors=tensors,
     )

@@ -5,7 +5,7 @@ from dataclasses import fields
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import InputError, RecipeError
 from deme_core.evaluation import Evaluation, FeatureSource
-from deme_core.generate import Sampling, image_shape
+from deme_core.generate import Sampling
 from deme_core.model_folder import ModelFolder
 from deme_core.recipe import EvaluateSpec
 from deme_core.reference import Reference
@@ -37,15 +37,15 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
             f"{model.num_train_timesteps} timesteps; lower it."
         )
     return FeatureSource(
-        scheduler_config=model.scheduler_config,
+        adapter=model.adapter(context.device),
         sampling=Sampling(
             sampler=evaluate.sampler,
             num_inference_steps=evaluate.num_inference_steps,
             eta=evaluate.eta,
             timestep_spacing=evaluate.timestep_spacing,
+            guidance_scale=evaluate.guidance_scale,
             batch_size=evaluate.batch_size,
         ),
-        shape=image_shape(model.unet_config),
         extractor=extractor_of(evaluate, context),
         device=context.device,
     )

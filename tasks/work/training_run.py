@@ -1,12 +1,13 @@
 """A training run as jobs do it: resumed from its newest checkpoint, with checkpoints published on the way."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
+from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageDataset, TrainingBatches
 from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.training import Training, TrainingPlan
@@ -21,7 +22,7 @@ def run_training(
     context: JobContext,
     digest: str,
     model: nn.Module,
-    noise_scheduler: Any,
+    adapter: Adapter,
     images: ImageDataset,
     dataset: DatasetSpec,
     spec: TrainingSpec,
@@ -30,8 +31,8 @@ def run_training(
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""
 
-    def batches(start_batch: int) -> TrainingBatches:
-        return TrainingBatches(
+    def batches(start_batch: int) -> Iterator[EncodedBatch]:
+        decoded = TrainingBatches(
             images,
             batch_size=spec.batch_size,
             seed=plan.seed,
@@ -40,10 +41,20 @@ def run_training(
             caption_dropout=dataset.caption_dropout,
             start_batch=start_batch,
         )
+        return (
+            encode_batch(
+                adapter,
+                batch.clean_images,
+                captions=batch.captions,
+                labels=batch.labels,
+                original_sizes=batch.original_sizes,
+                crop_top_lefts=batch.crop_top_lefts,
+                target_sizes=batch.target_sizes,
+            )
+            for batch in decoded
+        )
 
-    training = Training(
-        model, noise_scheduler, batches, spec=spec, plan=plan, pretrained=pretrained, device=context.device
-    )
+    training = Training(model, adapter, batches, spec=spec, plan=plan, pretrained=pretrained, device=context.device)
     checkpoints = Checkpoints(context, digest)
     if resumed := checkpoints.restore(training):
         yield {"message": f"resumed at step {resumed}"}

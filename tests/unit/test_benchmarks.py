@@ -61,7 +61,7 @@ def test_both_contestants_of_the_merging_benchmark_write_the_same_merge(tmp_path
         randomize(model, seed=index)
         config = {"_class_name": "UNet2DModel"} | dict(model.config)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        write_model_folder(tmp_path / str(index), unet_config=config, scheduler_config={}, tensors=tensors)
+        write_model_folder(tmp_path / str(index), denoiser_config=config, scheduler_config={}, tensors=tensors)
     written = []
     for method in ("deme", "load_all"):
         out = tmp_path / method

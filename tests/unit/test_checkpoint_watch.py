@@ -21,7 +21,7 @@ from deme_core.checkpoint_watch.ledger import CLAIM_EXPIRES_AFTER, Ledger
 from deme_core.checkpoint_watch.look import Finding, look, open_prefix
 from deme_core.errors import DemeError, InputError, StoreUnavailableError
 from deme_core.model_digest import model_digest
-from deme_core.model_folder import WEIGHTS_NAME, load_unet, open_model_folder
+from deme_core.model_folder import WEIGHTS_NAME, load_denoiser, open_model_folder
 from deme_core.store import FileStore, StoredObject
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 from tests.unit.test_model_folder import flatten, pickle_weights, shard
@@ -109,7 +109,7 @@ def test_every_layout_has_the_digest_that_the_import_gives(
     watched: Watched, change: Callable[[Path], Any], name: str
 ) -> None:
     path = watched.add(name)
-    expected = model_digest(load_unet(open_model_folder(path)))
+    expected = model_digest(load_denoiser(open_model_folder(path)))
     change(path)
     watched.date(watched.folder)
     [finding] = watched.look().values()

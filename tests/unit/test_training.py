@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError, TimestepHistogramError
-from deme_core.images import TrainingBatch
+from deme_core.families import EncodedBatch
 from deme_core.objectives import training_target
 from deme_core.projection import attach_projections, is_projection
 from deme_core.recipe import TrainingSpec
@@ -18,14 +18,14 @@ from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan, TrainingProgress
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
-from tests.tiny_models import one_level_unet, randomize, same_bits, tiny_images, tiny_scheduler
+from tests.tiny_models import one_level_unet, randomize, same_bits, tiny_adapter, tiny_images, tiny_scheduler
 
 BATCH_SIZE = 4
 SAMPLER = TimestepSampler(TimestepSegment(0, 500), 1000, 0.3)
 
 
-def batches(first: int, batch_size: int = BATCH_SIZE) -> Iterator[TrainingBatch]:
-    return (TrainingBatch(tiny_images(batch_size, seed=number)) for number in itertools.count(first))
+def batches(first: int, batch_size: int = BATCH_SIZE) -> Iterator[EncodedBatch]:
+    return (EncodedBatch(tiny_images(batch_size, seed=number), {}) for number in itertools.count(first))
 
 
 def build(
@@ -45,7 +45,7 @@ def build(
         pretrained = one_level_unet()
     return Training(
         one_level_unet() if model is None else model,
-        tiny_scheduler(),
+        tiny_adapter(),
         source,
         spec=TrainingSpec(num_steps=num_steps, **{"batch_size": BATCH_SIZE, "learning_rate": 1e-3, **spec}),
         plan=TrainingPlan("segment 0 [0, 500)", sampler, num_steps, consistency_weight, seed),
@@ -78,9 +78,9 @@ def state_of(training: Training) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_falls_on_a_few_fixed_images() -> None:
-    images = tiny_images(8)
+    images = EncodedBatch(tiny_images(8), {})
     training = build(
-        source=lambda first: itertools.repeat(TrainingBatch(images)),
+        source=lambda first: itertools.repeat(images),
         num_steps=40,
         batch_size=8,
         learning_rate=5e-3,
@@ -340,9 +340,9 @@ def test_a_record_holds_the_means_since_the_one_before() -> None:
 def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumulation: int) -> None:
     bad_batch = 5
 
-    def source(first: int) -> Iterator[TrainingBatch]:
+    def source(first: int) -> Iterator[EncodedBatch]:
         for number, batch in enumerate(batches(first), start=first):
-            yield TrainingBatch(batch.clean_images + (value if number == bad_batch else 0.0))
+            yield EncodedBatch(batch.latents + (value if number == bad_batch else 0.0), {})
 
     training = build(source=source, num_steps=20, record_every=4, gradient_accumulation_steps=accumulation)
     with pytest.raises(NonFiniteLossError) as caught:
@@ -352,8 +352,10 @@ def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumul
 
 
 def test_a_non_finite_loss_is_raised_before_the_step_of_the_checkpoint_is_yielded() -> None:
-    broken = TrainingBatch(torch.full((4, 1, 8, 8), float("nan")))
-    training = build(source=lambda first: itertools.repeat(broken), checkpoint_every=2)
+    training = build(
+        source=lambda first: itertools.repeat(EncodedBatch(torch.full((4, 1, 8, 8), float("nan")), {})),
+        checkpoint_every=2,
+    )
     with pytest.raises(NonFiniteLossError):
         next(training.progress())
 
@@ -392,7 +394,7 @@ def test_a_pretrained_model_and_a_consistency_weight_go_together(weight: float) 
     with pytest.raises(ValueError, match="go together"):
         Training(
             one_level_unet(),
-            tiny_scheduler(),
+            tiny_adapter(),
             batches,
             spec=TrainingSpec(num_steps=1),
             plan=TrainingPlan("control", SAMPLER, 1, weight),
