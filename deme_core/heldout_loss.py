@@ -48,7 +48,12 @@ def heldout_losses(
     losses = np.empty((len(images), len(edges) - 1), dtype=np.float32)
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
-        batch = encode_batch(adapter, normalize(torch.stack([images.image(index) for index in indices])))
+        batch = encode_batch(
+            adapter,
+            normalize(torch.stack([images.image(index) for index in indices])),
+            captions=images.captions and [images.captions[index] for index in indices],
+            labels=images.labels and [images.labels[index] for index in indices],
+        )
         clean, batch = batch.latents.cpu(), batch.to(device)
         for column, (low, high) in enumerate(itertools.pairwise(edges)):
             draws = [_draw(seed, column, index, len(images), low, high, clean.shape[1:]) for index in indices]

@@ -5,6 +5,7 @@ environment (`deme_core.settings`).
 """
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,6 +15,7 @@ from deme_core.metrics import METRICS, MetricName, deciding_metric, needs_prompt
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
+DEFAULT_IMAGE_COLUMN = "image"
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -87,15 +89,31 @@ class PretrainedSpec(_Spec):
 class DatasetSpec(_Spec):
     """Which images, and how they are brought to one size."""
 
-    source: Literal["digits", "imagefolder", "hub"] = Field(description="Where the images come from.")
+    source: Literal["digits", "imagefolder", "webdataset", "hub"] = Field(description="Where the images come from.")
     path: str | None = Field(
-        None, description="A folder, a zip, an object-store prefix (imagefolder), or a datasets name."
+        None,
+        description="A folder, a zip (imagefolder) or tar (webdataset), an object-store prefix, or a datasets name.",
     )
     name: str | None = Field(None, description="Configuration of a datasets name.")
     split: str = Field("train", description="Split of a datasets name.")
-    image_column: str = Field("image", description="Column of a datasets name that holds the images.")
-    caption_column: str | None = Field(None, description="Column that holds captions, for text-conditional models.")
-    label_column: str | None = Field(None, description="Column that holds class labels.")
+    image_column: str = Field(
+        DEFAULT_IMAGE_COLUMN,
+        description="Column of a datasets name that holds the images; or their extension, in tars with several.",
+    )
+    caption_column: str | None = Field(
+        None,
+        description="What holds captions, for text-conditional models: a column of a datasets name, a key of "
+        "metadata.jsonl, an extension or a JSON key in tars.",
+    )
+    caption_template: str | None = Field(
+        None, description="Captions made from columns instead, e.g. 'a photo of a {label}'."
+    )
+    caption_dropout: Probability = Field(
+        0.0, description="Chance that training sees the empty caption instead, for classifier-free guidance."
+    )
+    label_column: str | None = Field(
+        None, description="What holds class labels; without a column 'label' that is the sub-folder of each image."
+    )
     resolution: int | None = Field(None, ge=4, description="Side of the square images, in pixels; digits are 8.")
     channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
@@ -114,6 +132,20 @@ class DatasetSpec(_Spec):
             raise ValueError(f"source '{self.source}' needs a path")
         if self.source != "digits" and self.resolution is None:
             raise ValueError(f"source '{self.source}' needs a resolution")
+        return self
+
+    @model_validator(mode="after")
+    def _captions(self) -> Self:
+        if self.caption_column is not None and self.caption_template is not None:
+            raise ValueError("give either caption_column or caption_template")
+        if self.caption_dropout and self.caption_column is None and self.caption_template is None:
+            raise ValueError("caption_dropout needs captions: give caption_column or caption_template")
+        try:
+            fields = [parsed[1:] for parsed in Formatter().parse(self.caption_template or "")]
+        except ValueError as error:
+            raise ValueError(f"caption_template '{self.caption_template}' is malformed ({error})") from error
+        if any(field != (None, None, None) and (not field[0] or field[1] or field[2]) for field in fields):
+            raise ValueError("caption_template takes names of columns in braces and nothing else, as in '{label}'")
         return self
 
 

@@ -14,7 +14,7 @@ def identity(job: HeldoutJob, context: JobContext) -> Identity:
     return Identity(
         settings={"edges": list(job.edges)},
         inputs={"model": job.model.digest},
-        dataset=context.heldout_images(job.dataset).reference_fingerprint,
+        dataset=context.heldout_images(job.dataset).example_fingerprint,
     )
 
 

@@ -21,7 +21,7 @@ def identity(job: LossJob, context: JobContext) -> Identity:
     return Identity(
         settings={"kind": "loss", "segment_edges": list(job.segment_edges)} | merge,
         inputs=inputs,
-        dataset=context.heldout_images(job.dataset).reference_fingerprint,
+        dataset=context.heldout_images(job.dataset).example_fingerprint,
     )
 
 

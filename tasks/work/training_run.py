@@ -38,9 +38,21 @@ def run_training(
             seed=plan.seed,
             random_crop=dataset.crop == "random",
             random_flip=dataset.random_flip,
+            caption_dropout=dataset.caption_dropout,
             start_batch=start_batch,
         )
-        return (encode_batch(adapter, images) for images in decoded)
+        return (
+            encode_batch(
+                adapter,
+                batch.clean_images,
+                captions=batch.captions,
+                labels=batch.labels,
+                original_sizes=batch.original_sizes,
+                crop_top_lefts=batch.crop_top_lefts,
+                target_sizes=batch.target_sizes,
+            )
+            for batch in decoded
+        )
 
     training = Training(model, adapter, batches, spec=spec, plan=plan, pretrained=pretrained, device=context.device)
     checkpoints = Checkpoints(context, digest)
