@@ -21,6 +21,7 @@ from deme_core.model_digest import model_digest
 from deme_core.projection import attach_projections
 from deme_core.recipe import FinetuneSpec
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan
 
@@ -69,7 +70,7 @@ def build_training(pretrained: nn.Module, clean_images: torch.Tensor, *, channel
         lambda _first_batch: itertools.repeat(EncodedBatch(clean_images, {})),
         spec=FinetuneSpec(num_steps=_NEVER, batch_size=len(clean_images), checkpoint_every=_NEVER),
         plan=TrainingPlan("benchmark", TimestepSampler(TimestepSegment(0, 250), 1000, 0.3), _NEVER, 1.0),
-        pretrained=copy.deepcopy(pretrained),
+        teacher=Teacher([copy.deepcopy(pretrained)]),
         device=clean_images.device,
         record_every=1,
     )

@@ -63,6 +63,10 @@ class FinetuneSpec(TrainingSpec):
     channel_projection: bool = Field(True, description="Train channel-wise projections and fold them after merging.")
 
 
+class DistillSpec(TrainingSpec):
+    """How the merged model is trained to predict what the ensemble predicts: an extra row, not the paper's method."""
+
+
 class PretrainedSpec(_Spec):
     """Where the pretrained model comes from."""
 
@@ -361,6 +365,11 @@ class Recipe(_Spec):
     segments: SegmentsSpec
     finetune: FinetuneSpec
     merge: MergeSpec
+    distill: DistillSpec | None = Field(
+        None,
+        description="Train the merged model to predict, at every timestep, what its segment's copy predicts: the row "
+        "distilled. The control takes as many optimizer steps more.",
+    )
     evaluate: EvaluateSpec
     execution: ExecutionSpec = ExecutionSpec()
 

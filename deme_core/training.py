@@ -7,6 +7,7 @@ Pretraining, the N copies and the control are all this, with other settings. Eve
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,11 +18,14 @@ from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
 from deme_core.families import Adapter, EncodedBatch
-from deme_core.model_digest import model_digest
 from deme_core.objectives import consistency_loss, diffusion_loss
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import derive_seed, generator
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler, check_histogram
+
+# Tensors while training, floats in a record.
+T = TypeVar("T", torch.Tensor, float)
 
 BatchSource = Callable[[int], Iterable[EncodedBatch]]
 
@@ -33,9 +37,9 @@ class TrainingProgress:
     Attributes:
         global_step: optimizer steps done.
         num_steps: optimizer steps in all.
-        loss: diffusion loss + consistency_weight * consistency loss.
+        loss: diffusion_weight * diffusion loss + consistency_weight * consistency loss.
         diffusion_loss: mean squared error against the training target.
-        consistency_loss: mean squared error against the pretrained model's prediction; 0 without one.
+        consistency_loss: mean squared error against the teacher's prediction; 0 without one.
         learning_rate: of the last step.
         grad_norm: L2 norm before clipping.
         images_per_sec: training images per second.
@@ -63,6 +67,7 @@ class TrainingPlan:
         num_steps: optimizer steps.
         consistency_weight: lambda; 0 switches the consistency loss off.
         seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
+        diffusion_weight: of the diffusion loss; 0 for a distillation, which learns from its teacher alone.
     """
 
     label: str
@@ -70,6 +75,7 @@ class TrainingPlan:
     num_steps: int
     consistency_weight: float = 0.0
     seed: int = 0
+    diffusion_weight: float = 1.0
 
 
 @dataclass
@@ -101,8 +107,8 @@ class Training:
         adapter: says how the model is noised and called, and what its target is.
         batches: from the number of the first batch, an endless stream of what the denoiser is trained on.
         spec: optimizer, precision, EMA and the like.
-        plan: timesteps, number of steps, consistency.
-        pretrained: frozen theta_0; needed if the plan has a consistency weight.
+        plan: timesteps, number of steps, weights of the losses.
+        teacher: frozen theta_0, or frozen experts; needed if the plan has a consistency weight.
         device: where to train.
         record_every: optimizer steps between progress records.
     """
@@ -115,12 +121,12 @@ class Training:
         *,
         spec: TrainingSpec,
         plan: TrainingPlan,
-        pretrained: nn.Module | None = None,
+        teacher: Teacher | None = None,
         device: torch.device | str = "cpu",
         record_every: int = 10,
     ) -> None:
-        if (pretrained is None) == (plan.consistency_weight > 0):
-            raise ValueError("the frozen pretrained model and a consistency weight go together")
+        if (teacher is None) == (plan.consistency_weight > 0):
+            raise ValueError("a teacher and a consistency weight go together")
         AcceleratorState._reset_state(reset_partial_state=True)  # A worker process trains several models in turn.
         self.accelerator = Accelerator(
             mixed_precision="no" if spec.mixed_precision == "fp32" else spec.mixed_precision,
@@ -131,7 +137,7 @@ class Training:
         self.adapter = adapter
         adapter.prepare_training(model)
         self.device = self.accelerator.device
-        self.pretrained = pretrained.eval().requires_grad_(False).to(self.device) if pretrained is not None else None
+        self.teacher = teacher.to(self.device) if teacher is not None else None
         optimizer = torch.optim.AdamW(
             model.to(self.device).train().parameters(),
             lr=spec.learning_rate,
@@ -162,9 +168,9 @@ class Training:
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; raised before such a state could be saved.
             TimestepHistogramError: the timesteps drawn contradict the sampler.
-            FrozenModelChangedError: the pretrained model is not what it was at the start.
+            FrozenModelChangedError: the teacher is not what it was at the start.
         """
-        frozen_digest = model_digest(self.pretrained) if self.pretrained is not None else None
+        frozen_digests = self.teacher.digests() if self.teacher is not None else None
         first_batch = self.global_step * self.spec.gradient_accumulation_steps
         batches = enumerate(self.batches(first_batch), start=first_batch)
         sums = _Sums()
@@ -176,8 +182,8 @@ class Training:
                 sums = _Sums()
         draws_per_decision = self.spec.batch_size if self.plan.sampler.per_batch_mirrored else 1
         check_histogram(self.timestep_counts, self.plan.sampler, draws_per_decision=draws_per_decision)
-        if self.pretrained is not None and model_digest(self.pretrained) != frozen_digest:
-            raise FrozenModelChangedError(f"The frozen pretrained model changed while {self.plan.label} was trained.")
+        if self.teacher is not None and self.teacher.digests() != frozen_digests:
+            raise FrozenModelChangedError(f"A frozen model changed while {self.plan.label} was trained.")
 
     def _record_is_due(self) -> bool:
         step = self.global_step
@@ -192,7 +198,7 @@ class Training:
             number, batch = next(batches)
             with self.accelerator.accumulate(self.model):
                 diffusion, consistency = self._losses(number, batch.to(self.device))
-                self.accelerator.backward(diffusion + self.plan.consistency_weight * consistency)
+                self.accelerator.backward(self._weighted(diffusion, consistency))
                 if self.accelerator.sync_gradients:
                     grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
                 self.optimizer.step()
@@ -215,11 +221,14 @@ class Training:
         told = process.model_timesteps(timesteps)
         prediction = self.adapter.predict(self.model, noisy, told, batch.conditioning)
         diffusion = diffusion_loss(prediction, target)
-        if self.pretrained is None:
+        if self.teacher is None:
             return diffusion, torch.zeros_like(diffusion)
-        with torch.no_grad(), self.accelerator.autocast():
-            pretrained_prediction = self.adapter.predict(self.pretrained, noisy, told, batch.conditioning)
-        return diffusion, consistency_loss(prediction, pretrained_prediction)
+        with self.accelerator.autocast():
+            taught = self.teacher.predict(self.adapter, noisy, timesteps, batch.conditioning)
+        return diffusion, consistency_loss(prediction, taught)
+
+    def _weighted(self, diffusion: T, consistency: T) -> T:
+        return self.plan.diffusion_weight * diffusion + self.plan.consistency_weight * consistency
 
     def _record(self, sums: _Sums) -> TrainingProgress:
         values = torch.stack(sums.steps).cpu()
@@ -232,7 +241,7 @@ class Training:
         return TrainingProgress(
             global_step=self.global_step,
             num_steps=self.plan.num_steps,
-            loss=diffusion + self.plan.consistency_weight * consistency,
+            loss=self._weighted(diffusion, consistency),
             diffusion_loss=diffusion,
             consistency_loss=consistency,
             learning_rate=sums.learning_rate,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
+from deme_core.recipe import DatasetSpec, DistillSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
 
 PRETRAINED_STAGE = "pretrained"
 
@@ -205,6 +205,28 @@ class MergeJob(Job):
     weights: tuple[float, ...]
 
 
+class DistillJob(Job):
+    """Train the merged model on all timesteps to predict what each segment's expert predicts.
+
+    Attributes:
+        label: name for messages; no part of the result.
+        pretrained: theta_0, which holds the frozen parts.
+        merged: where the training starts.
+        experts: what it is taught by, lowest timesteps first.
+        segment_edges: 0, inner edges, T of the experts' segments.
+    """
+
+    stage: ClassVar[str] = "distilled"
+    work: ClassVar[str] = "distill"
+    label: str
+    pretrained: ArtifactRef
+    merged: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    segment_edges: tuple[int, ...]
+    dataset: DatasetSpec
+    distill: DistillSpec
+
+
 class GeneratedImages(BaseModel):
     """The set of images that one model, or the ensemble of experts, makes under one seed.
 
@@ -258,7 +280,7 @@ class EvaluateJob(Job):
 
 
 _TRAINING = (PretrainJob, ImportJob, FinetuneJob)
-_MERGING = (SearchJob, ScoreJob, LossJob, MergeJob)
+_MERGING = (SearchJob, ScoreJob, LossJob, MergeJob, DistillJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}
 

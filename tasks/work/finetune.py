@@ -6,6 +6,7 @@ from deme_core.model_folder import load_denoiser, write_like
 from deme_core.projection import attach_projections
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
 from tasks.jobs import FinetuneJob
@@ -45,7 +46,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         consistency_weight=job.finetune.consistency_weight,
         seed=derive_seed("segment", job.finetune.seed, job.low, job.high),
     )
-    pretrained = load_denoiser(folder) if job.finetune.consistency_weight > 0 else None
+    teacher = Teacher([load_denoiser(folder)]) if job.finetune.consistency_weight > 0 else None
     tensors, metrics = yield from run_training(
         context,
         digest,
@@ -55,7 +56,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         job.dataset,
         job.finetune,
         plan,
-        pretrained,
+        teacher,
     )
     write_like(out, folder, tensors=tensors, copy_of=job.pretrained.digest)
     return metrics

@@ -10,6 +10,7 @@ from torch import nn
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageDataset, TrainingBatches
 from deme_core.recipe import DatasetSpec, TrainingSpec
+from deme_core.teacher import Teacher
 from deme_core.training import Training, TrainingPlan
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
 from tasks.work.base import JobContext, Record, checkpoint_stage
@@ -27,7 +28,7 @@ def run_training(
     dataset: DatasetSpec,
     spec: TrainingSpec,
     plan: TrainingPlan,
-    pretrained: nn.Module | None = None,
+    teacher: Teacher | None = None,
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""
 
@@ -54,7 +55,7 @@ def run_training(
             for batch in decoded
         )
 
-    training = Training(model, adapter, batches, spec=spec, plan=plan, pretrained=pretrained, device=context.device)
+    training = Training(model, adapter, batches, spec=spec, plan=plan, teacher=teacher, device=context.device)
     checkpoints = Checkpoints(context, digest)
     if resumed := checkpoints.restore(training):
         yield {"message": f"resumed at step {resumed}"}

@@ -15,6 +15,7 @@ from deme_core.projection import attach_projections, is_projection
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan, TrainingProgress
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
@@ -49,7 +50,7 @@ def build(
         source,
         spec=TrainingSpec(num_steps=num_steps, **{"batch_size": BATCH_SIZE, "learning_rate": 1e-3, **spec}),
         plan=TrainingPlan("segment 0 [0, 500)", sampler, num_steps, consistency_weight, seed),
-        pretrained=pretrained,
+        teacher=Teacher([pretrained]) if pretrained is not None else None,
         device=device,
         record_every=record_every,
     )
@@ -390,7 +391,7 @@ def test_the_histogram_counts_every_image() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_a_pretrained_model_and_a_consistency_weight_go_together(weight: float) -> None:
+def test_a_teacher_and_a_consistency_weight_go_together(weight: float) -> None:
     with pytest.raises(ValueError, match="go together"):
         Training(
             one_level_unet(),
@@ -398,7 +399,7 @@ def test_a_pretrained_model_and_a_consistency_weight_go_together(weight: float) 
             batches,
             spec=TrainingSpec(num_steps=1),
             plan=TrainingPlan("control", SAMPLER, 1, weight),
-            pretrained=None if weight else one_level_unet(),
+            teacher=None if weight else Teacher([one_level_unet()]),
         )
 
 
