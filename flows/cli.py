@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from deme_core.errors import DemeError
+from deme_core.errors import DemeError, InputError
 from flows.stack.commands import app as stack_app
 
 app = typer.Typer(
@@ -76,17 +77,39 @@ def evaluate(
 @app.command(epilog="Example: deme compare 3f2a9c41 b07d5512")
 def compare(
     runs: Annotated[list[str], typer.Argument(help="MLflow run ids or their beginnings; the first is the baseline.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default one under DEME_HOME/reports.")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Put several runs in one table, if they were evaluated alike."""
+    """Put several runs in one table and on one page, if they were evaluated alike."""
     from flows.environment import make_folders
 
     make_folders()
     from flows.report_text import print_comparison
-    from tasks.comparison import compare_reports
+    from tasks.comparison import comparable_reports, comparison_table
+    from tasks.comparison_page import write_comparison
 
-    table = compare_reports(runs)
-    _show(table, print_comparison, as_json=json_)
+    reports = comparable_reports(runs)
+    page = write_comparison(reports, out)
+    _show(comparison_table(reports), print_comparison, as_json=json_)
+    # Beside the JSON object, which is the last line of stdout.
+    Console(stderr=json_).print(f"page  {page}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: deme report 3f2a9c41 --open")
+def report(
+    run: Annotated[str | None, typer.Argument(help="MLflow run id or its beginning; default the newest run.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+) -> None:
+    """Print the path of a run's page, fetching the page if the run was done elsewhere."""
+    from flows.environment import make_folders
+
+    make_folders()
+    from tasks.run_page import fetch_page
+
+    path = fetch_page(run)
+    Console().print(str(path), highlight=False, soft_wrap=True)
+    if open_ and not webbrowser.open(path.as_uri()):
+        raise InputError(f"There is no browser here; open {path} in one.")
 
 
 def _show(content: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool) -> None:

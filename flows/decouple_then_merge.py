@@ -19,6 +19,7 @@ from flows.parameters import Overrides, RecipeName, recipe_name
 from tasks.experts import judge_experts
 from tasks.jobs import FinetuneJob, JobResult
 from tasks.report import write_report
+from tasks.run_results import RunResults
 from tasks.stages import finetune, heldout_loss, obtain_pretrained
 
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
@@ -80,18 +81,17 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
         rows[row] = submit_row(recipe, row, (model.ref,), None, reference)
         losses[row] = heldout_loss.submit(model.ref, bins, row)
 
-    names = ["all timesteps", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
-    return write_report(
+    names = ["finetuned", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
+    results = RunResults(
         rows={row: rows[row].result() for row in ROWS},
+        models={"pretrained": pretrained, "finetuned": scaled, "merged": merged},
         trainings=dict(zip(names, [control_result, *copy_results], strict=True)),
         losses={row: future.result() for row, future in losses.items()},
         expert_losses=_results(copy_losses),
         experts=experts,
-        merged=merged,
-        scale=scaled.metrics["weights"][0],
         searches={what: found.metrics for what, found in plan.searches.items()},
-        flow_run_id=str(flow_run.id),
     )
+    return write_report(results, flow_run_id=str(flow_run.id))
 
 
 def _finetune(

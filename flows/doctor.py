@@ -63,7 +63,7 @@ def _store(settings: Settings) -> str:
 
 
 def _mlflow(settings: Settings) -> str:
-    from tasks.tracking import check_tracking
+    from tasks.tracked_runs import check_tracking
 
     check_tracking(settings)
     return settings.tracking_uri

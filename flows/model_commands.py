@@ -20,7 +20,7 @@ from deme_core.store import local_errors, open_store
 
 def export_model(run: str | None, out: Path) -> Path:
     """Writes the merged model of a run, the newest by default, into the folder ``out``."""
-    from tasks.tracking import find_tag
+    from tasks.tracked_runs import find_tag
 
     settings = Settings()
     uri = find_tag(settings, "deme.merged.uri", run)

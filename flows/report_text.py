@@ -32,6 +32,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"merged model   {report['merged']['uri']}",
         f"registry       {_registration(report['registry'])}",
         f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
+        f"page           {_page(report)}",
         *_pictures(report),
         f"compare runs   {mlflow_command(Settings())}",
         f"took           {_duration(report['seconds'])}",
@@ -42,7 +43,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 def print_scores(report: dict[str, Any], console: Console) -> None:
     """Prints the scores of one model."""
     console.print(_table(report))
-    lines = [f"run            {report['mlflow_run_id']}", f"fingerprint    {report['fingerprint']}"]
+    lines = [
+        f"run            {report['mlflow_run_id']}",
+        f"fingerprint    {report['fingerprint']}",
+        f"page           {_page(report)}",
+    ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
@@ -58,6 +63,12 @@ def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     for run, row in rows.items():
         table.add_row(run[:8], *row.values())
     console.print(table)
+
+
+def _page(report: dict[str, Any]) -> str:
+    """Returns where the page is, or the command that fetches it from another machine."""
+    path: str = report["page"]["path"]
+    return path if Path(path).exists() else f"deme report {report['mlflow_run_id'][:8]}"
 
 
 def _pictures(report: dict[str, Any]) -> list[str]:

@@ -29,6 +29,11 @@ class Job(BaseModel):
     work: ClassVar[str]
     version: ClassVar[int] = 1
 
+    @property
+    def num_generated_images(self) -> int:
+        """How many images the work generates."""
+        return 0
+
 
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
@@ -163,6 +168,11 @@ class ScoreJob(CandidateJob):
     num_images: int
     reference: ArtifactRef
 
+    @property
+    def num_generated_images(self) -> int:
+        """All seeds' images."""
+        return self.num_images * len(self.seeds)
+
 
 class LossJob(CandidateJob):
     """Measure the denoising loss of one candidate in each segment, on images that no training saw.
@@ -260,6 +270,11 @@ class GeneratedFeaturesJob(Job):
     evaluate: EvaluateSpec
     low: int
     high: int
+
+    @property
+    def num_generated_images(self) -> int:
+        """The slice's images."""
+        return self.high - self.low
 
 
 class EvaluateJob(Job):

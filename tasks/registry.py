@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores, compare, paired_difference
+from tasks.mlflow_client import mlflow_client
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -45,7 +46,7 @@ def register(
         source: URI of the folder of the merged model, which stock diffusers loads.
         metric: name of the metric that decides.
     """
-    client = MlflowClient(settings.tracking_uri)
+    client = mlflow_client(settings)
     name = f"deme-{report['recipe']}"
     try:
         version = _find_version(client, name, report) or _create_version(

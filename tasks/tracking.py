@@ -1,28 +1,20 @@
-"""Tracking in MLflow: the only module that knows it.
+"""Tracking in MLflow: what a flow run writes there.
 
 Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store.
 """
 
-import json
-import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import Image, MlflowClient
+from mlflow import Image
 from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
 
-from deme_core.errors import InputError
 from deme_core.settings import Settings
-from tasks.health import check_health
-
-# The migrations of a new SQLite database are of no interest to anyone.
-for _name in ("alembic", "mlflow"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+from tasks.mlflow_client import mlflow_client
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
@@ -46,7 +38,7 @@ class Tracker:
         os.environ.pop("MLFLOW_RUN_ID", None)
         if settings.tracking_uri.startswith("sqlite:"):
             settings.state_folder.mkdir(parents=True, exist_ok=True)
-        self._client, self._ui_url = MlflowClient(settings.tracking_uri), settings.mlflow_ui_url
+        self._client, self._ui_url = mlflow_client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
 
@@ -122,49 +114,3 @@ class Tracker:
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
-
-
-def find_tag(settings: Settings, tag: str, run: str | None) -> str:
-    """Returns a tag of the run whose id begins with ``run``; by default of the newest run that has the tag.
-
-    Raises:
-        InputError: there is no such run, or more than one.
-    """
-    return str(_find_run(settings, f"tags.`{tag}` != ''", run).data.tags[tag])
-
-
-def find_report(settings: Settings, *, run: str | None = None, flow_run: str | None = None) -> dict[str, Any]:
-    """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest whole run.
-
-    Raises:
-        InputError: there is no such run, or more than one.
-    """
-    newest = "tags.`deme.merged.uri` != ''" if run is None else "tags.`deme.fingerprint` != ''"
-    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
-    found = _find_run(settings, query, run)
-    with tempfile.TemporaryDirectory() as folder:
-        path = MlflowClient(settings.tracking_uri).download_artifacts(found.info.run_id, "report.json", folder)
-        report: dict[str, Any] = json.loads(Path(path).read_text())
-    return report
-
-
-def _find_run(settings: Settings, query: str, run: str | None) -> Run:
-    client = MlflowClient(settings.tracking_uri)
-    experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
-    if run is not None:
-        found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
-    if not found:
-        which = f"whose id begins with '{run}'" if run else "that has finished"
-        raise InputError(f"There is no run {which} in {settings.tracking_uri}; `deme run` makes one.")
-    if run is not None and len(found) > 1:
-        raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
-    first: Run = found[0]
-    return first
-
-
-def check_tracking(settings: Settings) -> None:
-    """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
-    if not settings.tracking_uri.startswith("http"):
-        return
-    check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)

@@ -13,7 +13,7 @@ import httpx
 import psutil
 from mlflow import MlflowClient
 
-from tasks.tracking import find_report
+from tasks.tracked_runs import find_report
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 from tests.e2e.platform import FINAL, Platform, belongs

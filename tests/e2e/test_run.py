@@ -49,6 +49,7 @@ def test_everything_is_in_mlflow(deme: CommandLine, first_report: dict[str, Any]
         "samples.png",
         "losses.png",
         "recipe.yaml",
+        "report.html",
         "report.json",
     }
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
