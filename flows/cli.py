@@ -6,7 +6,7 @@ import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -149,11 +149,14 @@ def _run_flow(
 def export(
     out: OutOption,
     run: Annotated[str | None, typer.Argument(help="MLflow run id or its beginning; default the newest run.")] = None,
+    row: Annotated[
+        Literal["merged", "distilled"], typer.Option(help="Which model; distilled where the recipe distills.")
+    ] = "merged",
 ) -> None:
     """Write the merged model of a run as a folder that stock diffusers loads."""
     from flows.model_commands import export_model
 
-    Console().print(f"wrote {export_model(run, out)}", highlight=False, soft_wrap=True)
+    Console().print(f"wrote {export_model(run, out, row)}", highlight=False, soft_wrap=True)
 
 
 @app.command(

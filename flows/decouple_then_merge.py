@@ -8,21 +8,22 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import bin_edges
-from deme_core.recipe import Recipe
+from deme_core.recipe import DistillSpec, Recipe
 from deme_core.recipe_file import load_recipe
-from deme_core.segments import recipe_segments
+from deme_core.segments import TimestepSegment, recipe_segments
 from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
 from tasks.experts import judge_experts
-from tasks.jobs import FinetuneJob, JobResult
+from tasks.jobs import DistillJob, FinetuneJob, JobResult
 from tasks.report import write_report
 from tasks.run_results import RunResults
-from tasks.stages import finetune, heldout_loss, obtain_pretrained
+from tasks.stages import distill, finetune, heldout_loss, obtain_pretrained
 
-ROWS = ("pretrained", "finetuned", "ensemble", "merged")
+ROWS = ("pretrained", "finetuned", "ensemble", "merged", "distilled")
 
 
 # Threads only wait for worker processes; how many jobs run at once is the worker pool's to say. The two searches wait
@@ -52,9 +53,11 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 
-    control = _finetune(recipe, pretrained, (edges[0], edges[-1]), "all timesteps", "finetune/all", len(segments))
+    each = recipe.finetune.num_steps
+    in_all = each * len(segments) + (recipe.distill.num_steps if recipe.distill else 0)
+    control = _finetune(recipe, pretrained, TimestepSegment(edges[0], edges[-1]), in_all, "all timesteps", "all")
     copies = [
-        _finetune(recipe, pretrained, (segment.low, segment.high), f"segment {i} {segment}", f"finetune/segment-{i}")
+        _finetune(recipe, pretrained, segment, each, f"segment {i} {segment}", f"segment-{i}")
         for i, segment in enumerate(segments)
     ]
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
@@ -77,15 +80,20 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
     merged = plan.merge(tuple(expert.ref for expert in experts if expert.merged), weights, experts, "experts")
     scaled = plan.merge((control_result.ref,), scale, None, "control")
-    for row, model in {"merged": merged, "finetuned": scaled}.items():
-        rows[row] = submit_row(recipe, row, (model.ref,), None, reference)
-        losses[row] = heldout_loss.submit(model.ref, bins, row)
+    models = {"pretrained": pretrained, "finetuned": scaled, "merged": merged}
+    if recipe.distill:
+        models["distilled"] = distill(_distillation(recipe, recipe.distill, pretrained, merged, copy_refs, edges))
+    for row in ROWS:
+        if row in models and row not in rows:
+            rows[row] = submit_row(recipe, row, (models[row].ref,), None, reference)
+            losses[row] = heldout_loss.submit(models[row].ref, bins, row)
 
     names = ["finetuned", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
+    trainings = dict(zip(names, [control_result, *copy_results], strict=True))
     results = RunResults(
-        rows={row: rows[row].result() for row in ROWS},
-        models={"pretrained": pretrained, "finetuned": scaled, "merged": merged},
-        trainings=dict(zip(names, [control_result, *copy_results], strict=True)),
+        rows={row: rows[row].result() for row in ROWS if row in rows},
+        models=models,
+        trainings=trainings | {row: model for row, model in models.items() if row == "distilled"},
         losses={row: future.result() for row, future in losses.items()},
         expert_losses=_results(copy_losses),
         experts=experts,
@@ -97,22 +105,42 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
 def _finetune(
     recipe: Recipe,
     pretrained: JobResult,
-    bounds: tuple[int, int],
+    segment: TimestepSegment,
+    num_steps: int,
     label: str,
     child_name: str,
-    num_shares: int = 1,
 ) -> PrefectFuture[JobResult]:
-    """Submits the finetuning of one copy, for ``num_shares`` times the steps of a segment."""
+    """Submits the finetuning of one copy."""
     job = FinetuneJob(
         label=label,
         pretrained=pretrained.ref,
         dataset=recipe.dataset,
         finetune=recipe.finetune,
-        low=bounds[0],
-        high=bounds[1],
-        num_steps=recipe.finetune.num_steps * num_shares,
+        low=segment.low,
+        high=segment.high,
+        num_steps=num_steps,
     )
-    return finetune.submit(job, child_name)
+    return finetune.submit(job, f"finetune/{child_name}")
+
+
+def _distillation(
+    recipe: Recipe,
+    spec: DistillSpec,
+    pretrained: JobResult,
+    merged: JobResult,
+    experts: tuple[ArtifactRef, ...],
+    edges: tuple[int, ...],
+) -> DistillJob:
+    """Returns the job that teaches the merged model what the ensemble knows."""
+    return DistillJob(
+        label="the ensemble into the merge",
+        pretrained=pretrained.ref,
+        merged=merged.ref,
+        experts=experts,
+        segment_edges=edges,
+        dataset=recipe.dataset,
+        distill=spec,
+    )
 
 
 def _results(futures: Sequence[PrefectFuture[JobResult]]) -> list[JobResult]:

@@ -18,12 +18,12 @@ from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
 
 
-def export_model(run: str | None, out: Path) -> Path:
-    """Writes the merged model of a run, the newest by default, into the folder ``out``."""
+def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
+    """Writes the merged or the distilled model of a run, the newest that has one by default, into the folder ``out``."""
     from tasks.tracked_runs import find_tag
 
     settings = Settings()
-    uri = find_tag(settings, "deme.merged.uri", run)
+    uri = find_tag(settings, f"deme.{row}.uri", run)
     prefix, digest = uri.rsplit("/", 1)
     store_uri = prefix.rsplit("/", 1)[0]
     with new_folder(out) as folder:

@@ -9,27 +9,20 @@ from rich.table import Table
 from deme_core.metrics import direction
 from deme_core.settings import Settings
 
-_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "model")
+_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "distilled", "model")
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Prints what a run found."""
     console.print(_table(report))
-    for baseline in ("pretrained", "finetuned"):
-        verdict = report["verdict"][f"vs_{baseline}"]
-        metric = report["metric"]
-        gain = report["gain"][f"vs_{baseline}"][metric]
-        console.print(
-            f"merged is [bold]{verdict}[/] than {baseline}"
-            if verdict != "too close to call"
-            else f"merged against {baseline}: [bold]{verdict}[/]",
-            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
-            highlight=False,
-        )
+    _print_verdicts("merged", report, report["metric"], console)
+    if "distilled" in report:
+        _print_verdicts("distilled", report["distilled"], report["metric"], console)
     weights = ", ".join(f"{weight:g}" for weight in report["merged"]["weights"])
     lines = [
         f"merge weights  {weights}  (scale of the control: {report['finetuned']['scale']:g})",
         f"merged model   {report['merged']['uri']}",
+        *([f"distilled      {report['distilled']['uri']}"] if "distilled" in report else []),
         f"registry       {_registration(report['registry'])}",
         f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
         f"page           {_page(report)}",
@@ -38,6 +31,18 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"took           {_duration(report['seconds'])}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
+    for baseline in ("pretrained", "finetuned"):
+        verdict, gain = comparison["verdict"][f"vs_{baseline}"], comparison["gain"][f"vs_{baseline}"][metric]
+        console.print(
+            f"{row} is [bold]{verdict}[/] than {baseline}"
+            if verdict != "too close to call"
+            else f"{row} against {baseline}: [bold]{verdict}[/]",
+            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
+            highlight=False,
+        )
 
 
 def print_scores(report: dict[str, Any], console: Console) -> None:

@@ -11,6 +11,7 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
+    DistillJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
@@ -87,7 +88,13 @@ def finetune(job: FinetuneJob, child_name: str) -> JobResult:
     return _train(job, task_name=f"finetune {job.label}", child_name=child_name)
 
 
-def _train(job: PretrainJob | FinetuneJob, *, task_name: str, child_name: str) -> JobResult:
+@task(name="distill", task_run_name="distill {job.label}", **_OPTIONS)
+def distill(job: DistillJob) -> JobResult:
+    """Trains the merged model to predict what the ensemble predicts."""
+    return _train(job, task_name=f"distill {job.label}", child_name="distill")
+
+
+def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child_name: str) -> JobResult:
     runtime = current_runtime()
     tracker = runtime.tracker
     child = tracker.child(child_name)
