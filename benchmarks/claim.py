@@ -16,6 +16,7 @@ from itertools import chain
 from typing import Any
 
 from benchmarks.measurement import print_result, print_table
+from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, interval, paired_difference
 
@@ -84,11 +85,12 @@ def print_claim(reports: Sequence[dict[str, Any]], training_seeds: Sequence[int]
     primary = metrics[0]
     means = {row: [report["rows"][row][primary]["mean"] for report in reports] for row in reports[0]["rows"]}
     comparisons = {row: compare_rows(reports, row, primary) for row in BASELINES}
+    ratio = sum(means["merged"]) / sum(means["finetuned"])
     print_result(
         "claim",
-        ratio=sum(means["merged"]) / sum(means["finetuned"]),
+        ratio=1 / ratio if higher_is_better(primary) else ratio,
         goal=1.0,
-        holds=all(comparison.over_training_seeds.high < 0 for comparison in comparisons.values()),
+        holds=all(_is_better(comparison.over_training_seeds, primary) for comparison in comparisons.values()),
         recipe=reports[0]["recipe"],
         metric=primary,
         training_seeds=list(training_seeds),
@@ -113,8 +115,12 @@ def _print_metric(reports: Sequence[dict[str, Any]], training_seeds: Sequence[in
     if metric == next(iter(reports[0]["rows"]["merged"])):
         verdicts = [", ".join(f"{count} {verdict}" for verdict, count in c.verdicts.items()) for c in comparisons]
         lines.append(("verdicts", *([""] * len(rows)), *verdicts))
-    title = f"{reports[0]['recipe']}: {metric}, lower is better; differences with 95 % intervals"
+    title = f"{reports[0]['recipe']}: {metric}, {direction([metric])}; differences with 95 % intervals"
     print_table(title, ("training seed", *rows, *(f"merged - {row}" for row in BASELINES)), lines)
+
+
+def _is_better(difference: Interval, metric: str) -> bool:
+    return difference.low > 0 if higher_is_better(metric) else difference.high < 0
 
 
 def _text(difference: Interval) -> str:

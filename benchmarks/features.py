@@ -24,7 +24,8 @@ from PIL import Image
 
 from benchmarks.measurement import Duration, median_ratio, print_result, print_table, take_turns, timed
 from deme_core.extractors import FeatureArray, NetworkExtractor, load_extractor
-from deme_core.metrics import Reference, frechet_distance_to
+from deme_core.metrics.frechet import frechet_distance_to
+from deme_core.reference import Reference
 
 GOAL = 1 / 3
 _BATCH_SIZE, _CLEANFID_BATCH_SIZE = 64, 128

@@ -115,7 +115,9 @@ class Laboratory:
         spec, reference, found = self.recipe.evaluate, self.reference("report").ref, []
         for seed in spec.seeds:
             images = GeneratedImages(models=models, edges=edges, seed=seed)
-            features = self.do(GeneratedFeaturesJob(images=images, evaluate=spec, low=0, high=spec.num_images))
+            features = self.do(
+                GeneratedFeaturesJob(label="model", images=images, evaluate=spec, low=0, high=spec.num_images)
+            )
             job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
             found.append(next(iter(self.do(job).metrics["scores"].values())))
         return found

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from deme_core.errors import InputError
+from deme_core.errors import InputError, NonFiniteImagesError
 from deme_core.families import Adapter
 from deme_core.guidance import image_guidance
+from deme_core.prompts import Prompts
 from deme_core.recipe import Sampler
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
@@ -120,7 +121,7 @@ def generate(
     *,
     seed: int,
     indices: Sequence[int],
-    prompts: Sequence[str] | None = None,
+    prompts: Prompts | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[torch.Tensor]:
     """Yields the images ``indices`` of the set that ``seed`` names, batch by batch.
@@ -131,7 +132,7 @@ def generate(
         sampling: sampler and its settings.
         seed: names the set of images.
         indices: which images of the set.
-        prompts: for a model that takes text; image i belongs to prompt i modulo their number.
+        prompts: for a model that takes text.
         device: where the denoiser is.
 
     Yields:
@@ -139,6 +140,7 @@ def generate(
 
     Raises:
         InputError: the sampler does not fit the model, or it needs prompts.
+        NonFiniteImagesError: an image is NaN or infinite.
     """
     for start in range(0, len(indices), sampling.batch_size):
         batch = indices[start : start + sampling.batch_size]
@@ -152,7 +154,18 @@ def generate(
             prediction = guidance.predict(adapter, model, latents, timesteps)
             step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
             latents = step.prev_sample
-        yield quantize(adapter.decode_latents(latents))
+        images = adapter.decode_latents(latents)
+        _check_finite(images, seed)
+        yield quantize(images)
+
+
+def _check_finite(images: torch.Tensor, seed: int) -> None:
+    # Quantised, they would be black or white, and get a score.
+    if num_bad := int((~images.isfinite().flatten(1).all(dim=1)).sum()):
+        raise NonFiniteImagesError(
+            f"{num_bad} of {len(images)} images generated under seed {seed} are NaN or infinite, so the model has "
+            "diverged; train it with a lower learning rate, or merge with smaller weights."
+        )
 
 
 def quantize(images: torch.Tensor) -> torch.Tensor:

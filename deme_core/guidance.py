@@ -9,6 +9,7 @@ from torch import nn
 from deme_core.errors import InputError
 from deme_core.families import Adapter, ConditioningTensors
 from deme_core.families.adapter import NO_LABEL
+from deme_core.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,16 @@ class Guidance:
 
 
 def image_guidance(
-    adapter: Adapter, indices: Sequence[int], *, prompts: Sequence[str] | None = None, scale: float = 1.0
+    adapter: Adapter, indices: Sequence[int], *, prompts: Prompts | None = None, scale: float = 1.0
 ) -> Guidance:
     """Returns what the images ``indices`` of a set are conditioned on.
 
-    Image i belongs to prompt i, or to class i, modulo their number.
+    Image i belongs to prompt i, or to class i, modulo the number of them.
 
     Args:
         adapter: the model's.
         indices: which images.
-        prompts: texts, for a model that takes them.
+        prompts: for a model that takes text.
         scale: guidance scale.
 
     Raises:
@@ -56,11 +57,11 @@ def image_guidance(
         case "nothing":
             return Guidance({})
         case "captions":
-            if not prompts:
+            if prompts is None:
                 raise InputError(
                     f"A {adapter.pipeline} makes images from text; set evaluate.prompts to a file of prompts."
                 )
-            conditioning = adapter.encode_prompts([prompts[index % len(prompts)] for index in indices])
+            conditioning = adapter.encode_prompts(prompts.of_images(indices))
             nothing = adapter.encode_prompts([""])
         case "labels":
             conditioning = adapter.encode_labels([index % adapter.num_classes for index in indices])

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deme_core.metrics import METRICS, MetricName, deciding_metric, needs_prompts
+
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
 Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
@@ -295,7 +297,19 @@ class EvaluateSpec(_Spec):
         ge=32,
         description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299.",
     )
-    metrics: tuple[Literal["fid", "kid", "precision", "recall"], ...] = Field(
+    # Left out of a dump where there are none: digests made before there were prompts stay.
+    prompts: str | None = Field(
+        None,
+        exclude_if=lambda prompts: prompts is None,
+        description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
+        "caption; image i belongs to prompt i modulo their number.",
+    )
+    clip_weights: str | None = Field(
+        None,
+        exclude_if=lambda weights: weights is None,
+        description="clip_score: path or object-store URI of a CLIP model's folder; default ViT-B/32 from the hub.",
+    )
+    metrics: tuple[MetricName, ...] = Field(
         ("fid", "kid"), min_length=1, description="What is computed; the first is searched and decides the verdict."
     )
     kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")
@@ -312,8 +326,11 @@ class EvaluateSpec(_Spec):
             raise ValueError("seeds must differ from one another")
         if len(set(self.metrics)) != len(self.metrics):
             raise ValueError("metrics must differ from one another")
-        if self.metrics[0] not in ("fid", "kid"):
-            raise ValueError("metrics must begin with fid or kid: neither precision nor recall decides alone")
+        if deciding_metric(self.metrics[0]) is None:
+            able = ", ".join(metric for metric in METRICS if deciding_metric(metric))
+            raise ValueError(f"metrics must begin with one of {able}: {self.metrics[0]} alone does not decide")
+        if needs_prompts(self.metrics) and self.prompts is None:
+            raise ValueError("clip_score needs prompts; set evaluate.prompts to a text file with one per line")
         if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
             raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
         if self.extractor != "inception" and self.extractor_mode != "clean":

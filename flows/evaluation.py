@@ -30,7 +30,9 @@ def submit_row(
     ranges = slices(spec.num_images, batch_size=spec.batch_size, images_per_task=recipe.execution.images_per_task)
     features: list[Any] = [  # Futures, which Prefect replaces by their results.
         [
-            generated_features.submit(row, GeneratedFeaturesJob(images=image_set, evaluate=spec, low=low, high=high))
+            generated_features.submit(
+                row, GeneratedFeaturesJob(label=f"Row {row}", images=image_set, evaluate=spec, low=low, high=high)
+            )
             for low, high in ranges
         ]
         for image_set in images

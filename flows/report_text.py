@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deme_core.metrics import direction
 from deme_core.settings import Settings
 
 _ORDER = ("pretrained", "finetuned", "ensemble", "merged", "model")
@@ -53,7 +54,7 @@ def print_model(report: dict[str, Any], console: Console) -> None:
 def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     """Prints runs side by side."""
     columns = list(next(iter(rows.values())))
-    table = Table("run", *columns, title="mean and 95 % interval, lower is better", title_justify="left")
+    table = Table("run", *columns, title=f"mean and 95 % interval, {direction(columns)}", title_justify="left")
     for run, row in rows.items():
         table.add_row(run[:8], *row.values())
     console.print(table)
@@ -81,11 +82,8 @@ def mlflow_command(settings: Settings) -> str:
 def _table(report: dict[str, Any]) -> Table:
     metrics = list(next(iter(report["rows"].values())))
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
-    title = f"{report['recipe']}: {counts}; mean and 95 % interval, lower is better"
-    table = Table(title=title, title_justify="left")
-    table.add_column("row")
-    for metric in metrics:
-        table.add_column(f"{metric} (higher is better)" if metric.startswith(("precision", "recall")) else metric)
+    title = f"{report['recipe']}: {counts}; mean and 95 % interval, {direction(metrics)}"
+    table = Table("row", *metrics, title=title, title_justify="left")
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]
         cells = [f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for s in (scores[m] for m in metrics)]

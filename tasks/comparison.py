@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deme_core.errors import InputError
+from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores, compare, differing_conditions
 from tasks.tracking import check_tracking, find_report
@@ -40,8 +41,10 @@ def _row(report: dict[str, Any], baseline: dict[str, Any]) -> dict[str, str]:
         metric: f"{bounds['mean']:.4g} ({bounds['low']:.4g} to {bounds['high']:.4g})"
         for metric, bounds in report["rows"][name].items()
     }
-    ours, theirs = (_deciding(each, baseline["metric"]) for each in (report, baseline))
-    verdict = "baseline" if report is baseline else compare(ours, theirs)
+    metric = baseline["metric"]
+    ours, theirs = (_deciding(each, metric) for each in (report, baseline))
+    higher = higher_is_better(metric)
+    verdict = "baseline" if report is baseline else compare(ours, theirs, higher_is_better=higher)
     return {"recipe": report["recipe"], "model": report.get("model", name), **scores, "verdict": verdict}
 
 

@@ -263,6 +263,7 @@ class GeneratedFeaturesJob(Job):
     """Generate a slice of an image set and extract its features; no image is written.
 
     Attributes:
+        label: name for messages; no part of the result.
         images: the set.
         low: first image of the slice.
         high: end of the slice.
@@ -270,6 +271,7 @@ class GeneratedFeaturesJob(Job):
 
     stage: ClassVar[str] = "features"
     work: ClassVar[str] = "generated_features"
+    label: str
     images: GeneratedImages
     evaluate: EvaluateSpec
     low: int

@@ -14,7 +14,15 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
 from deme_core.figures import save_heldout_losses, save_loss_curves, save_sample_comparison
 from deme_core.metrics import higher_is_better, metric_name
-from deme_core.verdict import RowScores, compare, differences, differing_conditions, interval, paired_difference
+from deme_core.verdict import (
+    RowScores,
+    Verdict,
+    compare,
+    differences,
+    differing_conditions,
+    interval,
+    paired_difference,
+)
 from tasks.experts import Expert, relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
 from tasks.prefect_artifacts import show_report, show_scores
@@ -41,7 +49,7 @@ def write_report(
     scores = _scores(rows)
     primary = metric_name(runtime.recipe.evaluate.metrics[0], runtime.recipe.evaluate.extractor_name)
     deciding = _deciding(rows, primary)
-    verdict = {f"vs_{row}": compare(deciding["merged"], deciding[row]) for row in ("pretrained", "finetuned")}
+    verdict = {f"vs_{row}": _verdict(deciding, row, primary) for row in ("pretrained", "finetuned")}
     conditions = shared_conditions(rows, runtime.recipe.evaluate.seeds)
     report = {
         "recipe": runtime.recipe.name,
@@ -116,6 +124,10 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
     _log_report(runtime, report, _deciding(rows, primary))
     show_scores(report, runtime.tracker)
     return report
+
+
+def _verdict(deciding: Mapping[str, RowScores], row: str, primary: str) -> Verdict:
+    return compare(deciding["merged"], deciding[row], higher_is_better=higher_is_better(primary))
 
 
 def _deciding(rows: Rows, primary: str) -> dict[str, RowScores]:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from deme_core.errors import ModelFolderError
+from deme_core.errors import InputError, ModelFolderError
 from deme_core.noise_process import NoiseProcess
 
 ConditioningTensors = dict[str, torch.Tensor]
@@ -106,6 +106,14 @@ class Adapter:
     def encode_labels(self, labels: Sequence[int]) -> ConditioningTensors:
         """Returns the tensors, each (B, ...), that B class labels become; -1 stands for no class."""
         return {}
+
+    def check_labels(self, labels: Sequence[int]) -> None:
+        """Raises an InputError if the model does not know a class."""
+        if unknown := sorted({label for label in labels if not NO_LABEL <= label < self.num_classes}):
+            raise InputError(
+                f"The {self.pipeline} knows the classes 0 to {self.num_classes - 1}, but there are images of class "
+                f"{', '.join(map(str, unknown))}; check dataset.label_column."
+            )
 
     def encode_sizes(
         self,

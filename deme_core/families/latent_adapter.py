@@ -1,4 +1,4 @@
-"""What the families on latents share: a frozen AutoencoderKL between images and what the denoiser works on."""
+"""What the families on latents share: a frozen autoencoder between images and what the denoiser works on."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,18 +11,17 @@ import torch
 from deme_core.errors import InputError, ModelFolderError
 from deme_core.families.adapter import Adapter
 from deme_core.model_json import INDEX_NAME, read_json
+from deme_core.noise_process import Diffusion, NoiseProcess
 
 
 class LatentAdapter(Adapter):
-    """An adapter of a pipeline with a ``vae``, and most often text encoders."""
+    """An adapter of a pipeline with a ``vae``, and most often text encoders.
 
-    # Latents have no range to be clipped to, and DDIM clips where a config is silent.
-    scheduler_overrides: ClassVar[Mapping[str, Any]] = {"clip_sample": False}
+    Attributes:
+        parts_left_out: parts of the pipeline that no prompt goes through.
+    """
 
-    @cached_property
-    def vae_config(self) -> dict[str, Any]:
-        """config.json of the autoencoder."""
-        return read_json(self.frozen / "vae" / "config.json")
+    parts_left_out: ClassVar[tuple[str, ...]] = ()
 
     @cached_property
     def vae(self) -> Any:
@@ -31,12 +30,30 @@ class LatentAdapter(Adapter):
         vae.enable_slicing()
         return vae
 
+    @cached_property
+    def text_pipeline(self) -> Any:
+        """The stock pipeline without denoiser and autoencoder: its tokenizers and text encoders, float32."""
+        import diffusers
+
+        index = self._index
+        absent = [name for name, (library, _) in index.items() if library is None]
+        parts: dict[str, Any] = dict.fromkeys(("vae", *self.parts_left_out, *absent))
+        parts[self.denoiser_part] = self.denoiser_of_text_pipeline()
+        parts |= {name: self._load(name) for name in index if name.startswith("text_encoder") and name not in absent}
+        with _no_progress_bars():
+            return getattr(diffusers, self.pipeline).from_pretrained(self.frozen, local_files_only=True, **parts)
+
+    def denoiser_of_text_pipeline(self) -> Any:
+        """Returns what stands for the denoiser while prompts are encoded."""
+        return None
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image: latents times the autoencoder's factor."""
-        factor = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        config = read_json(self.frozen / "vae" / "config.json")
+        factor = 2 ** (len(config["block_out_channels"]) - 1)
         _, height, width = self.latent_shape
-        return self.vae_config["in_channels"], factor * height, factor * width
+        return config["in_channels"], factor * height, factor * width
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
@@ -69,15 +86,10 @@ class LatentAdapter(Adapter):
     def _shift(self) -> float:
         return float(self.vae.config.shift_factor or 0.0)
 
-    @cached_property
-    def text_pipeline(self) -> Any:
-        """The stock pipeline without denoiser and autoencoder: its tokenizers and text encoders, float32."""
-        import diffusers
-
-        parts: dict[str, Any] = dict.fromkeys({self.denoiser_part, "vae", *self._parts_left_out})
-        parts |= {part: self._load(part) for part in self.frozen_parts if part.startswith("text_encoder")}
-        with _no_progress_bars():
-            return getattr(diffusers, self.pipeline).from_pretrained(self.frozen, local_files_only=True, **parts)
+    @property
+    def _index(self) -> dict[str, list[Any]]:
+        index = read_json(self.frozen / INDEX_NAME)
+        return {name: part for name, part in index.items() if isinstance(part, list)}
 
     def _load(self, part: str) -> Any:
         """Loads a frozen model, float32.
@@ -85,7 +97,7 @@ class LatentAdapter(Adapter):
         Raises:
             ModelFolderError: it does not hold all tensors of its class, which stock loaders start at random.
         """
-        library, class_name = read_json(self.frozen / INDEX_NAME)[part]
+        library, class_name = self._index[part]
         with _no_progress_bars():
             model, info = getattr(import_module(library), class_name).from_pretrained(
                 self.frozen / part, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
@@ -94,13 +106,22 @@ class LatentAdapter(Adapter):
             raise ModelFolderError(f"{self.frozen / part} misses the tensors {', '.join(missing)}; fetch it again.")
         return model.eval().requires_grad_(False).to(self.device)
 
-    # Parts of the pipeline that no prompt goes through.
-    _parts_left_out: tuple[str, ...] = ()
-
     def release(self) -> None:
         """Forgets autoencoder and text encoders."""
         for part in ("vae", "text_pipeline"):
             self.__dict__.pop(part, None)
+
+
+class DiffusionOnLatents(LatentAdapter):
+    """A latent adapter whose noise is that of DDPM."""
+
+    # Latents have no range to be clipped to, and DDIM clips where a config is silent.
+    scheduler_overrides: ClassVar[Mapping[str, Any]] = {"clip_sample": False}
+
+    @cached_property
+    def noise_process(self) -> NoiseProcess:
+        """Diffusion, by the model's own scheduler config."""
+        return Diffusion.from_config(self.scheduler_config)
 
 
 @contextmanager

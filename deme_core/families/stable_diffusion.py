@@ -1,17 +1,15 @@
 """Stable Diffusion 1.x and 2.x (arXiv 2112.10752): a UNet on latents that attends to CLIP's states of the caption."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 
 from deme_core.families.adapter import ConditioningTensors
-from deme_core.families.latent_adapter import LatentAdapter
-from deme_core.noise_process import Diffusion, NoiseProcess
+from deme_core.families.latent_adapter import DiffusionOnLatents
 
 
-class StableDiffusion(LatentAdapter):
+class StableDiffusion(DiffusionOnLatents):
     """UNet2DConditionModel, AutoencoderKL, CLIPTextModel."""
 
     pipelines = ("StableDiffusionPipeline",)
@@ -21,15 +19,10 @@ class StableDiffusion(LatentAdapter):
     conditioned_on = "captions"
     # As the stock pipeline corrects configs that are older than the setting.
     scheduler_overrides: ClassVar[Mapping[str, Any]] = {"clip_sample": False, "steps_offset": 1}
-    _parts_left_out = ("safety_checker", "feature_extractor", "image_encoder")
-
-    @cached_property
-    def noise_process(self) -> NoiseProcess:
-        """Diffusion, by the model's own scheduler config."""
-        return Diffusion.from_config(self.scheduler_config)
+    parts_left_out = ("safety_checker", "feature_extractor", "image_encoder")
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns CLIP's last hidden states, float32 (B, tokens, width)."""
-        embeddings, _ = self.text_pipeline.encode_prompt(list(texts), self.device, 1, False)
-        return {"encoder_hidden_states": embeddings}
+        states, _ = self.text_pipeline.encode_prompt(list(texts), self.device, 1, False)
+        return {"encoder_hidden_states": states}

@@ -18,7 +18,6 @@ from deme_core.encodings import (
     write_latents,
 )
 from deme_core.encodings.row_file import Rows, RowWriter
-from deme_core.errors import ModelFolderError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageSubset, TrainingBatches, load_images, split_heldout
 from deme_core.model_folder import open_model_folder
@@ -26,7 +25,6 @@ from deme_core.recipe import DatasetSpec
 from tests.tiny_models import same_bits
 from tests.tiny_pipelines import PIPELINES, save_pipeline
 
-LATENT_PIPELINES = sorted(name for name in PIPELINES if name not in ("DDPMPipeline",))
 CLASSES = ("cat", "dog", "frog")
 NUM_IMAGES = 21
 
@@ -42,7 +40,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=LATENT_PIPELINES)
+@pytest.fixture(scope="module", params=PIPELINES)
 def pipeline(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_pipeline(request.param, tmp_path_factory.mktemp("pipeline") / "model")
 
@@ -101,13 +99,12 @@ def encode(
 
 def from_encodings(
     pipeline: Path, training: ImageSubset, encodings: tuple[Latents, Embeddings | None], **settings: Any
-) -> EncodedBatches:
-    """Reads with an adapter that has no frozen parts at all."""
-    folder = open_model_folder(pipeline)
-    bare = folder.index.family(denoiser_config=folder.denoiser_config, scheduler_config=folder.scheduler_config)
-    with pytest.raises(ModelFolderError):
-        bare.frozen  # noqa: B018 - what a training that encodes would need
-    return EncodedBatches(training, training.indices, *encodings, bare, **SETTINGS | settings)
+) -> Iterator[EncodedBatch]:
+    """Reads, and shows that neither autoencoder nor text encoder was loaded for it."""
+    adapter = open_model_folder(pipeline).adapter()
+    for batch in EncodedBatches(training, training.indices, *encodings, adapter, **SETTINGS | settings):
+        assert not {"vae", "text_pipeline"} & vars(adapter).keys()
+        yield batch
 
 
 def differences(left: EncodedBatch, right: EncodedBatch) -> Mapping[str, float]:
@@ -134,7 +131,7 @@ def test_another_precision_takes_half_the_bytes(pipeline: Path, training: ImageS
     batches = []
     for name, dtype in (("half", torch.float16), ("full", torch.float32)):
         encodings = encode(tmp_path / name, adapter, training, slice_size=100, dtype=dtype)
-        batches.append(next(iter(from_encodings(pipeline, training, encodings))))
+        batches.append(next(from_encodings(pipeline, training, encodings)))
     assert 0 < differences(*batches)["latents"] < 1e-2
     assert all(difference < 1e-2 for difference in differences(*batches).values())
     sizes = [(tmp_path / name / "latents-0" / "latents.safetensors").stat().st_size for name in ("half", "full")]
@@ -154,7 +151,7 @@ def test_a_resumed_stream_is_the_same_stream(stable_diffusion: Path, training: I
     for left, right in zip(itertools.islice(resumed, 6), whole[9:], strict=True):
         assert not any(differences(left, right).values())
     state = torch.get_rng_state()
-    other = next(iter(from_encodings(stable_diffusion, training, encodings, seed=6)))
+    other = next(from_encodings(stable_diffusion, training, encodings, seed=6))
     assert differences(other, whole[0])["latents"] > 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -170,7 +167,7 @@ def test_each_caption_is_stored_once_and_the_empty_one_is_there(
     stored = load_file(tmp_path / "encoded" / "texts-0" / "encoder_hidden_states.safetensors")["rows"]
     assert len(stored) == len(embeddings) == 4
     dropping = from_encodings(stable_diffusion, training, encode_again(tmp_path, embeddings), caption_dropout=1.0)
-    states = next(iter(dropping)).conditioning["encoder_hidden_states"]
+    states = next(dropping).conditioning["encoder_hidden_states"]
     assert same_bits(states, stored[:1].expand(4, -1, -1))
     torch.testing.assert_close(states[:1], adapter.encode_prompts([""])["encoder_hidden_states"])
 

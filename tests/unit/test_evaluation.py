@@ -7,7 +7,7 @@ import torch
 
 from deme_core.evaluation import Evaluation, split_reference
 from deme_core.generate import Sampling, SingleModel
-from deme_core.metrics import score
+from deme_core.metrics import Comparison, score
 from deme_core.reference import Reference
 from deme_core.slices import slices
 from tests.tiny_models import one_level_unet, tiny_adapter
@@ -40,7 +40,9 @@ EVALUATION = Evaluation(
 
 def test_scores_are_those_of_the_images_of_the_seed() -> None:
     scores, images = EVALUATION.score(SingleModel(one_level_unet()), 1, keep=11)
-    expected = score(QuarterMeans()(images), EVALUATION.reference, metrics=("fid", "kid"), kid_subset_size=5)
+    features = QuarterMeans()(images)
+    comparison = Comparison(features=features, reference=EVALUATION.reference, kid_subset_size=5)
+    expected = score(comparison, ("fid", "kid"))
     assert images.shape == (11, 1, 8, 8)
     assert list(scores) == list(expected)
     assert scores == pytest.approx(expected)
@@ -133,12 +135,12 @@ def test_the_images_for_the_search_are_spread_over_the_data_set() -> None:
 @pytest.mark.parametrize("images_per_task", [1, 4, 8])
 def test_slices_made_by_tasks_of_their_own_are_bit_for_bit_the_image_set(images_per_task: int) -> None:
     model = SingleModel(one_level_unet())
-    whole = [images for _, images in EVALUATION.batches(model, 1, range(11))]
+    whole = [batch.images for batch in EVALUATION.batches(model, 1, range(11))]
     ranges = slices(11, batch_size=4, images_per_task=images_per_task)
-    sliced = [images for low, high in reversed(ranges) for _, images in EVALUATION.batches(model, 1, range(low, high))]
+    sliced = [b.images for low, high in reversed(ranges) for b in EVALUATION.batches(model, 1, range(low, high))]
     assert {tuple(image.flatten().tolist()) for batch in sliced for image in batch} == {
         tuple(image.flatten().tolist()) for batch in whole for image in batch
     }
     low, high = ranges[-1]
-    last = torch.cat([images for _, images in EVALUATION.batches(model, 1, range(low, high))])
+    last = torch.cat([batch.images for batch in EVALUATION.batches(model, 1, range(low, high))])
     assert last.equal(torch.cat(whole)[low:high])

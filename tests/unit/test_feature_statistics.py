@@ -6,7 +6,8 @@ import pytest
 from deme_core.errors import InputError
 from deme_core.feature_file import read_features, save_features
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import frechet_distance_to, score
+from deme_core.metrics import Comparison, score
+from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.reference import Reference
 
 FEATURES = (np.random.default_rng(0).standard_normal((50, 6)) + 100.0).astype(np.float32)
@@ -52,4 +53,4 @@ def test_a_reference_of_statistics_scores_as_one_of_features(tmp_path: Path) -> 
     expected = frechet_distance_to(features, generated)
     assert frechet_distance_to(loaded, generated) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="statistics only"):
-        score(generated, loaded, metrics=["kid"], kid_subset_size=5)
+        score(Comparison(features=generated, reference=loaded, kid_subset_size=5), ["kid"])
