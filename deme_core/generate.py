@@ -85,8 +85,8 @@ class Sampling:
 
         if self.sampler not in (known := adapter.noise_process.samplers):
             raise InputError(
-                f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler to "
-                f"{' or '.join(known)}."
+                f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler, or --sampler on "
+                f"the command line, to {' or '.join(known)}."
             )
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])

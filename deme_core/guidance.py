@@ -59,7 +59,8 @@ def image_guidance(
         case "captions":
             if prompts is None:
                 raise InputError(
-                    f"A {adapter.pipeline} makes images from text; set evaluate.prompts to a file of prompts."
+                    f"A {adapter.pipeline} makes images from text; name a file of prompts by evaluate.prompts, or by "
+                    "--prompts on the command line."
                 )
             conditioning = adapter.encode_prompts(prompts.of_images(indices))
             nothing = adapter.encode_prompts([""])

@@ -154,8 +154,14 @@ def generate(
     out: OutOption,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim or ddpm; flow_match_euler for flow-matching models.", show_default="ddim")
+    ] = None,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    prompts: Annotated[
+        str | None, typer.Option(help="Path or URI of prompts, for a model that takes text; image i has prompt i.")
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change the images.")] = 64,
 ) -> None:
     """Generate images as PNG files, the same for any batch size and machine count."""
@@ -168,6 +174,8 @@ def generate(
         seed=seed,
         sampler=sampler,
         num_inference_steps=num_inference_steps,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
         batch_size=batch_size,
         console=Console(stderr=True),
     )

@@ -52,13 +52,19 @@ def generate_images(
     *,
     num_images: int,
     seed: int,
-    sampler: str,
     num_inference_steps: int,
-    batch_size: int,
     console: Console,
+    batch_size: int = 64,
+    sampler: str | None = None,
+    prompts: str | None = None,
+    guidance_scale: float = 1.0,
 ) -> None:
-    """Writes ``num_images`` PNG files named by image index into the folder ``out``."""
-    if sampler not in get_args(Sampler):
+    """Writes ``num_images`` PNG files named by image index into the folder ``out``.
+
+    Raises:
+        InputError: the sampler does not fit the model, or it needs prompts.
+    """
+    if sampler not in (None, *get_args(Sampler)):
         raise InputError(f"--sampler '{sampler}' is none of {', '.join(get_args(Sampler))}.")
     import torch
     from PIL import Image
@@ -66,16 +72,25 @@ def generate_images(
     from deme_core.generate import Sampling, SingleModel, generate
     from deme_core.model_folder import load_denoiser, open_model_folder
     from deme_core.model_source import fetch_source
+    from deme_core.prompts import load_prompts
 
-    folder = open_model_folder(fetch_source(model, revision=None, cache=Settings().cache_folder))
-    sampling = Sampling(cast(Sampler, sampler), num_inference_steps, batch_size=batch_size)
+    cache = Settings().cache_folder
+    folder = open_model_folder(fetch_source(model, revision=None, cache=cache))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    adapter = folder.adapter(device)
+    sampling = Sampling(
+        cast(Sampler, sampler or adapter.noise_process.samplers[0]),
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+    )
     batches = generate(
         SingleModel(load_denoiser(folder).eval().to(device)),
-        folder.adapter(device),
+        adapter,
         sampling,
         seed=seed,
         indices=range(num_images),
+        prompts=load_prompts(prompts, cache) if prompts else None,
         device=device,
     )
     with new_folder(out) as partial:

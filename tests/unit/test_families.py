@@ -209,7 +209,7 @@ def test_what_a_model_is_conditioned_on_must_be_there(name: str, folders: Folder
 
 def test_text_to_image_needs_prompts(folders: Folders) -> None:
     adapter, model = folders("StableDiffusionPipeline").adapter(), SingleModel(nn.Identity())
-    with pytest.raises(InputError, match=r"makes images from text; set evaluate\.prompts"):
+    with pytest.raises(InputError, match=r"makes images from text; name a file of prompts"):
         next(generate(model, adapter, sampling_for(adapter), seed=0, indices=[0]))
 
 
@@ -218,9 +218,7 @@ def test_text_to_image_needs_prompts(folders: Folders) -> None:
     [("StableDiffusion3Pipeline", "ddim", "flow_match_euler"), ("DiTPipeline", "flow_match_euler", "ddim or ddpm")],
 )
 def test_a_sampler_must_fit_the_model(name: str, sampler: Any, known: str, folders: Folders) -> None:
-    with pytest.raises(
-        InputError, match=rf"The sampler {sampler} does not fit a {name}; set evaluate.sampler to {known}"
-    ):
+    with pytest.raises(InputError, match=rf"The sampler {sampler} does not fit a {name}; .* to {known}"):
         Sampling(sampler).build_scheduler(folders(name).adapter())
 
 
