@@ -122,6 +122,12 @@ class DatasetSpec(_Spec):
     channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
     random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
+    cache_latents: bool | None = Field(
+        None,
+        description="Encode images and captions once and train on that, for models on latents; default yes, unless "
+        "crop is random.",
+    )
+    cache_precision: Precision = Field("fp32", description="How the cache stores numbers: half of them take half.")
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
@@ -136,6 +142,12 @@ class DatasetSpec(_Spec):
             raise ValueError(f"source '{self.source}' needs a path")
         if self.source != "digits" and self.resolution is None:
             raise ValueError(f"source '{self.source}' needs a resolution")
+        return self
+
+    @model_validator(mode="after")
+    def _cache(self) -> Self:
+        if self.cache_latents and self.crop == "random":
+            raise ValueError("cache_latents needs crop: center, since every random crop has latents of its own")
         return self
 
     @model_validator(mode="after")
@@ -344,14 +356,28 @@ class ExecutionSpec(_Spec):
         "on whatever machine serves the work pool deme-gpu or deme-cpu.",
     )
     gpu_stages: tuple[
-        Literal["pretrained", "finetune", "features", "reference", "heldout", "search", "merged", "evaluate"], ...
+        Literal[
+            "pretrained",
+            "latents",
+            "embeddings",
+            "finetune",
+            "features",
+            "reference",
+            "heldout",
+            "search",
+            "merged",
+            "evaluate",
+        ],
+        ...,
     ] = Field(
-        ("pretrained", "finetune", "heldout", "search", "features"),
+        ("pretrained", "latents", "embeddings", "finetune", "heldout", "search", "features"),
         description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     images_per_task: int = Field(
-        5000, ge=1, description="Images, generated or real, that one task turns into features, in whole batches."
+        5000,
+        ge=1,
+        description="Images that one task generates, turns into features or encodes, in whole batches; or captions.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
 

@@ -8,20 +8,21 @@ from prefect.futures import PrefectFuture
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import bin_edges
-from deme_core.recipe import DistillSpec, Recipe
+from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
-from deme_core.segments import TimestepSegment, recipe_segments
+from deme_core.segments import recipe_segments
+from flows.encodings import encode_dataset
 from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
+from flows.trainings import Trainings
 from tasks.experts import judge_experts
-from tasks.jobs import DistillJob, FinetuneJob, JobResult
+from tasks.jobs import JobResult
 from tasks.report import write_report
 from tasks.run_results import RunResults
-from tasks.stages import distill, finetune, heldout_loss, obtain_pretrained
+from tasks.stages import heldout_loss, obtain_pretrained
 
 ROWS = ("pretrained", "finetuned", "ensemble", "merged", "distilled")
 
@@ -53,13 +54,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 
-    each = recipe.finetune.num_steps
-    in_all = each * len(segments) + (recipe.distill.num_steps if recipe.distill else 0)
-    control = _finetune(recipe, pretrained, TimestepSegment(edges[0], edges[-1]), in_all, "all timesteps", "all")
-    copies = [
-        _finetune(recipe, pretrained, segment, each, f"segment {i} {segment}", f"segment-{i}")
-        for i, segment in enumerate(segments)
-    ]
+    trainings = Trainings(recipe, pretrained.ref, encode_dataset(recipe, pretrained), segments)
+    control, copies = trainings.control(), trainings.copies()
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
     for_report = first_real_features(recipe, "report")
     for_search = first_real_features(recipe, "search") if recipe.merge.search else None
@@ -82,65 +78,24 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     scaled = plan.merge((control_result.ref,), scale, None, "control")
     models = {"pretrained": pretrained, "finetuned": scaled, "merged": merged}
     if recipe.distill:
-        models["distilled"] = distill(_distillation(recipe, recipe.distill, pretrained, merged, copy_refs, edges))
+        models["distilled"] = trainings.distillation(recipe.distill, merged.ref, copy_refs)
     for row in ROWS:
         if row in models and row not in rows:
             rows[row] = submit_row(recipe, row, (models[row].ref,), None, reference)
             losses[row] = heldout_loss.submit(models[row].ref, bins, row)
 
     names = ["finetuned", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
-    trainings = dict(zip(names, [control_result, *copy_results], strict=True))
+    trained = dict(zip(names, [control_result, *copy_results], strict=True))
     results = RunResults(
         rows={row: rows[row].result() for row in ROWS if row in rows},
         models=models,
-        trainings=trainings | {row: model for row, model in models.items() if row == "distilled"},
+        trainings=trained | {row: model for row, model in models.items() if row == "distilled"},
         losses={row: future.result() for row, future in losses.items()},
         expert_losses=_results(copy_losses),
         experts=experts,
         searches={what: found.metrics for what, found in plan.searches.items()},
     )
     return write_report(results, flow_run_id=str(flow_run.id))
-
-
-def _finetune(
-    recipe: Recipe,
-    pretrained: JobResult,
-    segment: TimestepSegment,
-    num_steps: int,
-    label: str,
-    child_name: str,
-) -> PrefectFuture[JobResult]:
-    """Submits the finetuning of one copy."""
-    job = FinetuneJob(
-        label=label,
-        pretrained=pretrained.ref,
-        dataset=recipe.dataset,
-        finetune=recipe.finetune,
-        low=segment.low,
-        high=segment.high,
-        num_steps=num_steps,
-    )
-    return finetune.submit(job, f"finetune/{child_name}")
-
-
-def _distillation(
-    recipe: Recipe,
-    spec: DistillSpec,
-    pretrained: JobResult,
-    merged: JobResult,
-    experts: tuple[ArtifactRef, ...],
-    edges: tuple[int, ...],
-) -> DistillJob:
-    """Returns the job that teaches the merged model what the ensemble knows."""
-    return DistillJob(
-        label="the ensemble into the merge",
-        pretrained=pretrained.ref,
-        merged=merged.ref,
-        experts=experts,
-        segment_edges=edges,
-        dataset=recipe.dataset,
-        distill=spec,
-    )
 
 
 def _results(futures: Sequence[PrefectFuture[JobResult]]) -> list[JobResult]:

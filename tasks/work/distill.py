@@ -11,16 +11,19 @@ from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
 from tasks.jobs import DistillJob
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.encodings import open_encodings
 from tasks.work.model_description import describe_model
 from tasks.work.training_run import run_training
 
 
 def identity(job: DistillJob, context: JobContext) -> Identity:
     """Everything but the label and what changes only the speed."""
+    cached = {"cache_precision": job.dataset.cache_precision} if job.latents else {}
     return Identity(
         settings={
             "distill": job.distill.model_dump(mode="json", exclude={"checkpoint_every"}),
             "segment_edges": list(job.segment_edges),
+            **cached,
         },
         inputs={"merged": job.merged.digest} | {f"expert-{i}": expert.digest for i, expert in enumerate(job.experts)},
         dataset=context.training_images(job.dataset).fingerprint,
@@ -50,6 +53,7 @@ def run(job: DistillJob, context: JobContext, out: Path, digest: str) -> Work:
         job.distill,
         plan,
         Teacher([load_denoiser(context.open_model(expert)) for expert in job.experts], segments),
+        open_encodings(job, context),
     )
     write_like(out, folder, tensors=tensors)
     return metrics | {"weights_digest": describe_model(out)["weights_digest"]}
