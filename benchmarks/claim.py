@@ -1,9 +1,9 @@
 """Does the claim hold: is a merged model better than the pretrained one, and than the control of equal steps?
 
-A small laboratory. A cell is one training seed under one setting, with a row for each way to merge; every stage of it is
-an artifact, so that to resume, or to add cells, the same command does only what is missing. The training seed moves a
-score more than the sampling seed does (METHOD section 5.2), so a row is judged by a t interval over the training seeds'
-mean paired differences. A training seed seeds every finetuning and, unless all share one, the pretraining.
+A small laboratory. A cell is one training seed under one setting, with a row for each way to merge; every stage of it
+is an artifact, so that to resume, or to add cells, the same command does only what is missing. The training seed moves
+a score more than the sampling seed does (METHOD section 5.2), so a row is judged by a t interval over the training
+seeds' mean paired differences. A training seed seeds every finetuning and, unless all share one, the pretraining.
 """
 
 import argparse

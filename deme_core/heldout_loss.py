@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from deme_core.binned_losses import Losses
-from deme_core.families import Adapter, encode_batch
+from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageDataset, normalize
 from deme_core.seeds import generator
 
@@ -48,15 +48,10 @@ def heldout_losses(
     losses = np.empty((len(images), len(edges) - 1), dtype=np.float32)
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
-        batch = encode_batch(
-            adapter,
-            normalize(torch.stack([images.image(index) for index in indices])),
-            captions=images.captions and [images.captions[index] for index in indices],
-            labels=images.labels and [images.labels[index] for index in indices],
-        )
+        batch = encode_images(adapter, images, indices)
         clean, batch = batch.latents.cpu(), batch.to(device)
         for column, (low, high) in enumerate(itertools.pairwise(edges)):
-            draws = [_draw(seed, column, index, len(images), low, high, clean.shape[1:]) for index in indices]
+            draws = [draw_in_bin(seed, column, index, len(images), low, high, clean.shape[1:]) for index in indices]
             timesteps = torch.tensor([timestep for timestep, _ in draws])
             noise = torch.stack([noise for _, noise in draws])
             target = process.target(clean, noise, timesteps)
@@ -68,10 +63,20 @@ def heldout_losses(
     return losses
 
 
-def _draw(
+def encode_images(adapter: Adapter, images: ImageDataset, indices: Sequence[int]) -> EncodedBatch:
+    """Returns the images ``indices``, with what they are conditioned on, as the denoiser knows them."""
+    return encode_batch(
+        adapter,
+        normalize(torch.stack([images.image(index) for index in indices])),
+        captions=images.captions and [images.captions[index] for index in indices],
+        labels=images.labels and [images.labels[index] for index in indices],
+    )
+
+
+def draw_in_bin(
     seed: int, column: int, index: int, num_images: int, low: int, high: int, shape: Sequence[int]
 ) -> tuple[int, torch.Tensor]:
-    """Returns timestep and noise of one image in one bin."""
+    """Returns timestep and noise of one image in the bin [low, high): the i-th of n draws from the i-th of n parts."""
     rng = generator("heldout", seed, column, index)
     position = (index + float(torch.rand((), generator=rng, dtype=torch.float64))) / num_images
     return min(low + int(position * (high - low)), high - 1), torch.randn(tuple(shape), generator=rng)

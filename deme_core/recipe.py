@@ -222,14 +222,29 @@ class SearchSpec(_Spec):
         return self.strategy == "grid" or self.max_candidates > num_segments  # A grid has no budget but its values.
 
 
+class RegMeanSpec(_Spec):
+    """How the inputs of a copy's linear maps are measured, and used."""
+
+    num_images: int = Field(1024, ge=1, description="Noisy training images that pass through each copy.")
+    max_features: int = Field(
+        4608,
+        ge=1,
+        description="Maps from more features than that are averaged: their matrices, of features x features, would be "
+        "too large. A 3x3 convolution of 512 channels has 4,608.",
+    )
+    shrinkage: float = Field(0.9, ge=0, le=1, description="Share of the matrices' off-diagonal entries that is kept.")
+
+
 class MethodSpec(_Spec):
     """How task vectors are combined (METHOD section 2)."""
 
-    method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average"] = Field(
+    method: Literal["task_arithmetic", "block_weights", "regmean", "ties", "dare", "average"] = Field(
         "task_arithmetic",
-        description="theta_0 + sum of w_i tau_i; with one weight per segment and UNet level; trimmed and with elected "
+        description="theta_0 + sum of w_i tau_i; with a weight per segment and UNet level; with task vectors that act "
+        "on the inputs of their own segments alone (RegMean, whose natural weights are 1); trimmed and with elected "
         "signs (TIES); with random entries dropped (DARE); or the plain mean of the copies.",
     )
+    regmean: RegMeanSpec = Field(RegMeanSpec(), description="regmean: how inputs are measured.")
     density: float = Field(0.2, gt=0, le=1, description="ties: share of each task vector's entries that is kept.")
     drop_rate: float = Field(0.5, ge=0, lt=1, description="dare: share of each task vector's entries that is dropped.")
     seed: int = Field(0, ge=0, description="dare: decides which entries are dropped.")

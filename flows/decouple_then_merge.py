@@ -12,6 +12,7 @@ from deme_core.binned_losses import bin_edges
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
+from flows.confinement import confined_copies
 from flows.encodings import encode_dataset
 from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
@@ -72,9 +73,13 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     experts = judge_experts(segments, copy_refs, _results(copy_losses), losses["pretrained"].result())
 
     plan = MergePlan(recipe, pretrained.ref, edges, search_reference.result().ref if search_reference else None)
-    weights = plan.find_weights(tuple(expert.ref for expert in experts if expert.merged), "merge weights")
+    chosen = tuple(expert for expert in experts if expert.merged)
+    refs = tuple(expert.ref for expert in chosen)
+    if recipe.merge.method == "regmean":
+        refs = confined_copies(recipe, pretrained.ref, chosen)
+    weights = plan.find_weights(refs, "merge weights")
     scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
-    merged = plan.merge(tuple(expert.ref for expert in experts if expert.merged), weights, experts, "experts")
+    merged = plan.merge(refs, weights, experts, "experts")
     scaled = plan.merge((control_result.ref,), scale, None, "control")
     models = {"pretrained": pretrained, "finetuned": scaled, "merged": merged}
     if recipe.distill:

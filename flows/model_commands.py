@@ -19,7 +19,7 @@ from deme_core.store import local_errors, open_store
 
 
 def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
-    """Writes the merged or the distilled model of a run, the newest that has one by default, into the folder ``out``."""
+    """Writes the merged or distilled model of a run, by default the newest that has one, into ``out``."""
     from tasks.tracked_runs import find_tag
 
     settings = Settings()

@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import DatasetSpec, DistillSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
+from deme_core.recipe import (
+    DatasetSpec,
+    DistillSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    MethodSpec,
+    RegMeanSpec,
+    SearchSpec,
+    TrainingSpec,
+)
 
 PRETRAINED_STAGE = "pretrained"
 
@@ -238,6 +247,35 @@ class HeldoutJob(Job):
     edges: tuple[int, ...]
 
 
+class GramsJob(Job):
+    """Measure which inputs the linear maps of a finetuned copy see on its own segment [low, high)."""
+
+    stage: ClassVar[str] = "grams"
+    work: ClassVar[str] = "grams"
+    expert: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+    spec: RegMeanSpec
+
+
+class ConfineJob(Job):
+    """Confine the task vector of an expert to the inputs of its own segment.
+
+    Attributes:
+        grams: of all experts that are merged.
+        index: which of them are this expert's.
+    """
+
+    stage: ClassVar[str] = "confined"
+    work: ClassVar[str] = "confine"
+    pretrained: ArtifactRef
+    expert: ArtifactRef
+    grams: tuple[ArtifactRef, ...]
+    index: int
+    spec: RegMeanSpec
+
+
 class MergeJob(Job):
     """Merge experts into theta_0; with one expert, scale its task vector.
 
@@ -337,7 +375,7 @@ class EvaluateJob(Job):
 
 
 _TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, DistillJob)
-_MERGING = (SearchJob, ScoreJob, LossJob, MergeJob)
+_MERGING = (GramsJob, ConfineJob, SearchJob, ScoreJob, LossJob, MergeJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}
 

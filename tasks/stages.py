@@ -11,12 +11,14 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
+    ConfineJob,
     DistillJob,
     EmbeddingsJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
     GeneratedImages,
+    GramsJob,
     HeldoutJob,
     ImportJob,
     Job,
@@ -215,6 +217,18 @@ def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:
         for future in futures:
             future.wait()
         raise
+
+
+@task(name="grams", task_run_name="inputs of {what}", **_OPTIONS)
+def measure_inputs(job: GramsJob, what: str) -> JobResult:
+    """Measures which inputs the linear maps of a copy see on its own segment."""
+    return current_runtime().run(job, task=f"inputs of {what}")
+
+
+@task(name="confine", task_run_name="confine {what}", **_OPTIONS)
+def confine(job: ConfineJob, what: str) -> JobResult:
+    """Confines the task vector of a copy to the inputs of its own segment."""
+    return current_runtime().run(job, task=f"confine {what}")
 
 
 @task(name="merge", task_run_name="merge {what}", **_OPTIONS)
