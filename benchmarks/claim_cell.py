@@ -9,7 +9,8 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.metrics import metric_name
 from deme_core.recipe import MethodSpec, Recipe
 
-# Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed weights of 1/N.
+# Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,
+# which are 1 for RegMean and 1/N otherwise.
 MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     "uniform": (None, MethodSpec()),
     "grid": ({"strategy": "grid"}, MethodSpec()),
@@ -21,6 +22,8 @@ MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     # Weights in the paper's scale: about N times those of task arithmetic.
     "ties": ({"initial_weight": 1.0}, MethodSpec(method="ties")),
     "dare": ({}, MethodSpec(method="dare")),
+    "regmean": (None, MethodSpec(method="regmean")),
+    "regmean, searched": ({"initial_weight": 1.0}, MethodSpec(method="regmean")),
 }
 # One change each of the recipe's settings, the optimizer steps of all copies together left as they are.
 ABLATIONS: dict[str, tuple[str, ...]] = {
@@ -89,12 +92,14 @@ def _models(laboratory: Laboratory, merges: Sequence[str]) -> tuple[dict[str, Ar
     rows = {"pretrained": laboratory.pretrained.ref, "finetuned": laboratory.merged((control,), scale)}
     for name in merges:
         changed, method = MERGES[name]
-        row = f"merged, {name}"
+        row, merged, natural = f"merged, {name}", experts, 1.0 / len(experts)
+        if method.method == "regmean":  # What is merged then, by task arithmetic, is confined copies.
+            merged, natural, method = laboratory.confined(experts, method.regmean), 1.0, MethodSpec()
         if changed is None:
-            weights[row] = [1.0 / len(experts)] * len(experts)
+            weights[row] = [natural] * len(experts)
         else:
-            weights[row] = laboratory.found_weights(experts, search.model_copy(update=changed), method)["weights"]
-        rows[row] = laboratory.merged(experts, weights[row], method)
+            weights[row] = laboratory.found_weights(merged, search.model_copy(update=changed), method)["weights"]
+        rows[row] = laboratory.merged(merged, weights[row], method)
     if recipe.distill is not None:
         rows["distilled"] = laboratory.distilled(rows[f"merged, {merges[0]}"], experts, recipe.distill)
     return rows, weights

@@ -8,15 +8,17 @@ from typing import Any, Literal
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import bin_edges
-from deme_core.recipe import DistillSpec, MethodSpec, Recipe, SearchSpec
+from deme_core.recipe import DistillSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from tasks.jobs import (
+    ConfineJob,
     DistillJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
     GeneratedImages,
+    GramsJob,
     HeldoutJob,
     ImportJob,
     Job,
@@ -134,6 +136,16 @@ class Laboratory:
         """Returns what a search found, candidate by candidate from the store where they are there."""
         job = self.search_job(experts, search, method)
         return search_artifact(job, self.context.artifacts, lambda jobs: map(self.do, jobs), lambda _: None).metrics
+
+    def confined(self, experts: tuple[ArtifactRef, ...], spec: RegMeanSpec) -> tuple[ArtifactRef, ...]:
+        """Returns the experts, each confined to the inputs of its own segment."""
+        segments = zip(experts, self.edges, self.edges[1:], strict=False)
+        jobs = [GramsJob(expert=e, dataset=self.recipe.dataset, low=a, high=b, spec=spec) for e, a, b in segments]
+        grams = tuple(self.do(job).ref for job in jobs)
+        return tuple(
+            self.do(ConfineJob(pretrained=self.pretrained.ref, expert=e, grams=grams, index=i, spec=spec)).ref
+            for i, e in enumerate(experts)
+        )
 
     def distilled(self, merged: ArtifactRef, experts: tuple[ArtifactRef, ...], spec: DistillSpec) -> ArtifactRef:
         """Returns the merge, trained to predict what the experts predict."""

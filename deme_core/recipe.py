@@ -379,13 +379,16 @@ class ExecutionSpec(_Spec):
             "features",
             "reference",
             "heldout",
+            "grams",
+            "confined",
             "search",
             "merged",
+            "distilled",
             "evaluate",
         ],
         ...,
     ] = Field(
-        ("pretrained", "latents", "embeddings", "finetune", "heldout", "search", "features"),
+        ("pretrained", "latents", "embeddings", "finetune", "heldout", "grams", "search", "distilled", "features"),
         description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, features, finetune_step, merge_child, search
+from benchmarks import claim, claim_cell, features, finetune_step, merge_child, search
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.model_folder import write_model_folder
-from deme_core.verdict import Interval, interval, paired_difference
+from deme_core.recipe_file import load_recipe
+from deme_core.verdict import Interval, interval
 from tests.tiny_models import randomize, tiny_unet
 
 BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
@@ -83,19 +84,9 @@ def test_the_peak_counts_anonymous_memory_and_no_page_cache(tmp_path: Path) -> N
     assert 0.9 * size < memory.peak_bytes - idle < 1.5 * size
 
 
-def report(merged: list[float], baseline: list[float]) -> dict[str, Any]:
-    rows = {"pretrained": baseline, "finetuned": baseline, "merged": merged}
-    difference = vars(paired_difference(merged, baseline))
-    return {
-        "recipe": "toy",
-        "rows": {row: {"fid": vars(interval(scores))} for row, scores in rows.items()},
-        "scores": {row: {"fid": scores} for row, scores in rows.items()},
-        "verdict": {
-            f"vs_{row}": "better" if difference["high"] < 0 else "too close to call" for row in claim.BASELINES
-        },
-        "seeds": [1, 2, 3],
-        "num_images": 8,
-    }
+def cell(merged: list[float], baseline: list[float]) -> claim_cell.Cell:
+    rows = {"pretrained": baseline, "finetuned": baseline, "ensemble": baseline, "merged, cma_es": merged}
+    return claim_cell.Cell("fid", rows, weights={"merged, cma_es": [0.5, 0.5]}, heldout={"pretrained": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -103,14 +94,26 @@ def report(merged: list[float], baseline: list[float]) -> dict[str, Any]:
     [
         ([1.0, 1.1, 0.9], True),
         ([1.0, 1.1, -0.1], False),  # Better for two training seeds out of three is no claim.
+        ([-1.0, -1.1, -0.9], False),
     ],
 )
 def test_the_claim_is_judged_over_training_seeds(
     gains: list[float], holds: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = [report([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
-    claim.print_claim(reports, [0, 1, 2])
+    cells = [cell([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
+    claim.print_setting("none", cells, [0, 1, 2])
+    claim.print_claim({"none": cells}, {"recipe": "toy"})
     result = last_line(capsys.readouterr().out)
     assert result["holds"] is holds
-    assert Interval(**result["vs_finetuned"]["over_training_seeds"]).mean == pytest.approx(-sum(gains) / 3)
+    against = Interval(**result["differences"]["none"]["merged, cma_es"]["finetuned"])
+    assert vars(against) == pytest.approx(vars(interval([-gain for gain in gains])))
     assert result["ratio"] == pytest.approx(1 - sum(gains) * 3 / sum(map(sum, BASELINE)))
+
+
+def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:
+    recipe = load_recipe("digits", [])
+    for name in claim_cell.ABLATIONS:
+        changed = load_recipe("digits", claim_cell.ablation_overrides(recipe, name))
+        in_all = changed.finetune.num_steps * changed.segments.num_segments
+        assert in_all == recipe.finetune.num_steps * recipe.segments.num_segments, name
+    assert load_recipe("digits", claim_cell.ablation_overrides(recipe, "N=8")).segments.num_segments == 8
