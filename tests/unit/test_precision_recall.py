@@ -82,7 +82,7 @@ def test_a_point_on_the_surface_of_a_ball_is_inside() -> None:
 def test_the_block_size_changes_nothing(block_size: int) -> None:
     generated, real = draw(50, seed=0, width=3), draw(41, seed=1, centre=1.0, width=3)
     shares = precision_recall(generated, real)
-    assert 0 < min(shares)
+    assert min(shares) > 0
     assert max(shares) < 1
     assert precision_recall(generated, real, block_size=block_size) == shares
 
