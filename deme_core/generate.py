@@ -122,18 +122,24 @@ def generate(
     for start in range(0, len(indices), sampling.batch_size):
         images, generators = initial_noise(seed, indices[start : start + sampling.batch_size], shape)
         images = images.to(device) * scheduler.init_noise_sigma
+        finite = images.new_ones(len(images), dtype=torch.bool)
         for timestep in scheduler.timesteps.tolist():
             prediction = denoiser(images, timestep)
+            finite &= _are_finite(prediction)  # A scheduler that clips would hide it.
             images = scheduler.step(prediction, timestep, images, generator=generators, **extra).prev_sample
-        _check_finite(images, seed)
+        _check_finite(finite & _are_finite(images), seed)
         yield quantize(images)
 
 
-def _check_finite(images: torch.Tensor, seed: int) -> None:
-    # Quantised, they would be black or white, and get a score.
-    if num_bad := int((~images.isfinite().flatten(1).all(dim=1)).sum()):
+def _are_finite(images: torch.Tensor) -> torch.Tensor:
+    return images.isfinite().flatten(1).all(dim=1)
+
+
+def _check_finite(finite: torch.Tensor, seed: int) -> None:
+    # Quantised, the others would be black or white, and get a score.
+    if num_bad := int((~finite).sum()):
         raise NonFiniteImagesError(
-            f"{num_bad} of {len(images)} images generated under seed {seed} are NaN or infinite, so the model has "
+            f"{num_bad} of {len(finite)} images generated under seed {seed} are NaN or infinite, so the model has "
             "diverged; train it with a lower learning rate, or merge with smaller weights."
         )
 
