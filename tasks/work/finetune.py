@@ -10,14 +10,14 @@ from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
 from tasks.jobs import FinetuneJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.training_run import run_training
+from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: FinetuneJob, context: JobContext) -> Identity:
     """Everything but the label and what changes only the speed."""
     return Identity(
         settings={
-            "finetune": job.finetune.model_dump(mode="json", exclude={"checkpoint_every", "num_steps"}),
+            "finetune": job.finetune.model_dump(mode="json", exclude={*SPEED_ONLY, "num_steps"}),
             "segment": [job.low, job.high],
             "num_steps": job.num_steps,
         },
