@@ -13,7 +13,7 @@ from tasks.jobs import DistillJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.encodings import open_encodings
 from tasks.work.model_description import describe_model
-from tasks.work.training_run import run_training
+from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: DistillJob, context: JobContext) -> Identity:
@@ -21,7 +21,7 @@ def identity(job: DistillJob, context: JobContext) -> Identity:
     cached = {"cache_precision": job.dataset.cache_precision} if job.latents else {}
     return Identity(
         settings={
-            "distill": job.distill.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "distill": job.distill.model_dump(mode="json", exclude=SPEED_ONLY),
             "segment_edges": list(job.segment_edges),
             **cached,
         },
