@@ -124,7 +124,8 @@ class DatasetSpec(_Spec):
         None, description="Captions made from columns instead, e.g. 'a photo of a {label}'."
     )
     caption_dropout: Probability = Field(
-        0.0, description="Chance that training sees the empty caption instead, for classifier-free guidance."
+        0.0,
+        description="Chance that training sees the empty caption, or no label, instead: for classifier-free guidance.",
     )
     label_column: str | None = Field(
         None, description="What holds class labels; without a column 'label' that is the sub-folder of each image."
@@ -165,8 +166,8 @@ class DatasetSpec(_Spec):
     def _captions(self) -> Self:
         if self.caption_column is not None and self.caption_template is not None:
             raise ValueError("give either caption_column or caption_template")
-        if self.caption_dropout and self.caption_column is None and self.caption_template is None:
-            raise ValueError("caption_dropout needs captions: give caption_column or caption_template")
+        if self.caption_dropout and not (self.caption_column or self.caption_template or self.label_column):
+            raise ValueError("caption_dropout needs caption_column, caption_template or label_column")
         try:
             fields = [parsed[1:] for parsed in Formatter().parse(self.caption_template or "")]
         except ValueError as error:

@@ -1,6 +1,9 @@
 """How a flow has the data set encoded before anything is trained on it: in slices, many tasks at once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from prefect.futures import PrefectFuture
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.errors import RecipeError
@@ -36,15 +39,17 @@ def encode_dataset(recipe: Recipe, pretrained: JobResult) -> EncodedDataset:
     if dataset.cache_latents and not stages:
         raise RecipeError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
     wanted = dataset.crop == "center" if dataset.cache_latents is None else dataset.cache_latents
-    return EncodedDataset(**{stage: _encoded(recipe, pretrained.ref, stage) for stage in stages if wanted})
+    return _encoded(recipe, pretrained.ref, stages if wanted else [])
 
 
-def _encoded(recipe: Recipe, pretrained: ArtifactRef, stage: str) -> tuple[ArtifactRef, ...]:
+def _encoded(recipe: Recipe, pretrained: ArtifactRef, stages: Sequence[str]) -> EncodedDataset:
     step = slice_size(recipe.execution.images_per_task, ENCODED_AT_ONCE)
 
-    def job(low: int) -> LatentsJob | EmbeddingsJob:
-        return _JOBS[stage](pretrained=pretrained, dataset=recipe.dataset, low=low, high=low + step)
+    def submit(stage: str, low: int) -> PrefectFuture[JobResult]:
+        return encode.submit(_JOBS[stage](pretrained=pretrained, dataset=recipe.dataset, low=low, high=low + step))
 
-    first = encode.submit(job(0)).result()
-    others = [encode.submit(job(low)) for low in range(step, first.metrics["num_in_all"], step)]
-    return (first.ref, *(other.result().ref for other in others))
+    futures = {stage: [submit(stage, 0)] for stage in stages}
+    for stage, (first,) in futures.items():
+        num_rows = first.result().metrics["num_in_all"]
+        futures[stage] += [submit(stage, low) for low in range(step, num_rows, step)]
+    return EncodedDataset(**{stage: tuple(future.result().ref for future in each) for stage, each in futures.items()})

@@ -9,7 +9,7 @@ from deme_core.encodings.embeddings import Embeddings
 from deme_core.encodings.latents import Latents
 from deme_core.families import Adapter, ConditioningTensors, EncodedBatch
 from deme_core.images import ImageDataset
-from deme_core.images.batches import batch_captions
+from deme_core.images.batches import batch_captions, batch_labels
 from deme_core.images.draws import BatchDraws, BatchSchedule
 
 
@@ -25,7 +25,7 @@ class EncodedBatches:
         batch_size: images per batch.
         seed: names the stream.
         random_flip: mirror half of the images left to right.
-        caption_dropout: chance that a caption is replaced by the empty one.
+        caption_dropout: chance that caption and label are replaced by the empty ones.
         start_batch: number of the first batch to yield.
     """
 
@@ -44,6 +44,7 @@ class EncodedBatches:
         start_batch: int = 0,
     ) -> None:
         self._images, self._positions = images, torch.tensor(positions)
+        self._labels = None if images.labels is None else torch.tensor(images.labels)
         self._latents, self._embeddings, self._adapter = latents, embeddings, adapter
         self._schedule = BatchSchedule(len(images), batch_size, seed, random_flip, caption_dropout)
         self._start_batch = start_batch
@@ -69,8 +70,7 @@ class EncodedBatches:
             assert captions is not None, "there are embeddings of captions, but no captions"
             conditioning |= self._embeddings.gather(captions)
         if self._adapter.conditioned_on == "labels":
-            assert self._images.labels is not None, "the encoder of the images had refused them without labels"
-            conditioning |= self._adapter.encode_labels(
-                [self._images.labels[index] for index in draws.indices.tolist()]
-            )
+            labels = batch_labels(self._labels, draws)
+            assert labels is not None, "the encoder of the images had refused them without labels"
+            conditioning |= self._adapter.encode_labels(labels.tolist())
         return conditioning
