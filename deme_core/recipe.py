@@ -120,7 +120,8 @@ class DatasetSpec(_Spec):
         None, description="Captions made from columns instead, e.g. 'a photo of a {label}'."
     )
     caption_dropout: Probability = Field(
-        0.0, description="Chance that training sees the empty caption instead, for classifier-free guidance."
+        0.0,
+        description="Chance that training sees the empty caption, or no label, instead: for classifier-free guidance.",
     )
     label_column: str | None = Field(
         None, description="What holds class labels; without a column 'label' that is the sub-folder of each image."
@@ -129,6 +130,12 @@ class DatasetSpec(_Spec):
     channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
     random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
+    cache_latents: bool | None = Field(
+        None,
+        description="Encode images and captions once and train on that, for models on latents; default yes, unless "
+        "crop is random.",
+    )
+    cache_precision: Precision = Field("fp32", description="How the cache stores numbers: half of them take half.")
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
@@ -146,11 +153,17 @@ class DatasetSpec(_Spec):
         return self
 
     @model_validator(mode="after")
+    def _cache(self) -> Self:
+        if self.cache_latents and self.crop == "random":
+            raise ValueError("cache_latents needs crop: center, since every random crop has latents of its own")
+        return self
+
+    @model_validator(mode="after")
     def _captions(self) -> Self:
         if self.caption_column is not None and self.caption_template is not None:
             raise ValueError("give either caption_column or caption_template")
-        if self.caption_dropout and self.caption_column is None and self.caption_template is None:
-            raise ValueError("caption_dropout needs captions: give caption_column or caption_template")
+        if self.caption_dropout and not (self.caption_column or self.caption_template or self.label_column):
+            raise ValueError("caption_dropout needs caption_column, caption_template or label_column")
         try:
             fields = [parsed[1:] for parsed in Formatter().parse(self.caption_template or "")]
         except ValueError as error:
@@ -351,14 +364,28 @@ class ExecutionSpec(_Spec):
         "on whatever machine serves the work pool deme-gpu or deme-cpu.",
     )
     gpu_stages: tuple[
-        Literal["pretrained", "finetune", "features", "reference", "heldout", "search", "merged", "evaluate"], ...
+        Literal[
+            "pretrained",
+            "latents",
+            "embeddings",
+            "finetune",
+            "features",
+            "reference",
+            "heldout",
+            "search",
+            "merged",
+            "evaluate",
+        ],
+        ...,
     ] = Field(
-        ("pretrained", "finetune", "heldout", "search", "features"),
+        ("pretrained", "latents", "embeddings", "finetune", "heldout", "search", "features"),
         description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     images_per_task: int = Field(
-        5000, ge=1, description="Images, generated or real, that one task turns into features, in whole batches."
+        5000,
+        ge=1,
+        description="Images that one task generates, turns into features or encodes, in whole batches; or captions.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
 

@@ -1,6 +1,7 @@
 """The flow ``deme``: decouple, merge, and compare the four rows."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -12,6 +13,7 @@ from deme_core.binned_losses import bin_edges
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
+from flows.encodings import EncodedDataset, encode_dataset
 from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
@@ -51,9 +53,11 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 
-    control = _finetune(recipe, pretrained, (edges[0], edges[-1]), "all timesteps", "finetune/all", len(segments))
+    encoded = encode_dataset(recipe, pretrained)
+    start = partial(_finetune, recipe, pretrained, encoded)
+    control = start((edges[0], edges[-1]), "all timesteps", "finetune/all", len(segments))
     copies = [
-        _finetune(recipe, pretrained, (segment.low, segment.high), f"segment {i} {segment}", f"finetune/segment-{i}")
+        start((segment.low, segment.high), f"segment {i} {segment}", f"finetune/segment-{i}")
         for i, segment in enumerate(segments)
     ]
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
@@ -97,6 +101,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
 def _finetune(
     recipe: Recipe,
     pretrained: JobResult,
+    encoded: EncodedDataset,
     bounds: tuple[int, int],
     label: str,
     child_name: str,
@@ -111,6 +116,8 @@ def _finetune(
         low=bounds[0],
         high=bounds[1],
         num_steps=recipe.finetune.num_steps * num_shares,
+        latents=encoded.latents,
+        embeddings=encoded.embeddings,
     )
     return finetune.submit(job, child_name)
 

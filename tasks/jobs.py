@@ -51,12 +51,48 @@ class ImportJob(Job):
     allow_pickle: bool = False
 
 
+class LatentsJob(Job):
+    """Encode a slice of the data set's images by the autoencoder of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first image of the slice, among those of the whole data set.
+        high: end of the slice; it may lie beyond the last image.
+    """
+
+    stage: ClassVar[str] = "latents"
+    work: ClassVar[str] = "latents"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+
+
+class EmbeddingsJob(Job):
+    """Encode a slice of the data set's distinct captions by the text encoders of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first caption of the slice.
+        high: end of the slice; it may lie beyond the last caption.
+    """
+
+    stage: ClassVar[str] = "embeddings"
+    work: ClassVar[str] = "embeddings"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+
+
 class FinetuneJob(Job):
     """Finetune a copy of theta_0 on the timesteps [low, high).
 
     Attributes:
         label: name for messages; no part of the result.
         num_steps: optimizer steps; N times ``finetune.num_steps`` for the control.
+        latents: the whole data set encoded, slice by slice; without them images are encoded as they are trained on.
+        embeddings: its distinct captions encoded, slice by slice.
     """
 
     stage: ClassVar[str] = "finetune"
@@ -68,6 +104,8 @@ class FinetuneJob(Job):
     low: int
     high: int
     num_steps: int
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
 
 
 class RealFeaturesJob(Job):
@@ -257,7 +295,7 @@ class EvaluateJob(Job):
     reference: ArtifactRef
 
 
-_TRAINING = (PretrainJob, ImportJob, FinetuneJob)
+_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob)
 _MERGING = (SearchJob, ScoreJob, LossJob, MergeJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}

@@ -11,6 +11,7 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
+    EmbeddingsJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
@@ -19,6 +20,7 @@ from tasks.jobs import (
     ImportJob,
     Job,
     JobResult,
+    LatentsJob,
     MergeJob,
     PretrainJob,
     RealFeaturesJob,
@@ -79,6 +81,12 @@ def obtain_pretrained() -> JobResult:
         task_name="pretrained model",
         child_name="pretrain",
     )
+
+
+@task(name="encode", task_run_name="{job.stage} from {job.low} to {job.high}", **_OPTIONS)
+def encode(job: LatentsJob | EmbeddingsJob) -> JobResult:
+    """Encodes a slice of the data set's images or captions, so that no training has to."""
+    return current_runtime().run(job, task=f"{job.stage} from {job.low}")
 
 
 @task(name="finetune", task_run_name="finetune {job.label}", **_OPTIONS)

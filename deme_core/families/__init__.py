@@ -23,14 +23,22 @@ the denoiser. A new one is one file here and one line below.
 
 from deme_core.families.adapter import Adapter, ConditioningTensors
 from deme_core.families.dit import DiT
-from deme_core.families.encoded_batch import EncodedBatch, encode_batch
+from deme_core.families.encoded_batch import EncodedBatch, check_conditioned, encode_batch
 from deme_core.families.pixart import PixArt
 from deme_core.families.stable_diffusion import StableDiffusion
 from deme_core.families.stable_diffusion_3 import StableDiffusion3
 from deme_core.families.stable_diffusion_xl import StableDiffusionXL
 from deme_core.families.unconditional import Unconditional
 
-__all__ = ["FAMILIES", "Adapter", "ConditioningTensors", "EncodedBatch", "Unconditional", "encode_batch"]
+__all__ = [
+    "FAMILIES",
+    "Adapter",
+    "ConditioningTensors",
+    "EncodedBatch",
+    "Unconditional",
+    "check_conditioned",
+    "encode_batch",
+]
 
 FAMILIES: dict[str, type[Adapter]] = {
     pipeline: family

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from deme_core.errors import InputError, ModelFolderError
+
+# Others import it from here.
+from deme_core.images.training_batch import NO_LABEL as NO_LABEL
 from deme_core.noise_process import NoiseProcess
 
 ConditioningTensors = dict[str, torch.Tensor]
-# A label that stands for none: what guidance steers away from.
-NO_LABEL = -1
 
 
 class Adapter:

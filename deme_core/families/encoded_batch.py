@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -56,22 +57,27 @@ def encode_batch(
     Raises:
         InputError: the model is conditioned on captions or labels, and there are none.
     """
+    check_conditioned(adapter, captions=captions, labels=labels)
     conditioning: ConditioningTensors = {}
-    if adapter.conditioned_on == "captions":
-        if captions is None:
-            raise InputError(
-                f"A {adapter.pipeline} is finetuned on images with captions; set dataset.caption_column to the column "
-                "that holds them."
-            )
+    if adapter.conditioned_on == "captions" and captions is not None:
         conditioning |= adapter.encode_prompts(captions)
-    if adapter.conditioned_on == "labels":
-        if labels is None:
-            raise InputError(
-                f"A {adapter.pipeline} is finetuned on images with class labels; set dataset.label_column to the "
-                "column that holds them."
-            )
+    if adapter.conditioned_on == "labels" and labels is not None:
         conditioning |= adapter.encode_labels([int(label) for label in labels])
     conditioning |= adapter.encode_sizes(
         len(images), original_sizes=original_sizes, crop_top_lefts=crop_top_lefts, target_sizes=target_sizes
     )
     return EncodedBatch(adapter.encode_images(images), conditioning)
+
+
+def check_conditioned(adapter: Adapter, *, captions: Any, labels: Any) -> None:
+    """Raises an InputError if the model is conditioned on captions or labels, and they are None."""
+    if adapter.conditioned_on == "captions" and captions is None:
+        raise InputError(
+            f"A {adapter.pipeline} is finetuned on images with captions; set dataset.caption_column to the column "
+            "that holds them."
+        )
+    if adapter.conditioned_on == "labels" and labels is None:
+        raise InputError(
+            f"A {adapter.pipeline} is finetuned on images with class labels; set dataset.label_column to the "
+            "column that holds them."
+        )

@@ -13,7 +13,7 @@ from deme_core.errors import DatasetError
 from deme_core.images.dataset import ImageDataset
 from deme_core.images.draws import BatchDraws, BatchSchedule
 from deme_core.images.squares import Cropper, Crops, CropsInMemory, mirrored_corners
-from deme_core.images.training_batch import TrainingBatch
+from deme_core.images.training_batch import NO_LABEL, TrainingBatch
 from deme_core.seeds import generator
 
 MAX_BYTES_IN_MEMORY = 256 * 2**20
@@ -35,7 +35,7 @@ class TrainingBatches:
         seed: names the stream.
         random_crop: cut out any square that the shorter side allows; otherwise the middle one.
         random_flip: mirror half of the images left to right.
-        caption_dropout: chance that a caption is replaced by the empty one.
+        caption_dropout: chance that caption and label are replaced by the empty ones.
         start_batch: number of the first batch to yield.
         num_workers: processes that decode ahead; 0 decodes in this one. A small set without random crops is instead
             decoded once and kept in memory.
@@ -100,7 +100,7 @@ class _Stream(Dataset[TrainingBatch | DatasetError]):
 
     def __init__(self, dataset: ImageDataset, cropper: Cropper, schedule: BatchSchedule) -> None:
         self._dataset, self._cropper, self._schedule = dataset, cropper, schedule
-        self._labels = None if dataset.labels is None else torch.tensor(dataset.labels, dtype=torch.int64)
+        self._labels = None if dataset.labels is None else torch.tensor(dataset.labels)
 
     def __getitem__(self, number: int) -> TrainingBatch | DatasetError:
         draws, side = self._schedule[number], self._dataset.resolution
@@ -112,7 +112,7 @@ class _Stream(Dataset[TrainingBatch | DatasetError]):
         return TrainingBatch(
             torch.where(mirrored[:, None, None, None], images.flip(-1), images) if mirrored.any() else images,
             batch_captions(self._dataset.captions, draws),
-            None if self._labels is None else self._labels[draws.indices],
+            batch_labels(self._labels, draws),
             squares.original_sizes,
             mirrored_corners(squares.corners, squares.resized_widths, mirrored, side),
             torch.full((len(images), 2), side),
@@ -125,3 +125,8 @@ def batch_captions(captions: Sequence[str] | None, draws: BatchDraws) -> tuple[s
         return None
     pairs = zip(draws.indices.tolist(), draws.dropped.tolist(), strict=True)
     return tuple("" if dropped else captions[index] for index, dropped in pairs)
+
+
+def batch_labels(labels: torch.Tensor | None, draws: BatchDraws) -> torch.Tensor | None:
+    """Returns the labels of one batch, int64 (B,), -1 where they are dropped; None where there are none."""
+    return None if labels is None else labels[draws.indices].masked_fill(draws.dropped, NO_LABEL)

@@ -16,7 +16,7 @@ class BatchDraws:
         indices: which images, int64 (B,).
         crops: where a random crop lies, from top and left, float64 (B, 2) in [0, 1).
         mirrored: which images are mirrored, bool (B,).
-        dropped: which captions are replaced by the empty one, bool (B,).
+        dropped: which captions and labels are replaced by the empty ones, bool (B,).
     """
 
     indices: torch.Tensor
@@ -34,7 +34,7 @@ class BatchSchedule:
         batch_size: images per batch.
         seed: names the stream.
         random_flip: mirror half of the images.
-        caption_dropout: chance that a caption is dropped.
+        caption_dropout: chance that caption and label are dropped.
     """
 
     num_images: int

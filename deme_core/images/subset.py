@@ -24,7 +24,12 @@ class ImageSubset:
         self.num_images, self.num_skipped = len(indices), dataset.num_skipped
         self.captions, self.labels = _picked(dataset.captions, indices), _picked(dataset.labels, indices)
         self.label_names = dataset.label_names
-        self._dataset, self._indices = dataset, list(indices)
+        self.dataset, self._indices = dataset, list(indices)
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Numbers of the images in the whole data set."""
+        return self._indices
 
     def __len__(self) -> int:
         return self.num_images
@@ -32,25 +37,25 @@ class ImageSubset:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the examples and of their augmentation."""
-        return sha256_bytes(canonical_json([self._dataset.fingerprint, self._indices]).encode())
+        return sha256_bytes(canonical_json([self.dataset.fingerprint, self._indices]).encode())
 
     @cached_property
     def example_fingerprint(self) -> str:
         """Identity of images, captions and labels."""
-        return sha256_bytes(canonical_json([self._dataset.example_fingerprint, self._indices]).encode())
+        return sha256_bytes(canonical_json([self.dataset.example_fingerprint, self._indices]).encode())
 
     @cached_property
     def reference_fingerprint(self) -> str:
         """Identity of what ``image`` returns."""
-        return sha256_bytes(canonical_json([self._dataset.reference_fingerprint, self._indices]).encode())
+        return sha256_bytes(canonical_json([self.dataset.reference_fingerprint, self._indices]).encode())
 
     def image(self, index: int) -> torch.Tensor:
         """One image, centre-cropped: uint8 (C, resolution, resolution)."""
-        return self._dataset.image(self._indices[index])
+        return self.dataset.image(self._indices[index])
 
     def resized(self, index: int) -> ResizedImage:
         """One image before it is cropped."""
-        return self._dataset.resized(self._indices[index])
+        return self.dataset.resized(self._indices[index])
 
 
 def _picked(values: Sequence[T] | None, indices: Sequence[int]) -> list[T] | None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+# The label that stands for none, as the empty text does among captions.
+NO_LABEL = -1
+
 
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
@@ -14,7 +17,7 @@ class TrainingBatch:
     Attributes:
         clean_images: float32 (B, C, H, W), in [-1, 1].
         captions: B texts, empty where dropout took one; None where the data set has no captions.
-        labels: class of each image, int64 (B,); None where the data set has no labels.
+        labels: class of each image, int64 (B,), -1 where dropout took it; None where the data set has no labels.
         original_sizes: of each image as it was stored, upright.
         crop_top_lefts: corner of what was cut out of the resized image, in that image as it is mirrored or not.
         target_sizes: of what was cut out.

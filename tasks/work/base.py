@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.digests import stage_digest
 from deme_core.errors import ArtifactNotFoundError
-from deme_core.images import ImageDataset, load_images, split_heldout
+from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
@@ -130,11 +130,11 @@ class JobContext:
         key = spec.model_dump_json()
         return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
 
-    def training_images(self, spec: DatasetSpec) -> ImageDataset:
+    def training_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that training sees."""
         return split_heldout(self.images(spec), spec.num_heldout_images)[0]
 
-    def heldout_images(self, spec: DatasetSpec) -> ImageDataset:
+    def heldout_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that no training sees."""
         return split_heldout(self.images(spec), spec.num_heldout_images)[1]
 

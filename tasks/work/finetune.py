@@ -10,16 +10,20 @@ from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
 from tasks.jobs import FinetuneJob
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.encodings import open_encodings
 from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: FinetuneJob, context: JobContext) -> Identity:
     """Everything but the label and what changes only the speed."""
+    # What was encoded, and how, follows from the data set and the model; how it was sliced changes nothing.
+    cached = {"cache_precision": job.dataset.cache_precision} if job.latents else {}
     return Identity(
         settings={
             "finetune": job.finetune.model_dump(mode="json", exclude={*SPEED_ONLY, "num_steps"}),
             "segment": [job.low, job.high],
             "num_steps": job.num_steps,
+            **cached,
         },
         inputs={"pretrained": job.pretrained.digest},
         dataset=context.training_images(job.dataset).fingerprint,
@@ -56,6 +60,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         job.finetune,
         plan,
         pretrained,
+        open_encodings(job, context),
     )
     write_like(out, folder, tensors=tensors, copy_of=job.pretrained.digest)
     return metrics

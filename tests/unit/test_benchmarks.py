@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, features, finetune_step, merge_child, search
+from benchmarks import claim, conditioning_cache, features, finetune_step, merge_child, search
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.model_folder import write_model_folder
 from deme_core.verdict import Interval, interval, paired_difference
@@ -47,6 +47,15 @@ def test_the_features_benchmark_compares_equal_features(capsys: pytest.CaptureFi
     result = last_line(capsys.readouterr().out)
     assert result["ratio"] > 0
     assert result["largest_difference"] < 1e-5
+
+
+def test_the_cache_benchmark_ends_with_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    conditioning_cache.main(["--quick", "--rounds", "1", "--batch-size", "1", "--num-images", "4"])
+    result = last_line(capsys.readouterr().out)
+    assert result["ratio"] > 0
+    # Four channels of 8 x 8 in float32, and as many of the mirror image; 77 tokens of width 64; sizes and headers.
+    assert 0 < result["bytes_per_image"] - 2 * 4 * 8 * 8 * 4 < 250
+    assert 0 < result["bytes_per_caption"] - 77 * 64 * 4 < 50
 
 
 def test_a_search_is_done_when_a_full_score_is_as_good_as_the_grids() -> None:

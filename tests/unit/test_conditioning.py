@@ -163,7 +163,7 @@ def test_images_in_no_subfolder_have_no_label(folder: Path, tmp_path: Path) -> N
     ("settings", "message"),
     [
         ({"caption_column": "a", "caption_template": "b"}, "either caption_column or caption_template"),
-        ({"caption_dropout": 0.1}, "caption_dropout needs captions"),
+        ({"caption_dropout": 0.1}, "caption_dropout needs caption_column"),
         ({"caption_template": "a {label"}, "malformed"),
         ({"caption_template": "a {}"}, "names of columns"),
         ({"caption_template": "a {label!r}"}, "names of columns"),
@@ -254,3 +254,12 @@ def test_captions_are_dropped_at_the_rate_asked_for_and_alike_after_a_resume(tmp
     assert captions(caption_dropout=1.0) == [("",) * 64] * 20
     with_dropout, without = first(3, dataset, caption_dropout=0.5), first(3, dataset)
     assert all(torch.equal(a.clean_images, b.clean_images) for a, b in zip(with_dropout, without, strict=True))
+
+
+def test_captions_and_labels_are_dropped_together(tmp_path: Path) -> None:
+    spec = DatasetSpec(source="digits", caption_template="{label}", label_column="label", num_images=50)
+    dataset = load_images(spec, cache=tmp_path)
+    for batch in first(5, dataset, batch_size=16, caption_dropout=0.5):
+        assert batch.labels is not None
+        assert batch.captions == tuple("" if label == -1 else str(label) for label in batch.labels.tolist())
+        assert 0 < (batch.labels == -1).sum() < 16
