@@ -34,6 +34,7 @@ from deme_core.images import ImageSubset, TrainingBatches, load_images, split_he
 from deme_core.model_folder import load_denoiser, open_model_folder
 from deme_core.recipe import DatasetSpec, FinetuneSpec
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan
 
@@ -169,7 +170,7 @@ def measure(
             lambda _first_batch, source=source: source(),  # type: ignore[misc]
             spec=FinetuneSpec(num_steps=_NEVER, batch_size=batch_size, checkpoint_every=_NEVER),
             plan=TrainingPlan("benchmark", TimestepSampler(TimestepSegment(0, 250), 1000, 0.3), _NEVER, 1.0),
-            pretrained=copy.deepcopy(denoiser),
+            teacher=Teacher([copy.deepcopy(denoiser)]),
             device=device,
             record_every=1,
         ).progress()

@@ -78,7 +78,8 @@ def build_training(pretrained: nn.Module, clean_images: torch.Tensor, *, channel
 
 def parts(training: Training, clean_images: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Returns what DeMe adds to a step, and what it adds to a run, each as a call."""
-    model, frozen = training.model, training.pretrained
+    assert training.teacher is not None
+    model, frozen = training.model, training.teacher.models[0]
     assert frozen is not None
     timesteps = torch.zeros(len(clean_images), dtype=torch.int64, device=clean_images.device)
     for parameter in model.parameters():

@@ -250,7 +250,7 @@ class RegMeanSpec(_Spec):
 class MethodSpec(_Spec):
     """How task vectors are combined (METHOD section 2)."""
 
-    method: Literal["task_arithmetic", "block_weights", "regmean", "ties", "dare", "average"] = Field(
+    method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average", "regmean"] = Field(
         "task_arithmetic",
         description="theta_0 + sum of w_i tau_i; with a weight per segment and UNet level; with task vectors that act "
         "on the inputs of their own segments alone (RegMean, whose natural weights are 1); trimmed and with elected "

@@ -37,7 +37,7 @@ def specs(value: BaseModel) -> list[BaseModel]:
 
 def test_no_part_of_a_recipe_can_be_changed() -> None:
     parts = specs(recipe(merge={"search": {}}))
-    assert len(parts) == 9
+    assert len(parts) == 10
     for part in parts:
         for name in type(part).model_fields:
             with pytest.raises(ValidationError, match="frozen"):
