@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,21 @@ def test_a_reference_of_statistics_scores_as_one_of_features(tmp_path: Path) -> 
     assert frechet_distance_to(loaded, generated) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="statistics only"):
         score(Comparison(features=generated, reference=loaded, kid_subset_size=5), ["kid"])
+
+
+@pytest.mark.parametrize("num_slices", [1, 3])
+def test_the_memory_of_statistics_does_not_grow_with_the_images(num_slices: int, tmp_path: Path) -> None:
+    def peak_bytes(num_images: int) -> int:
+        folders = [tmp_path / f"{num_images} {index}" for index in range(num_slices)]
+        for folder in folders:
+            folder.mkdir()
+            save_features(folder, np.zeros((num_images // num_slices, 32), np.float32))
+        tracemalloc.start()
+        try:
+            assert FeatureStatistics.from_batches(read_features(folders)).num_images == num_images
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few = peak_bytes(3 * 1024)
+    assert peak_bytes(30 * 1024) < 1.1 * few < 30 * 1024 * 32 * 4
