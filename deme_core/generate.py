@@ -146,6 +146,7 @@ def generate(
         batch = indices[start : start + sampling.batch_size]
         scheduler = sampling.build_scheduler(adapter)  # Anew: some count their steps.
         guidance = image_guidance(adapter, batch, prompts=prompts, scale=sampling.guidance_scale)
+        adapter.rest()
         latents, generators = initial_noise(seed, batch, adapter.latent_shape)
         latents = latents.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
         for timestep in scheduler.timesteps.tolist():
@@ -155,6 +156,7 @@ def generate(
             step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
             latents = step.prev_sample
         images = adapter.decode_latents(latents)
+        adapter.rest()
         _check_finite(images, seed)
         yield quantize(images)
 

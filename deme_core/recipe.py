@@ -30,6 +30,17 @@ class TrainingSpec(_Spec):
     batch_size: int = Field(16, ge=1, description="Images per forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    # Left out of a dump where they are the default: digests made before there was a choice stay.
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        exclude_if=lambda optimizer: bool(optimizer == "adamw"),
+        description="AdamW, or bitsandbytes' with moments of 8 bits, which take a quarter of the memory.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        exclude_if=lambda checkpointing: not checkpointing,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+    )
     lr_scheduler: LrScheduler = Field("constant", description="Learning rate over the steps, by diffusers' names.")
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW.")

@@ -7,6 +7,7 @@ Pretraining, the N copies and the control are all this, with other settings. Eve
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,6 +20,7 @@ from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
 from deme_core.families import Adapter, EncodedBatch
 from deme_core.model_digest import model_digest
 from deme_core.objectives import consistency_loss, diffusion_loss
+from deme_core.optimizer import build_optimizer
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import derive_seed, generator
 from deme_core.timesteps import TimestepSampler, check_histogram
@@ -132,13 +134,9 @@ class Training:
         adapter.prepare_training(model)
         self.device = self.accelerator.device
         self.pretrained = pretrained.eval().requires_grad_(False).to(self.device) if pretrained is not None else None
-        optimizer = torch.optim.AdamW(
-            model.to(self.device).train().parameters(),
-            lr=spec.learning_rate,
-            betas=spec.adam_betas,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
+        if spec.gradient_checkpointing:
+            cast(Any, model).enable_gradient_checkpointing()  # diffusers' own, which torch does not declare.
+        optimizer = build_optimizer(model.to(self.device).train().parameters(), spec)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.lr_scheduler = get_scheduler(
             spec.lr_scheduler,

@@ -155,5 +155,8 @@ class Adapter:
         """Returns what the sampler's ``set_timesteps`` needs besides the number of steps."""
         return {}
 
+    def rest(self) -> None:
+        """Moves the frozen parts that were loaded to main memory until they are needed again."""
+
     def release(self) -> None:
         """Forgets the frozen parts that were loaded; they are loaded again when they are needed."""

@@ -13,6 +13,8 @@ from deme_core.families.adapter import Adapter
 from deme_core.model_json import INDEX_NAME, read_json
 from deme_core.noise_process import Diffusion, NoiseProcess
 
+_TEXT = "_text_pipeline"
+
 
 class LatentAdapter(Adapter):
     """An adapter of a pipeline with a ``vae``, and most often text encoders.
@@ -30,9 +32,15 @@ class LatentAdapter(Adapter):
         vae.enable_slicing()
         return vae
 
-    @cached_property
+    @property
     def text_pipeline(self) -> Any:
-        """The stock pipeline without denoiser and autoencoder: its tokenizers and text encoders, float32."""
+        """The stock pipeline without denoiser and autoencoder: its tokenizers and text encoders, ready to work."""
+        for encoder in self._text_encoders():
+            encoder.to(self.device)
+        return self._text_pipeline
+
+    @cached_property
+    def _text_pipeline(self) -> Any:
         import diffusers
 
         index = self._index
@@ -70,13 +78,13 @@ class LatentAdapter(Adapter):
                 f"The images are {found}, but the {self.pipeline} makes {wanted}; set dataset.resolution "
                 f"to {self.image_shape[1]} and dataset.channels to {self.image_shape[0]}."
             )
-        latents = self.vae.encode(images.to(self.device)).latent_dist.mode()
+        latents = self.vae.to(self.device).encode(images.to(self.device)).latent_dist.mode()
         return (latents - self._shift) * self._scale
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the images that latents stand for."""
-        return self.vae.decode(latents / self._scale + self._shift).sample
+        return self.vae.to(self.device).decode(latents / self._scale + self._shift).sample
 
     @property
     def _scale(self) -> float:
@@ -106,10 +114,20 @@ class LatentAdapter(Adapter):
             raise ModelFolderError(f"{self.frozen / part} misses the tensors {', '.join(missing)}; fetch it again.")
         return model.eval().requires_grad_(False).to(self.device)
 
+    def _text_encoders(self) -> list[Any]:
+        parts = self._text_pipeline.components
+        return [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
+
+    def rest(self) -> None:
+        """Moves autoencoder and text encoders, if they are loaded, to main memory until they are needed again."""
+        loaded = vars(self)
+        for part in [*([self.vae] if "vae" in loaded else []), *(self._text_encoders() if _TEXT in loaded else [])]:
+            part.to("cpu")
+
     def release(self) -> None:
         """Forgets autoencoder and text encoders."""
-        for part in ("vae", "text_pipeline"):
-            self.__dict__.pop(part, None)
+        for part in ("vae", _TEXT):
+            vars(self).pop(part, None)
 
 
 class DiffusionOnLatents(LatentAdapter):

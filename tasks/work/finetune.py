@@ -11,7 +11,7 @@ from deme_core.training import TrainingPlan
 from tasks.jobs import FinetuneJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.encodings import open_encodings
-from tasks.work.training_run import run_training
+from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: FinetuneJob, context: JobContext) -> Identity:
@@ -20,7 +20,7 @@ def identity(job: FinetuneJob, context: JobContext) -> Identity:
     cached = {"cache_precision": job.dataset.cache_precision} if job.latents else {}
     return Identity(
         settings={
-            "finetune": job.finetune.model_dump(mode="json", exclude={"checkpoint_every", "num_steps"}),
+            "finetune": job.finetune.model_dump(mode="json", exclude={*SPEED_ONLY, "num_steps"}),
             "segment": [job.low, job.high],
             "num_steps": job.num_steps,
             **cached,

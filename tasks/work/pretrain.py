@@ -13,7 +13,7 @@ from deme_core.training import TrainingPlan
 from tasks.jobs import PretrainJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.model_description import describe_model
-from tasks.work.training_run import run_training
+from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: PretrainJob, context: JobContext) -> Identity:
@@ -22,7 +22,7 @@ def identity(job: PretrainJob, context: JobContext) -> Identity:
         settings={
             "unet": job.unet,
             "noise_scheduler": job.noise_scheduler,
-            "training": job.training.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "training": job.training.model_dump(mode="json", exclude=SPEED_ONLY),
         },
         dataset=context.training_images(job.dataset).fingerprint,
     )

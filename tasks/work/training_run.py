@@ -16,6 +16,8 @@ from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
 from tasks.work.base import JobContext, Record, checkpoint_stage
 from tasks.work.encodings import Encodings
 
+# Keys of `TrainingSpec` that change time and memory and no weight.
+SPEED_ONLY = {"checkpoint_every", "gradient_checkpointing"}
 _NUM_CHECKPOINTS_KEPT = 2
 _NUM_HISTOGRAM_BINS = 20
 

@@ -171,6 +171,31 @@ def test_every_projection_takes_part_in_the_output(name: str, folders: Folders) 
     assert [key for key, gradient in gradients.items() if gradient is None or not gradient.abs().sum() > 0] == []
 
 
+@every_pipeline
+def test_gradients_do_not_depend_on_gradient_checkpointing(name: str, folders: Folders) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = load_denoiser(folders(name)).train()
+        folders(name).adapter().prepare_training(model)
+        attach_projections(model)
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        predict(folders(name), model).square().sum().backward()
+        gradients.append({key: p.grad for key, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][key], gradient, msg=key)
+
+
+@every_pipeline
+def test_attention_is_torch_s_own(name: str, folders: Folders) -> None:
+    model = load_denoiser(folders(name)).eval()
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        predict(folders(name), model)
+    operations = {event.key for event in profile.key_averages()}
+    assert "aten::scaled_dot_product_attention" in operations
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -233,9 +258,30 @@ def test_released_parts_are_loaded_again(folders: Folders) -> None:
     assert "vae" not in vars(adapter)
     before = adapter.encode_prompts(["a cat"])["encoder_hidden_states"]
     adapter.encode_images(tiny_images(1, size=16, channels=3))
-    assert {"vae", "text_pipeline"} <= vars(adapter).keys()
+    assert {"vae", "_text_pipeline"} <= vars(adapter).keys()
     adapter.release()
-    assert not {"vae", "text_pipeline"} & vars(adapter).keys()
+    assert not {"vae", "_text_pipeline"} & vars(adapter).keys()
+    assert adapter.encode_prompts(["a cat"])["encoder_hidden_states"].equal(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@every_pipeline
+def test_frozen_parts_leave_the_gpu_to_the_denoiser(name: str, folders: Folders) -> None:
+    adapter = folders(name).adapter("cuda")
+    model = SingleModel(load_denoiser(folders(name)).eval().to("cuda"))
+    made = list(
+        generate(model, adapter, sampling_for(adapter), seed=5, indices=range(4), prompts=PROMPTS, device="cuda")
+    )
+    assert int((torch.cat(made).int() - images_of(folders(name)).int()).abs().max()) <= 8
+    parts = [adapter.vae, *(adapter._text_encoders() if adapter.conditioned_on == "captions" else [])]
+    assert {parameter.device.type for part in parts for parameter in part.parameters()} == {"cpu"}
+
+
+def test_resting_parts_work_again(folders: Folders) -> None:
+    adapter = folders("StableDiffusionPipeline").adapter()
+    before = adapter.encode_prompts(["a cat"])["encoder_hidden_states"]
+    adapter.rest()
     assert adapter.encode_prompts(["a cat"])["encoder_hidden_states"].equal(before)
 
 

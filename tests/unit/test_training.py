@@ -1,5 +1,6 @@
 import copy
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deme_core.errors import FrozenModelChangedError, NonFiniteLossError, TimestepHistogramError
+from deme_core.errors import FrozenModelChangedError, InputError, NonFiniteLossError, TimestepHistogramError
 from deme_core.families import EncodedBatch
 from deme_core.objectives import training_target
 from deme_core.projection import attach_projections, is_projection
@@ -193,6 +194,46 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: st
     # The comparison is of something: the second half moved every part.
     moved = {name.split()[0] for name, tensor in state_of(whole).items() if not same_bits(halfway[name], tensor)}
     assert moved == {"model", "ema", "exp_avg", "exp_avg_sq", "step", "timesteps"}
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    settings = EVERYTHING | {"num_steps": 2}
+    kept, computed_again = (
+        build(model_with_everything(), **settings, gradient_checkpointing=again) for again in (False, True)
+    )
+    assert (kept.model.is_gradient_checkpointing, computed_again.model.is_gradient_checkpointing) == (False, True)
+    run(kept)
+    run(computed_again)
+    assert differing(computed_again, kept) == []
+
+
+WIDE: dict[str, Any] = {"block_out_channels": [32]}  # Small tensors keep moments of 32 bits.
+
+
+def test_moments_of_eight_bits_train_and_are_restored(tmp_path: Path) -> None:
+    settings = EVERYTHING | {"optimizer": "adamw_8bit", "pretrained": one_level_unet(**WIDE), "learning_rate": 1e-3}
+    whole = build(model_with_everything(**WIDE), **settings)
+    losses = []
+    for progress in whole.progress():
+        losses.append(progress.loss)
+        if progress.global_step == 3:
+            save_checkpoint(whole, tmp_path)
+    moments = [moment for each in whole.optimizer.optimizer.state.values() for moment in each.values()]
+    assert sum(isinstance(moment, torch.Tensor) and moment.dtype == torch.uint8 for moment in moments) >= 8
+
+    resumed = build(randomize(model_with_everything(**WIDE), seed=5), **settings)
+    restore_checkpoint(resumed, tmp_path)
+    assert run(resumed)[-1].loss == losses[-1]
+    for name, tensor in whole.averaged_tensors().items():
+        assert same_bits(resumed.averaged_tensors()[name], tensor), name
+    plain = build(model_with_everything(**WIDE), **(settings | {"optimizer": "adamw"}))
+    assert run(plain)[-1].loss == pytest.approx(losses[-1], rel=0.02)
+
+
+def test_the_eight_bit_optimizer_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(InputError, match=r"needs bitsandbytes; install it by pip install 'deme\[bitsandbytes\]'"):
+        build(optimizer="adamw_8bit")
 
 
 def test_a_checkpoint_before_the_first_step_restores_the_beginning(tmp_path: Path) -> None:
