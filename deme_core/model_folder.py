@@ -18,8 +18,8 @@ from torch import nn
 from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, save_tensors
 from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
 from deme_core.families import Adapter
-from deme_core.frozen_parts import part_files
 from deme_core.model_json import INDEX_NAME, read_json
+from deme_core.needed_files import needed_files
 from deme_core.pipeline_index import COPY_NAME, PipelineIndex, read_index
 from deme_core.projection import attach_projections, fold_projections, is_projection
 
@@ -69,11 +69,18 @@ class ModelFolder:
         )
 
     def frozen_files(self, *, allow_pickle: bool = False) -> list[Path]:
-        """Returns the files of the frozen parts, and the pipeline's index."""
-        if not self.index.frozen_parts:
-            return []
-        parts = [part_files(self.path / part, allow_pickle=allow_pickle) for part in self.index.frozen_parts]
-        return [self.path / INDEX_NAME, *(file for files in parts for file in files)]
+        """Returns the files of the frozen parts, and the pipeline's index.
+
+        Raises:
+            ModelFolderError: the only weights of a part are pickled, and that was not allowed.
+        """
+        parts = self.index.frozen_parts
+        present = [file.relative_to(self.path) for part in parts for file in (self.path / part).rglob("*")]
+        files = [self.path / name for name in needed_files(name.as_posix() for name in present)]
+        pickled = [file for file in files if file.suffix == ".bin"]
+        if pickled and not allow_pickle:
+            raise _pickled(pickled[0])
+        return [self.path / INDEX_NAME, *files] if parts else []
 
 
 def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: bool = False) -> ModelFolder:
@@ -123,11 +130,14 @@ def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
     if not (folder / _PICKLE_NAME).is_file():
         raise ModelFolderError(f"{folder / WEIGHTS_NAME} is missing; a model folder needs it.")
     if not allow_pickle:
-        raise ModelFolderError(
-            f"{folder / _PICKLE_NAME} is pickled, which can run code; convert it to safetensors or set "
-            "pretrained.allow_pickle: true."
-        )
+        raise _pickled(folder / _PICKLE_NAME)
     return (folder / _PICKLE_NAME,)
+
+
+def _pickled(file: Path) -> ModelFolderError:
+    return ModelFolderError(
+        f"{file} is pickled, which can run code; convert it to safetensors or set pretrained.allow_pickle: true."
+    )
 
 
 def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:

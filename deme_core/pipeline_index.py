@@ -45,6 +45,8 @@ def read_index(path: Path) -> PipelineIndex:
         raise _unknown(path / INDEX_NAME, pipeline)
     # Any sampler's pipeline will do for a model on pixels, as PNDMPipeline; its denoiser says whether it is one.
     family = FAMILIES.get(str(pipeline), Unconditional)
+    if index and not (path / family.denoiser_part).is_dir():
+        raise ModelFolderError(f"{path} holds no {family.denoiser_part}, which a {pipeline} needs.")
     if family is Unconditional:
         return PipelineIndex(family)
     if missing := [part for part in family.frozen_parts if not (path / part).is_dir()]:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from tests.tiny_models import (
     tiny_unet,
     write_tiny_folder,
 )
+from tests.tiny_pipelines import save_pipeline
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -161,6 +163,53 @@ def test_a_model_of_another_class_is_refused(folder: Path, class_name: str | Non
     (folder / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelFolderError, match=f"describes a {class_name}; known are UNet2DModel"):
         open_model_folder(folder)
+
+
+def test_a_pipeline_that_no_family_knows_is_refused_with_those_known(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    known = "known are DDIMPipeline, DDPMPipeline, DiTPipeline, PixArtAlphaPipeline, .*, StableDiffusionXLPipeline"
+    with pytest.raises(ModelFolderError, match=rf"describes a LDMPipeline; {known}\."):
+        open_model_folder(folder)
+
+
+def test_the_pipeline_of_any_sampler_is_read(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(file.read_text().replace("DDPMPipeline", "PNDMPipeline"))
+    assert predict(load_denoiser(open_model_folder(folder)).eval()).equal(predict(tiny_unet()))
+
+
+@pytest.mark.parametrize("missing", ["vae", "text_encoder", "tokenizer", "unet"])
+def test_a_part_that_a_pipeline_needs_is_named(missing: str, tmp_path: Path) -> None:
+    shutil.rmtree(save_pipeline("StableDiffusionPipeline", tmp_path) / missing)
+    with pytest.raises(ModelFolderError, match=rf"{missing}, which a StableDiffusionPipeline needs\."):
+        open_model_folder(tmp_path)
+
+
+def test_only_the_files_that_stock_diffusers_loads_are_frozen_parts(tmp_path: Path) -> None:
+    path = save_pipeline("PixArtAlphaPipeline", tmp_path)
+    expected = {file.relative_to(path) for file in open_model_folder(path).frozen_files()}
+    for name in (
+        "model.fp16.safetensors",
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.bin",
+        "flax_model.msgpack",
+    ):
+        (path / "text_encoder" / name).write_bytes(b"{}")
+    found = {file.relative_to(path) for file in open_model_folder(path).frozen_files()}
+    assert found == expected
+    assert {str(name) for name in found} >= {"model_index.json", "tokenizer/tokenizer.json", "vae/config.json"}
+
+
+def test_a_pickled_text_encoder_is_refused_unless_allowed(tmp_path: Path) -> None:
+    path = save_pipeline("PixArtAlphaPipeline", tmp_path)
+    (path / "text_encoder" / "model.safetensors").unlink()
+    (path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
+    folder = open_model_folder(path)
+    with pytest.raises(ModelFolderError, match=r"text_encoder/pytorch_model.bin is pickled, which can run code"):
+        folder.frozen_files()
+    assert path / "text_encoder" / "pytorch_model.bin" in folder.frozen_files(allow_pickle=True)
 
 
 def test_weights_of_other_shapes_than_the_config_gives_are_listed(folder: Path) -> None:

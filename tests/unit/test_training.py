@@ -211,6 +211,7 @@ WIDE: dict[str, Any] = {"block_out_channels": [32]}  # Small tensors keep moment
 
 
 def test_moments_of_eight_bits_train_and_are_restored(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes, which make install leaves out")
     settings = EVERYTHING | {"optimizer": "adamw_8bit", "pretrained": one_level_unet(**WIDE), "learning_rate": 1e-3}
     whole = build(model_with_everything(**WIDE), **settings)
     losses = []
