@@ -203,7 +203,7 @@ def report(durations: Durations, cache: Cache, *, batch_size: int, num_images: i
     rates = {name: batch_size / statistics.median(values) for name, values in seconds.items()}
     ratios = {name: median_ratio(values, seconds[_MEMORY]) for name, values in seconds.items()}
     rows = [(name, f"{rate:.2f}", f"{ratios[name]:.3f}") for name, rate in rates.items()]
-    print_table(title, ("a step on", "images per second", "seconds over memory"), rows)
+    print_table(title, ("a step on", f"images per {'' if on_gpu else 'processor '}second", "seconds over memory"), rows)
     encoding = (cache.seconds.wall_sec if on_gpu else cache.seconds.cpu_sec) / num_images
     print_table(
         "The cache",

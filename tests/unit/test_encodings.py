@@ -58,12 +58,14 @@ def training(images: Path, tmp_path: Path) -> ImageSubset:
     return split_heldout(load_images(spec, cache=tmp_path / "cache"), spec.num_heldout_images)[0]
 
 
+# Where an adapter keeps what it has loaded.
+FROZEN_PARTS = {"vae", "_text_pipeline"}
 SETTINGS: dict[str, Any] = {"batch_size": 4, "seed": 5, "random_flip": True, "caption_dropout": 0.4}
 
 
 def from_images(adapter: Adapter, training: ImageSubset, **settings: Any) -> Iterator[EncodedBatch]:
     for batch in TrainingBatches(training, random_crop=False, **SETTINGS | settings):
-        yield encode_batch(
+        encoded = encode_batch(
             adapter,
             batch.clean_images,
             captions=batch.captions,
@@ -72,6 +74,8 @@ def from_images(adapter: Adapter, training: ImageSubset, **settings: Any) -> Ite
             crop_top_lefts=batch.crop_top_lefts,
             target_sizes=batch.target_sizes,
         )
+        assert FROZEN_PARTS & vars(adapter).keys()
+        yield encoded
 
 
 def encode(
@@ -103,7 +107,7 @@ def from_encodings(
     """Reads, and shows that neither autoencoder nor text encoder was loaded for it."""
     adapter = open_model_folder(pipeline).adapter()
     for batch in EncodedBatches(training, training.indices, *encodings, adapter, **SETTINGS | settings):
-        assert not {"vae", "text_pipeline"} & vars(adapter).keys()
+        assert not FROZEN_PARTS & vars(adapter).keys()
         yield batch
 
 
