@@ -45,7 +45,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         check_tracking(settings)
         if recipe.evaluate.prompts and recipe.execution.runner == "local":  # Else the path is one of the workers'.
             load_prompts(recipe.evaluate.prompts, settings.cache_folder)
-        tracker = Tracker(settings, experiment=recipe.name, run_name=f"{recipe.name}-{str(flow_run.id)[:8]}")
+        tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
         tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
         tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})

@@ -54,6 +54,7 @@ def take_offline(browser: webdriver.Chrome) -> None:
     browser.execute_cdp_cmd("Network.enable", {})
     conditions = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+    browser.get("about:blank")  # The page a browser starts with has requests of its own.
     browser.get_log("performance")
     browser.get_log("browser")
 

@@ -51,7 +51,7 @@ def show(browser: webdriver.Chrome, page: Path) -> None:
 def assert_it_asked_for_nothing(browser: webdriver.Chrome, page: Path) -> None:
     addresses = requested_addresses(browser)
     assert page.as_uri() in addresses, "the log does not show what was asked for"
-    assert not [address for address in addresses if not address.startswith(("file:", "data:", "blob:"))]
+    assert not [address for address in addresses if not address.startswith(("file:", "data:", "blob:", "about:"))]
     assert console_errors(browser) == []
 
 
