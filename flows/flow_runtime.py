@@ -41,7 +41,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         pool.start()  # First, since the imports of the workers take longest.
         check_access(store)
         check_tracking(settings)
-        tracker = Tracker(settings, experiment=recipe.name, run_name=f"{recipe.name}-{str(flow_run.id)[:8]}")
+        tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
         tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
         tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})

@@ -27,12 +27,11 @@ from tasks.page_scores import evaluation_facts, page_scores
 from tasks.provenance import evaluation_digests, model_digests, versions
 from tasks.report_figures import report_folder
 from tasks.row_scores import BASELINES, Rows
+from tasks.run_page import PAGE, STAGE
 from tasks.run_results import RunResults
 from tasks.runtime import Runtime
 from tasks.tracked_runs import REPORT_TAG
 
-STAGE = "report"
-PAGE = "report.html"
 _PROXIES = {"heldout_loss": "held-out loss", "few_steps": "score of few steps"}
 _SEARCHED = {"experts": "Merge weights", "control": "Scale of the control"}
 

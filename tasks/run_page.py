@@ -1,4 +1,7 @@
-"""The page of a run, wherever the run was done."""
+"""The page of a run, wherever the run was done.
+
+Prefect is not imported here: `deme report` answers at once.
+"""
 
 import tempfile
 from pathlib import Path
@@ -6,8 +9,10 @@ from pathlib import Path
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store, temporary_beside
-from tasks.report_page import PAGE, STAGE
 from tasks.tracked_runs import check_tracking, download, find_page
+
+# The artifact is <store>/<STAGE>/<MLflow run>; the page is a file of it, and of the MLflow run.
+STAGE, PAGE = "report", "report.html"
 
 
 def fetch_page(run: str | None) -> Path:

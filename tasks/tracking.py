@@ -19,6 +19,9 @@ from tasks.mlflow_client import mlflow_client
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
 
+# Has MLflow's UI show runs with their metrics first, and nothing of prompts and agents.
+_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
+
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
     "diffusion_loss": "loss/diffusion",
@@ -41,13 +44,15 @@ class Tracker:
         self._client, self._ui_url = mlflow_client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
+        # A person who sees the run in MLflow knows then what to give to `deme report`, `compare` and `export`.
+        self._client.update_run(self.run_id, name=f"{run_name}-{self.run_id[:8]}")
 
     def _find_experiment(self, settings: Settings, name: str) -> str:
         if found := self._client.get_experiment_by_name(name):
             return str(found.experiment_id)
         local = settings.tracking_uri.startswith("sqlite:")
         location = (settings.state_folder / "mlartifacts").as_uri() if local else None
-        return str(self._client.create_experiment(name, artifact_location=location))
+        return str(self._client.create_experiment(name, artifact_location=location, tags=_MODEL_TRAINING))
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
         named = {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "deme", **tags}

@@ -32,8 +32,10 @@ def open_browser() -> Iterator[webdriver.Chrome]:
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-        yield browser
-        browser.quit()
+        try:
+            yield browser
+        finally:
+            browser.quit()
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
@@ -54,6 +56,7 @@ def take_offline(browser: webdriver.Chrome) -> None:
     browser.execute_cdp_cmd("Network.enable", {})
     conditions = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
     browser.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+    browser.get("about:blank")  # The page a browser starts with has requests of its own.
     browser.get_log("performance")
     browser.get_log("browser")
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
-from tests.e2e.browser import console_errors, requested_addresses, take_offline, wait_until
 
+from tests.e2e.browser import console_errors, requested_addresses, take_offline, wait_until
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 
@@ -51,7 +51,7 @@ def show(browser: webdriver.Chrome, page: Path) -> None:
 def assert_it_asked_for_nothing(browser: webdriver.Chrome, page: Path) -> None:
     addresses = requested_addresses(browser)
     assert page.as_uri() in addresses, "the log does not show what was asked for"
-    assert not [address for address in addresses if not address.startswith(("file:", "data:", "blob:"))]
+    assert not [address for address in addresses if not address.startswith(("file:", "data:", "blob:", "about:"))]
     assert console_errors(browser) == []
 
 
