@@ -149,23 +149,29 @@ def generate(
         adapter.rest()
         latents, generators = initial_noise(seed, batch, adapter.latent_shape)
         latents = latents.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        finite = latents.new_ones(len(latents), dtype=torch.bool)
         for timestep in scheduler.timesteps.tolist():
             model = denoiser.model_at(adapter.noise_process.training_timestep(timestep))
             timesteps = torch.full((len(latents),), timestep, device=device)
             prediction = guidance.predict(adapter, model, latents, timesteps)
+            finite &= _are_finite(prediction)  # A scheduler that clips would hide it.
             step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
             latents = step.prev_sample
         images = adapter.decode_latents(latents)
         adapter.rest()
-        _check_finite(images, seed)
+        _check_finite(finite & _are_finite(images), seed)
         yield quantize(images)
 
 
-def _check_finite(images: torch.Tensor, seed: int) -> None:
-    # Quantised, they would be black or white, and get a score.
-    if num_bad := int((~images.isfinite().flatten(1).all(dim=1)).sum()):
+def _are_finite(images: torch.Tensor) -> torch.Tensor:
+    return images.isfinite().flatten(1).all(dim=1)
+
+
+def _check_finite(finite: torch.Tensor, seed: int) -> None:
+    # Quantised, the others would be black or white, and get a score.
+    if num_bad := int((~finite).sum()):
         raise NonFiniteImagesError(
-            f"{num_bad} of {len(images)} images generated under seed {seed} are NaN or infinite, so the model has "
+            f"{num_bad} of {len(finite)} images generated under seed {seed} are NaN or infinite, so the model has "
             "diverged; train it with a lower learning rate, or merge with smaller weights."
         )
 

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from prefect import allow_failure
 from prefect.futures import PrefectFuture
 
 from deme_core.artifacts import ArtifactRef
@@ -37,7 +38,7 @@ def submit_row(
         ]
         for image_set in images
     ]
-    return evaluate_row.submit(row, images, features, reference)
+    return evaluate_row.submit(row, images, allow_failure(features), reference)
 
 
 def first_real_features(recipe: Recipe, part: RealPart) -> PrefectFuture[JobResult]:
@@ -56,7 +57,7 @@ def submit_reference(recipe: Recipe, part: RealPart, first: JobResult) -> Prefec
     step = _real_slice_size(recipe)
     starts = range(step, first.metrics["num_in_all"], step)
     others: list[Any] = [real_features.submit(_real_slice(recipe, part, low)) for low in starts]
-    return build_reference.submit(part, _num_for_search(recipe), [first, *others])
+    return build_reference.submit(part, _num_for_search(recipe), allow_failure([first, *others]))
 
 
 def _real_slice(recipe: Recipe, part: RealPart, low: int) -> RealFeaturesJob:

@@ -133,14 +133,14 @@ def real_features(job: RealFeaturesJob) -> JobResult:
 
 @task(name="reference", task_run_name="reference for the {part}", **_OPTIONS)
 def build_reference(
-    part: Literal["search", "report"], num_for_search: int | None, features: Sequence[JobResult]
+    part: Literal["search", "report"], num_for_search: int | None, features: Sequence[JobResult | Exception]
 ) -> JobResult:
     """Reduces the features of one part's real images to what scores need.
 
     Args:
         part: which images.
         num_for_search: images set aside for a search; None for half of the data set.
-        features: the slices, in order.
+        features: the slices, in order; the first one that failed is raised.
     """
     runtime = current_runtime()
     job = ReferenceJob(
@@ -148,7 +148,7 @@ def build_reference(
         evaluate=runtime.recipe.evaluate,
         part=part,
         num_for_search=num_for_search,
-        features=tuple(result.ref for result in features),
+        features=_refs(features),
     )
     task_name = f"reference for the {part}"
     result = runtime.run(job, task=task_name)
@@ -230,14 +230,17 @@ def generated_features(row: str, job: GeneratedFeaturesJob) -> JobResult:
 
 @task(name="evaluate", task_run_name="evaluate {row}", **_OPTIONS)
 def evaluate_row(
-    row: str, images: Sequence[GeneratedImages], features: Sequence[Sequence[JobResult]], reference: ArtifactRef
+    row: str,
+    images: Sequence[GeneratedImages],
+    features: Sequence[Sequence[JobResult | Exception]],
+    reference: ArtifactRef,
 ) -> list[JobResult]:
     """Scores one row under every seed of the report.
 
     Args:
         row: its name.
         images: its image sets, one per seed.
-        features: the slices of each set.
+        features: the slices of each set; the first one that failed is raised.
         reference: the real images.
     """
     runtime = current_runtime()
@@ -245,10 +248,20 @@ def evaluate_row(
     child = runtime.tracker.child(f"evaluate/{row}")
     results = []
     for image_set, slices in zip(images, features, strict=True):
-        refs = tuple(result.ref for result in slices)
-        job = EvaluateJob(images=image_set, features=refs, evaluate=spec, reference=reference)
+        job = EvaluateJob(images=image_set, features=_refs(slices), evaluate=spec, reference=reference)
         results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})", child=child))
         runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=image_set.seed)
     runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})
     runtime.tracker.finish(child)
     return results
+
+
+def _refs(results: Sequence[JobResult | Exception]) -> tuple[ArtifactRef, ...]:
+    """Returns the artifacts of tasks that were waited for with `allow_failure`, or raises what one of them raised.
+
+    Without that Prefect would not start the task that waits, and would say no more than that it did not.
+    """
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return tuple(result.ref for result in results if isinstance(result, JobResult))

@@ -6,6 +6,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import nn
 
+from deme_core.errors import NonFiniteImagesError
 from deme_core.families import Unconditional
 from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, initial_noise, quantize
 from deme_core.seeds import generator
@@ -171,3 +172,12 @@ def test_a_gpu_makes_the_images_of_the_cpu(sampling: Sampling) -> None:
     )
     # Convolutions on a GPU round to TF32: a few grey levels.
     assert int((torch.cat(list(made)).int() - expected.int()).abs().max()) <= 8
+
+
+@every_sampling
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_images_of_a_model_that_diverged_are_no_images(sampling: Sampling, bad: float) -> None:
+    model = one_level_unet()
+    nn.init.constant_(model.conv_out.bias, bad)
+    with pytest.raises(NonFiniteImagesError, match="7 of 7 images generated under seed 5 are NaN or infinite"):
+        images(model, sampling, seed=5)
