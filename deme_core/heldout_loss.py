@@ -54,6 +54,7 @@ def heldout_losses(
             captions=images.captions and [images.captions[index] for index in indices],
             labels=images.labels and [images.labels[index] for index in indices],
         )
+        adapter.rest()
         clean, batch = batch.latents.cpu(), batch.to(device)
         for column, (low, high) in enumerate(itertools.pairwise(edges)):
             draws = [_draw(seed, column, index, len(images), low, high, clean.shape[1:]) for index in indices]
