@@ -72,6 +72,7 @@ def input_grams(
         for start in range(0, len(order), batch_size):
             indices = order[start : start + batch_size]
             batch = encode_images(adapter, images, indices)
+            adapter.rest()
             clean, batch = batch.latents.cpu(), batch.to(device)
             draws = [
                 draw_in_bin(seed, 0, start + i, len(order), segment.low, segment.high, clean.shape[1:])

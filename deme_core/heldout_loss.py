@@ -49,6 +49,7 @@ def heldout_losses(
     for start in range(0, len(images), batch_size):
         indices = range(start, min(start + batch_size, len(images)))
         batch = encode_images(adapter, images, indices)
+        adapter.rest()
         clean, batch = batch.latents.cpu(), batch.to(device)
         for column, (low, high) in enumerate(itertools.pairwise(edges)):
             draws = [draw_in_bin(seed, column, index, len(images), low, high, clean.shape[1:]) for index in indices]

@@ -43,7 +43,10 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
         )
     prompts = prompts_of(evaluate, context)
     return FeatureSource(
-        adapter=model.adapter(context.device),
+        # Kept from one candidate of a search to the next: text encoders take longer to load than images to make.
+        adapter=context.remember_latest(
+            "adapter", f"{model.path} {model.frozen}", lambda: model.adapter(context.device), num_kept=1
+        ),
         sampling=Sampling(
             sampler=evaluate.sampler,
             num_inference_steps=evaluate.num_inference_steps,
