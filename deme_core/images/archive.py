@@ -56,7 +56,8 @@ class ZipSource:
     def _columns(self) -> dict[str, Column]:
         names = filter(is_metadata_name, self._zip.namelist())
         try:
-            return read_columns(self._names, {name: self._content(name) for name in names})
+            files = {name: self._content(name) for name in names}
+            return read_columns(self._names, files, source=self.description)
         except BrokenImageError as error:
             raise DatasetError(f"The metadata in {self.description} is damaged; pack it anew.") from error
 

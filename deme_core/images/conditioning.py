@@ -96,7 +96,7 @@ def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | 
     """Return the class of every image of the source, so that a part of it has the same classes."""
     present = [value for value in column.values if value is not None]
     if all(isinstance(value, int) for value in present):
-        labels = [value if value is not None and value >= 0 else None for value in column.values]
+        labels = [int(value) if value is not None and value >= 0 else None for value in column.values]
         return labels, column.class_names
     if all(isinstance(value, str) for value in present):
         numbers = {name: number for number, name in enumerate(sorted(set(present)))}

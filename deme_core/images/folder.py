@@ -51,7 +51,8 @@ class FolderSource:
 
     @cached_property
     def _columns(self) -> dict[str, Column]:
-        return read_columns(self._names, {name: self._content(name) for name in self._metadata_names})
+        files = {name: self._content(name) for name in self._metadata_names}
+        return read_columns(self._names, files, source=self.description)
 
     def _content(self, name: str) -> bytes:
         path = self._root / name

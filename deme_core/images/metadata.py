@@ -18,7 +18,7 @@ def is_metadata_name(name: str) -> bool:
     return PurePosixPath(name).name == METADATA_NAME and not is_hidden(name)
 
 
-def read_columns(names: Sequence[str], files: Mapping[str, bytes]) -> dict[str, Column]:
+def read_columns(names: Sequence[str], files: Mapping[str, bytes], *, source: str) -> dict[str, Column]:
     """Read all columns of a folder of images.
 
     Without a column of that name, ``label`` is the sub-folder that an image lies in.
@@ -26,9 +26,10 @@ def read_columns(names: Sequence[str], files: Mapping[str, bytes]) -> dict[str, 
     Args:
         names: paths of the images, relative to the folder.
         files: content of each metadata file by its path, relative to the folder.
+        source: what messages call the folder.
 
     Returns:
-        The columns, in the order in which the files first name them.
+        ``label``, then the other columns in the order in which the files first name them.
 
     Raises:
         DatasetError: a file is no JSON lines, names no or absent images, or two lines name the same one.
@@ -37,19 +38,20 @@ def read_columns(names: Sequence[str], files: Mapping[str, bytes]) -> dict[str, 
     columns: dict[str, list[Any]] = {}
     seen: set[int] = set()
     for path, content in sorted(files.items()):
-        rows = list(_rows(path, content))
-        _refuse_absent(path, [name for name, _, _ in rows if name not in positions])
+        called = f"{path} in {source}"
+        rows = list(_rows(content, PurePosixPath(path).parent, called))
+        _refuse_absent([name for name, _, _ in rows if name not in positions], called)
         for name, number, row in rows:
             index = positions[name]
             if index in seen:
-                raise DatasetError(f"{path} has in line {number} another row of {name}; keep one row for each image.")
+                raise DatasetError(f"{called} has in line {number} another row of {name}; keep one row for each image.")
             seen.add(index)
             for key, value in row.items():
                 columns.setdefault(key, [None] * len(names))[index] = value
     return {LABEL: folder_labels(names)} | {key: Column(values) for key, values in columns.items()}
 
 
-def _rows(path: str, content: bytes) -> Iterator[tuple[str, int, dict[str, Any]]]:
+def _rows(content: bytes, parent: PurePosixPath, called: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield the image's path relative to the folder, the number of the line, and its other values."""
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
@@ -58,21 +60,20 @@ def _rows(path: str, content: bytes) -> Iterator[tuple[str, int, dict[str, Any]]
             row = json.loads(line.decode("utf-8-sig"))
         except ValueError as error:
             raise DatasetError(
-                f"{path} is no JSON lines (line {number}: {getattr(error, 'msg', 'not UTF-8')}); write one JSON "
+                f"{called} is no JSON lines (line {number}: {getattr(error, 'msg', 'not UTF-8')}); write one JSON "
                 f"object with {FILE_NAME} in each line."
             ) from error
         if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):
             raise DatasetError(
-                f"{path} has in line {number} no JSON object with a text {FILE_NAME}; give each line the path of an "
+                f"{called} has in line {number} no JSON object with a text {FILE_NAME}; give each line the path of an "
                 "image, relative to this file."
             )
-        name = normpath(PurePosixPath(path).parent / row.pop(FILE_NAME))
-        yield name, number, row
+        yield normpath(parent / row.pop(FILE_NAME)), number, row
 
 
-def _refuse_absent(path: str, absent: Sequence[str]) -> None:
+def _refuse_absent(absent: Sequence[str], called: str) -> None:
     if absent:
         raise DatasetError(
-            f"{path} names {len(absent)} images that are not there ({first_names(absent)}); add the files, "
+            f"{called} names {len(absent)} images that are not there ({first_names(absent)}); add the files, "
             "or remove their lines."
         )

@@ -42,6 +42,7 @@ def parquet(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
             "kind": datasets.ClassLabel(names=["zebra", "ant", "bee"]),
             "unknown": datasets.ClassLabel(names=["x", "y"]),
             "number": datasets.Value("int64"),
+            "flag": datasets.Value("bool"),
             "score": datasets.Value("float64"),
             "texts": [datasets.Value("string")],
         }
@@ -53,6 +54,7 @@ def parquet(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         "kind": [0, 2, 1, 1, 0],
         "unknown": [0, -1, 1, 1, 0],
         "number": [7, 8, 9, 7, 7],
+        "flag": [True, False, True, True, False],
         "score": [0.5] * 5,
         "texts": [["a", "b"]] * 5,
     }
@@ -104,6 +106,9 @@ def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
     assert dataset.captions is not None
     assert dataset.captions[1] == "8: {picture 1} of bee"
     assert (dataset.labels, dataset.label_names) == (list(range(5)), tuple(f"picture {number}" for number in range(5)))
+    labels = load(parquet, tmp_path, "hub", label_column="flag").labels
+    assert labels == [1, 0, 1, 1, 0]
+    assert {type(label) for label in labels} == {int}
 
 
 def test_nothing_is_read_unless_asked_for(parquet: Path, tmp_path: Path) -> None:

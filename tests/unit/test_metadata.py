@@ -87,7 +87,10 @@ def test_images_without_a_caption_are_counted_and_named(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"file_name": "top.png"}\n{"file_name": "b/0.png", text: 1}', r"metadata.jsonl is no JSON lines \(line 2: "),
+        (
+            b'{"file_name": "top.png"}\n{"file_name": "b/0.png", text: 1}',
+            r"^metadata.jsonl in the (folder|zip) .* is no JSON lines \(line 2: ",
+        ),
         (b'{"file_name": "top.png", "text": "\xff"}', r"is no JSON lines \(line 1: not UTF-8\)"),
         (b'[{"file_name": "top.png", "text": "a"}]', "has in line 1 no JSON object with a text file_name"),
         (b'{"file": "top.png", "text": "a"}', "has in line 1 no JSON object with a text file_name"),
