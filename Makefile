@@ -56,9 +56,10 @@ types: install
 
 check: test lint types
 
+# Without bitsandbytes: where it is installed diffusers imports it whether it is needed or not, which takes seconds.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --all-extras --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+		--no-emit-find-links --extra stack --extra server --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv

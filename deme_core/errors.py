@@ -38,12 +38,20 @@ class DatasetError(InputError):
     """A data set is missing, empty, broken or too small for what was asked."""
 
 
+class PromptsError(InputError):
+    """Prompts are missing, empty or damaged."""
+
+
 class ModelFolderError(InputError):
     """A model folder is incomplete, damaged, pickled, or does not match its own config."""
 
 
 class ExtractorUnavailableError(InputError):
     """The weights of a feature extractor cannot be had."""
+
+
+class NonFiniteImagesError(InputError):
+    """Images that were generated, or what was computed of images, are NaN or infinite."""
 
 
 class StoreUnavailableError(InputError):

@@ -1,18 +1,38 @@
 """Evaluation: one denoiser's images, scored against a reference, under settings all rows share."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from deme_core.extractors import FeatureExtractor
-from deme_core.feature_statistics import Features
+from deme_core.digests import spell_infinities
+from deme_core.errors import NonFiniteImagesError
+from deme_core.extractors import FeatureArray, FeatureExtractor
+from deme_core.extractors.clip import ClipScore
+from deme_core.families import Adapter
+from deme_core.feature_statistics import Features, check_features
 from deme_core.generate import Denoiser, Sampling, generate
-from deme_core.metrics import Metric, score
+from deme_core.metrics import Comparison, MetricName, score
+from deme_core.prompts import Prompts
 from deme_core.reference import Reference
 from deme_core.seeds import derive_seed
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Some images of a set, and what scores need of them.
+
+    Attributes:
+        images: uint8 (B, C, H, W).
+        features: (B, D).
+        clip_scores: how well each image fits its prompt, (B,); None where that is not asked for.
+    """
+
+    images: torch.Tensor
+    features: Features
+    clip_scores: FeatureArray | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,50 +40,72 @@ class FeatureSource:
     """Features of generated images, made in memory: what every row shares before anything is scored.
 
     Attributes:
-        scheduler_config: the model's scheduler_config.json.
+        adapter: all about the model but its denoiser.
         sampling: sampler and its settings.
-        shape: (C, H, W) of an image.
         extractor: turns images into features.
         device: where the denoiser is.
+        prompts: the texts that images belong to, and that a model which takes text makes them from, in turn.
+        clip: scores images against their prompts; None where that is not asked for.
     """
 
-    scheduler_config: Mapping[str, Any]
+    adapter: Adapter
     sampling: Sampling
-    shape: Sequence[int]
     extractor: FeatureExtractor
     device: torch.device | str
+    prompts: Prompts | None = None
+    clip: ClipScore | None = None
 
     def source_conditions(self) -> dict[str, Any]:
         """Returns all that features must share to be compared, by name; the batch size is not among it."""
-        scheduler = self.sampling.build_scheduler(self.scheduler_config)
+        scheduler = self.sampling.build_scheduler(self.adapter)
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         return {
             "sampler": self.sampling.sampler,
             "num_inference_steps": self.sampling.num_inference_steps,
             "eta": self.sampling.eta,
-            "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+            "scheduler": spell_infinities(config),
             "dtype": "float32",
-            "shape": list(self.shape),
+            "shape": list(self.adapter.image_shape),
             "extractor": self.extractor.digest,
+            **({"guidance_scale": self.sampling.guidance_scale} if self.sampling.guidance_scale != 1.0 else {}),
+            **({"prompts": self.prompts.digest} if self.prompts else {}),
+            **({"clip": self.clip.digest} if self.clip else {}),
         }
 
-    def batches(self, denoiser: Denoiser, seed: int, indices: Sequence[int]) -> Iterator[tuple[Features, torch.Tensor]]:
-        """Yields features (B, D) and the images uint8 (B, C, H, W), any slice of the set that ``seed`` names.
+    def batches(self, denoiser: Denoiser, seed: int, indices: Sequence[int]) -> Iterator[ImageBatch]:
+        """Yields images with their features, any slice of the set that ``seed`` names.
 
         Args:
             denoiser: what predicts.
             seed: names the set of images.
             indices: which images of the set.
+
+        Raises:
+            NonFiniteImagesError: an image, or what is computed of it, is NaN or infinite.
         """
+        done = 0
         for images in generate(
             denoiser,
-            self.scheduler_config,
+            self.adapter,
             self.sampling,
-            shape=self.shape,
             seed=seed,
             indices=indices,
+            prompts=self.prompts,
             device=self.device,
         ):
-            yield self.extractor(images), images
+            features = check_features(self.extractor(images), at_least=1)
+            yield ImageBatch(images, features, self._clip_scores(images, indices[done:]))
+            done += len(images)
+
+    def _clip_scores(self, images: torch.Tensor, indices: Sequence[int]) -> FeatureArray | None:
+        """Scores of images (B, C, H, W) that are the first B of ``indices`` in their set."""
+        if self.clip is None:
+            return None
+        assert self.prompts is not None, "a CLIP score without prompts"
+        scores = self.clip(images, self.prompts.of_images(indices[: len(images)]))
+        if not np.isfinite(scores).all():
+            raise NonFiniteImagesError("CLIP scores are NaN or infinite; check evaluate.clip_weights.")
+        return scores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +121,7 @@ class Evaluation(FeatureSource):
 
     num_images: int
     reference: Reference
-    metrics: Sequence[Metric]
+    metrics: Sequence[MetricName]
     kid_subset_size: int
 
     def conditions(self) -> dict[str, Any]:
@@ -103,23 +145,26 @@ class Evaluation(FeatureSource):
             report: called with the number of images done after every batch.
 
         Returns:
-            The scores by metric name, lower being better, and uint8 images (keep, C, H, W).
+            The scores by metric name, and uint8 images (keep, C, H, W).
         """
-        features, kept, done = [], [], 0
-        for found, images in self.batches(denoiser, seed, range(self.num_images)):
-            features.append(found)
-            kept.append(images[: max(keep - done, 0)])
-            done += len(images)
+        batches, kept, done = [], [], 0
+        for batch in self.batches(denoiser, seed, range(self.num_images)):
+            kept.append(batch.images[: max(keep - done, 0)])
+            batches.append((batch.features, batch.clip_scores))
+            done += len(batch.images)
             report(done)
         assert done == self.num_images, (done, self.num_images)
-        scores = score(
-            np.concatenate(features), self.reference, metrics=self.metrics, kid_subset_size=self.kid_subset_size
+        comparison = Comparison(
+            features=np.concatenate([features for features, _ in batches]),
+            reference=self.reference,
+            kid_subset_size=self.kid_subset_size,
+            clip_scores=np.concatenate([scores for _, scores in batches if scores is not None]) if self.clip else None,
         )
-        return scores, torch.cat(kept)
+        return score(comparison, self.metrics), torch.cat(kept)
 
 
 def score_conditions(
-    reference: Reference, *, num_images: int, metrics: Sequence[Metric], kid_subset_size: int
+    reference: Reference, *, num_images: int, metrics: Sequence[MetricName], kid_subset_size: int
 ) -> dict[str, Any]:
     """Returns what scores of features must share besides `FeatureSource.source_conditions`."""
     return {

@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from deme_core.errors import InputError
+from deme_core.errors import InputError, NonFiniteImagesError
 
 Features = npt.NDArray[np.floating[Any]]
 Float64Array = npt.NDArray[np.float64]
@@ -62,7 +62,7 @@ def check_features(features: Features, *, at_least: int = 2) -> Features:
     if features.ndim != 2 or len(features) < at_least:
         raise InputError(f"Features must be of shape (at least {at_least} images, features), not {features.shape}.")
     if num_bad := int((~np.isfinite(features).all(axis=1)).sum()):
-        raise InputError(
+        raise NonFiniteImagesError(
             f"The features of {num_bad} of {len(features)} images are NaN or infinite; check the extractor's weights."
         )
     return features

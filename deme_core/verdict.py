@@ -1,4 +1,4 @@
-"""Verdicts: is one row's score really lower than another's, or too close to call (METHOD section 5.2)?
+"""Verdicts: is one row's score really better than another's, or too close to call (METHOD section 5.2)?
 
 Every row is sampled from the same initial noise per seed, so the rows' scores are paired by seed, and what
 the seeds share cancels in their differences.
@@ -149,14 +149,16 @@ def _num_shared_resamples(*rows: RowScores) -> int:
     return min(len(replicates) for row in rows for replicates in row.replicates)
 
 
-def compare(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Verdict:
-    """Judge a candidate row against a baseline row, for scores of which lower is better.
+def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool, confidence: float = 0.95) -> Verdict:
+    """Judge a candidate row against a baseline row.
 
-    'better' if all intervals of `differences` lie below zero, 'worse' if all lie above, else 'too close to call'.
+    Where lower is better: 'better' if all intervals of `differences` lie below zero, 'worse' if all lie above; where
+    higher is better the other way round. Else 'too close to call'.
 
     Args:
         candidate: scores, one per seed.
         baseline: the other row's scores, of the same seeds in the same order (else ValueError).
+        higher_is_better: which way the scores go.
         confidence: the intervals' coverage, in (0, 1).
 
     Returns:
@@ -164,9 +166,9 @@ def compare(candidate: RowScores, baseline: RowScores, confidence: float = 0.95)
     """
     intervals = differences(candidate, baseline, confidence).values()
     if all(difference.high < 0 for difference in intervals):
-        return "better"
+        return "worse" if higher_is_better else "better"
     if all(difference.low > 0 for difference in intervals):
-        return "worse"
+        return "better" if higher_is_better else "worse"
     return "too close to call"
 
 

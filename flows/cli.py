@@ -6,7 +6,7 @@ import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -149,11 +149,14 @@ def _run_flow(
 def export(
     out: OutOption,
     run: Annotated[str | None, typer.Argument(help="MLflow run id or its beginning; default the newest run.")] = None,
+    row: Annotated[
+        Literal["merged", "distilled"], typer.Option(help="Which model; distilled where the recipe distills.")
+    ] = "merged",
 ) -> None:
     """Write the merged model of a run as a folder that stock diffusers loads."""
     from flows.model_commands import export_model
 
-    Console().print(f"wrote {export_model(run, out)}", highlight=False, soft_wrap=True)
+    Console().print(f"wrote {export_model(run, out, row)}", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -177,8 +180,14 @@ def generate(
     out: OutOption,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim or ddpm; flow_match_euler for flow-matching models.", show_default="ddim")
+    ] = None,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    prompts: Annotated[
+        str | None, typer.Option(help="Path or URI of prompts, for a model that takes text; image i has prompt i.")
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change the images.")] = 64,
 ) -> None:
     """Generate images as PNG files, the same for any batch size and machine count."""
@@ -191,6 +200,8 @@ def generate(
         seed=seed,
         sampler=sampler,
         num_inference_steps=num_inference_steps,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
         batch_size=batch_size,
         console=Console(stderr=True),
     )

@@ -6,6 +6,7 @@ from prefect import flow
 from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
+from deme_core.metrics import direction
 from tasks.comparison import comparable_reports, comparison_table
 
 Runs = Annotated[
@@ -28,6 +29,6 @@ def compare_runs(runs: Runs) -> dict[str, Any]:
     create_table_artifact(
         key="comparison",
         table=[{"run": run, **row} for run, row in table.items()],
-        description="Lower is better.",
+        description=f"In each column {direction(list(next(iter(table.values()))))}.",
     )
     return table

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from prefect import allow_failure
 from prefect.futures import PrefectFuture
 
 from deme_core.artifacts import ArtifactRef
@@ -30,12 +31,14 @@ def submit_row(
     ranges = slices(spec.num_images, batch_size=spec.batch_size, images_per_task=recipe.execution.images_per_task)
     features: list[Any] = [  # Futures, which Prefect replaces by their results.
         [
-            generated_features.submit(row, GeneratedFeaturesJob(images=image_set, evaluate=spec, low=low, high=high))
+            generated_features.submit(
+                row, GeneratedFeaturesJob(label=f"Row {row}", images=image_set, evaluate=spec, low=low, high=high)
+            )
             for low, high in ranges
         ]
         for image_set in images
     ]
-    return evaluate_row.submit(row, images, features, reference)
+    return evaluate_row.submit(row, images, allow_failure(features), reference)
 
 
 def first_real_features(recipe: Recipe, part: RealPart) -> PrefectFuture[JobResult]:
@@ -54,7 +57,7 @@ def submit_reference(recipe: Recipe, part: RealPart, first: JobResult) -> Prefec
     step = _real_slice_size(recipe)
     starts = range(step, first.metrics["num_in_all"], step)
     others: list[Any] = [real_features.submit(_real_slice(recipe, part, low)) for low in starts]
-    return build_reference.submit(part, _num_for_search(recipe), [first, *others])
+    return build_reference.submit(part, _num_for_search(recipe), allow_failure([first, *others]))
 
 
 def _real_slice(recipe: Recipe, part: RealPart, low: int) -> RealFeaturesJob:

@@ -7,6 +7,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.prompts import load_prompts
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import dump_recipe, flatten
 from deme_core.settings import Settings
@@ -29,6 +30,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
 
     Raises:
         StoreUnavailableError: the object store cannot be used; said before any work starts.
+        PromptsError: the recipe's prompts cannot be read.
     """
     timing, settings, logger = Timing(), Settings(), get_run_logger()
     store = open_store(settings.store_uri)
@@ -41,6 +43,8 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         pool.start()  # First, since the imports of the workers take longest.
         check_access(store)
         check_tracking(settings)
+        if recipe.evaluate.prompts and recipe.execution.runner == "local":  # Else the path is one of the workers'.
+            load_prompts(recipe.evaluate.prompts, settings.cache_folder)
         tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
         tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")

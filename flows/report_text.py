@@ -6,29 +6,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deme_core.metrics import direction
 from deme_core.settings import Settings
 
-_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "model")
+_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "distilled", "model")
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Prints what a run found."""
     console.print(_table(report))
-    for baseline in ("pretrained", "finetuned"):
-        verdict = report["verdict"][f"vs_{baseline}"]
-        metric = report["metric"]
-        gain = report["gain"][f"vs_{baseline}"][metric]
-        console.print(
-            f"merged is [bold]{verdict}[/] than {baseline}"
-            if verdict != "too close to call"
-            else f"merged against {baseline}: [bold]{verdict}[/]",
-            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
-            highlight=False,
-        )
+    _print_verdicts("merged", report, report["metric"], console)
+    if "distilled" in report:
+        _print_verdicts("distilled", report["distilled"], report["metric"], console)
     weights = ", ".join(f"{weight:g}" for weight in report["merged"]["weights"])
     lines = [
         f"merge weights  {weights}  (scale of the control: {report['finetuned']['scale']:g})",
         f"merged model   {report['merged']['uri']}",
+        *([f"distilled      {report['distilled']['uri']}"] if "distilled" in report else []),
         f"registry       {_registration(report['registry'])}",
         f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
         f"page           {_page(report)}",
@@ -37,6 +31,18 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"took           {_duration(report['seconds'])}",
     ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
+    for baseline in ("pretrained", "finetuned"):
+        verdict, gain = comparison["verdict"][f"vs_{baseline}"], comparison["gain"][f"vs_{baseline}"][metric]
+        console.print(
+            f"{row} is [bold]{verdict}[/] than {baseline}"
+            if verdict != "too close to call"
+            else f"{row} against {baseline}: [bold]{verdict}[/]",
+            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
+            highlight=False,
+        )
 
 
 def print_scores(report: dict[str, Any], console: Console) -> None:
@@ -58,7 +64,7 @@ def print_model(report: dict[str, Any], console: Console) -> None:
 def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     """Prints runs side by side."""
     columns = list(next(iter(rows.values())))
-    table = Table("run", *columns, title="mean and 95 % interval, lower is better", title_justify="left")
+    table = Table("run", *columns, title=f"mean and 95 % interval, {direction(columns)}", title_justify="left")
     for run, row in rows.items():
         table.add_row(run[:8], *row.values())
     console.print(table)
@@ -92,11 +98,8 @@ def mlflow_command(settings: Settings) -> str:
 def _table(report: dict[str, Any]) -> Table:
     metrics = list(next(iter(report["rows"].values())))
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
-    title = f"{report['recipe']}: {counts}; mean and 95 % interval, lower is better"
-    table = Table(title=title, title_justify="left")
-    table.add_column("row")
-    for metric in metrics:
-        table.add_column(f"{metric} (higher is better)" if metric.startswith(("precision", "recall")) else metric)
+    title = f"{report['recipe']}: {counts}; mean and 95 % interval, {direction(metrics)}"
+    table = Table("row", *metrics, title=title, title_justify="left")
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]
         cells = [f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for s in (scores[m] for m in metrics)]

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deme_core.errors import InputError
+from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores, compare, differing_conditions
 from tasks.tracked_runs import check_tracking, find_report
@@ -50,8 +51,10 @@ def _row(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, st
         metric: f"{bounds['mean']:.4g} ({bounds['low']:.4g} to {bounds['high']:.4g})"
         for metric, bounds in report["rows"][name].items()
     }
-    ours, theirs = (deciding_scores_of(each, baseline["metric"]) for each in (report, baseline))
-    verdict = "baseline" if report is baseline else compare(ours, theirs)
+    metric = baseline["metric"]
+    ours, theirs = (deciding_scores_of(each, metric) for each in (report, baseline))
+    higher = higher_is_better(metric)
+    verdict = "baseline" if report is baseline else compare(ours, theirs, higher_is_better=higher)
     return {"recipe": report["recipe"], "model": report.get("model", name), **scores, "verdict": verdict}
 
 

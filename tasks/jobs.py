@@ -9,7 +9,18 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
+from deme_core.recipe import (
+    DatasetSpec,
+    DistillSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    MethodSpec,
+    RegMeanSpec,
+    SearchSpec,
+    TrainingSpec,
+)
+
+PRETRAINED_STAGE = "pretrained"
 
 
 class Job(BaseModel):
@@ -36,7 +47,7 @@ class Job(BaseModel):
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
 
-    stage: ClassVar[str] = "pretrained"
+    stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "pretrain"
     dataset: DatasetSpec
     unet: dict[str, Any]
@@ -47,11 +58,45 @@ class PretrainJob(Job):
 class ImportJob(Job):
     """Bring a pretrained diffusers folder into the store, checked, as safetensors."""
 
-    stage: ClassVar[str] = "pretrained"
+    stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "import_model"
     source: str
     revision: str | None = None
     allow_pickle: bool = False
+
+
+class LatentsJob(Job):
+    """Encode a slice of the data set's images by the autoencoder of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first image of the slice, among those of the whole data set.
+        high: end of the slice; it may lie beyond the last image.
+    """
+
+    stage: ClassVar[str] = "latents"
+    work: ClassVar[str] = "latents"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+
+
+class EmbeddingsJob(Job):
+    """Encode a slice of the data set's distinct captions by the text encoders of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first caption of the slice.
+        high: end of the slice; it may lie beyond the last caption.
+    """
+
+    stage: ClassVar[str] = "embeddings"
+    work: ClassVar[str] = "embeddings"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
 
 
 class FinetuneJob(Job):
@@ -60,6 +105,8 @@ class FinetuneJob(Job):
     Attributes:
         label: name for messages; no part of the result.
         num_steps: optimizer steps; N times ``finetune.num_steps`` for the control.
+        latents: the whole data set encoded, slice by slice; without them images are encoded as they are trained on.
+        embeddings: its distinct captions encoded, slice by slice.
     """
 
     stage: ClassVar[str] = "finetune"
@@ -71,6 +118,8 @@ class FinetuneJob(Job):
     low: int
     high: int
     num_steps: int
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
 
 
 class RealFeaturesJob(Job):
@@ -198,6 +247,35 @@ class HeldoutJob(Job):
     edges: tuple[int, ...]
 
 
+class GramsJob(Job):
+    """Measure which inputs the linear maps of a finetuned copy see on its own segment [low, high)."""
+
+    stage: ClassVar[str] = "grams"
+    work: ClassVar[str] = "grams"
+    expert: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+    spec: RegMeanSpec
+
+
+class ConfineJob(Job):
+    """Confine the task vector of an expert to the inputs of its own segment.
+
+    Attributes:
+        grams: of all experts that are merged.
+        index: which of them are this expert's.
+    """
+
+    stage: ClassVar[str] = "confined"
+    work: ClassVar[str] = "confine"
+    pretrained: ArtifactRef
+    expert: ArtifactRef
+    grams: tuple[ArtifactRef, ...]
+    index: int
+    spec: RegMeanSpec
+
+
 class MergeJob(Job):
     """Merge experts into theta_0; with one expert, scale its task vector.
 
@@ -211,6 +289,32 @@ class MergeJob(Job):
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec
     weights: tuple[float, ...]
+
+
+class DistillJob(Job):
+    """Train the merged model on all timesteps to predict what each segment's expert predicts.
+
+    Attributes:
+        label: name for messages; no part of the result.
+        pretrained: theta_0, which holds the frozen parts.
+        merged: where the training starts.
+        experts: what it is taught by, lowest timesteps first.
+        segment_edges: 0, inner edges, T of the experts' segments.
+        latents: as in FinetuneJob.
+        embeddings: as in FinetuneJob.
+    """
+
+    stage: ClassVar[str] = "distilled"
+    work: ClassVar[str] = "distill"
+    label: str
+    pretrained: ArtifactRef
+    merged: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    segment_edges: tuple[int, ...]
+    dataset: DatasetSpec
+    distill: DistillSpec
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
 
 
 class GeneratedImages(BaseModel):
@@ -233,6 +337,7 @@ class GeneratedFeaturesJob(Job):
     """Generate a slice of an image set and extract its features; no image is written.
 
     Attributes:
+        label: name for messages; no part of the result.
         images: the set.
         low: first image of the slice.
         high: end of the slice.
@@ -240,6 +345,7 @@ class GeneratedFeaturesJob(Job):
 
     stage: ClassVar[str] = "features"
     work: ClassVar[str] = "generated_features"
+    label: str
     images: GeneratedImages
     evaluate: EvaluateSpec
     low: int
@@ -268,8 +374,8 @@ class EvaluateJob(Job):
     reference: ArtifactRef
 
 
-_TRAINING = (PretrainJob, ImportJob, FinetuneJob)
-_MERGING = (SearchJob, ScoreJob, LossJob, MergeJob)
+_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, DistillJob)
+_MERGING = (GramsJob, ConfineJob, SearchJob, ScoreJob, LossJob, MergeJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}
 

@@ -44,7 +44,8 @@ def _row(scores: ByMetric, metric: str, deciding: RowScores) -> dict[str, Score]
 def _deciding_difference(row: str, baseline: str, metric: str, deciding: Mapping[str, RowScores]) -> Difference:
     ours, theirs = deciding[row], deciding[baseline]
     found = differences(ours, theirs)
-    return Difference(row, baseline, metric, found["seeds"], found.get("images"), compare(ours, theirs))
+    verdict = compare(ours, theirs, higher_is_better=higher_is_better(metric))
+    return Difference(row, baseline, metric, found["seeds"], found.get("images"), verdict)
 
 
 def evaluation_facts(report: Mapping[str, Any]) -> dict[str, str]:

@@ -14,10 +14,10 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
+from deme_core.metrics import direction
 from tasks.tracking import Tracker
 
 _SECONDS_BETWEEN_UPDATES = 3.0
-_LOWER_IS_BETTER = "mean and 95 % interval over sampling seeds, lower is better"
 
 
 def progress_artifact(name: str) -> Callable[[float], None]:
@@ -52,7 +52,9 @@ def show_scores(report: Mapping[str, Any], tracker: Tracker) -> None:
         for row, scores in report["rows"].items()
     ]
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
-    create_table_artifact(table, key=_key(f"{report['recipe']} rows"), description=f"{counts}; {_LOWER_IS_BETTER}.")
+    metrics = list(next(iter(report["rows"].values())))
+    description = f"{counts}; mean and 95 % interval over sampling seeds, {direction(metrics)}."
+    create_table_artifact(table, key=_key(f"{report['recipe']} rows"), description=description)
 
 
 def _verdict_text(report: Mapping[str, Any], tracker: Tracker) -> str:

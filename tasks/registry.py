@@ -9,6 +9,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores, compare, paired_difference
 from tasks.mlflow_client import mlflow_client
@@ -116,7 +117,8 @@ def _decide(
             f"champion version {champion.version} was evaluated under other conditions; scores cannot be compared",
         )
     theirs = RowScores(json.loads(champion.tags["deme.scores"]), json.loads(champion.tags.get("deme.replicates", "[]")))
-    verdict, difference = compare(scores, theirs), paired_difference(scores.by_seed, theirs.by_seed)
+    verdict = compare(scores, theirs, higher_is_better=higher_is_better(metric))
+    difference = paired_difference(scores.by_seed, theirs.by_seed)
     numbers = f"{metric} {difference.mean:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
     return ("promoted" if verdict == "better" else "kept"), (
         f"against champion version {champion.version} it is {verdict} ({numbers})"

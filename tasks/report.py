@@ -7,7 +7,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deme_core.metrics import metric_name
+from deme_core.metrics import higher_is_better, metric_name
 from deme_core.verdict import RowScores, compare, differences, paired_difference
 from tasks.experts import relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
@@ -37,10 +37,17 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
     deciding = deciding_scores(results.rows, _primary(runtime))
     report = {
         **_evaluation(runtime, results.rows, flow_run_id),
-        **_comparison(deciding, scores_by_row(results.rows)),
+        **_comparison(deciding, scores_by_row(results.rows), _primary(runtime), "merged"),
         **_models(results),
         "heldout_loss": {row: result.metrics["mean"] for row, result in results.losses.items()},
     }
+    if distilled := results.models.get("distilled"):
+        report["distilled"] = {
+            "uri": distilled.ref.uri,
+            "digest": distilled.ref.digest,
+            "weights_digest": distilled.metrics["weights_digest"],
+            **_comparison(deciding, scores_by_row(results.rows), _primary(runtime), "distilled"),
+        }
     log_run_metrics(runtime, report)
     report["registry"] = _register(runtime, report, results, deciding["merged"])
     relative = relative_heldout_losses(runtime, results.losses, results.expert_losses, results.experts)
@@ -97,17 +104,16 @@ def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any
 
 
 def _comparison(
-    deciding: Mapping[str, RowScores], scores: Mapping[str, Mapping[str, Sequence[float]]]
+    deciding: Mapping[str, RowScores], scores: Mapping[str, Mapping[str, Sequence[float]]], metric: str, ours: str
 ) -> dict[str, Any]:
-    """Returns how the merged model compares with the pretrained one and with the control."""
-    merged = scores["merged"]
+    """Returns how the row ``ours`` compares with the pretrained model and with the control."""
+    own = scores[ours]
+    higher = higher_is_better(metric)
     return {
-        "verdict": {f"vs_{row}": compare(deciding["merged"], deciding[row]) for row in BASELINES},
-        "gain": {
-            f"vs_{row}": {m: asdict(paired_difference(merged[m], scores[row][m])) for m in merged} for row in BASELINES
-        },
+        "verdict": {f"vs_{row}": compare(deciding[ours], deciding[row], higher_is_better=higher) for row in BASELINES},
+        "gain": {f"vs_{row}": {m: asdict(paired_difference(own[m], scores[row][m])) for m in own} for row in BASELINES},
         "gain_by": {
-            f"vs_{row}": {k: asdict(v) for k, v in differences(deciding["merged"], deciding[row]).items()}
+            f"vs_{row}": {k: asdict(v) for k, v in differences(deciding[ours], deciding[row]).items()}
             for row in BASELINES
         },
     }

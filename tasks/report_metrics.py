@@ -39,6 +39,9 @@ def log_run_metrics(runtime: Runtime, report: Mapping[str, Any]) -> None:
             "deme.finetuned.scale": report["finetuned"]["scale"],
         },
     )
+    if distilled := report.get("distilled"):
+        verdicts = {f"deme.distilled.verdict.{name}": verdict for name, verdict in distilled["verdict"].items()}
+        runtime.tracker.set_tags(run_id, {"deme.distilled.uri": distilled["uri"], **verdicts})
 
 
 def log_score_metrics(runtime: Runtime, report: Mapping[str, Any]) -> None:

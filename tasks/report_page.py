@@ -54,7 +54,10 @@ def page_of_run(
         relative: held-out losses by row and copy.
         grids: sample grids by row.
     """
-    title, pairs = runtime.recipe.name, [("merged", baseline) for baseline in BASELINES]
+    title, pairs = (
+        runtime.recipe.name,
+        [(row, baseline) for row in ("merged", "distilled") if row in results.rows for baseline in BASELINES],
+    )
     content = page_of_rows(runtime, report, deciding, grids, title=title, command="deme run {recipe}", pairs=pairs)
     segments = [expert.segment for expert in results.experts]
     digests = model_digests(runtime.artifacts, results.models, results.trainings)
@@ -138,7 +141,7 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
 
 def _ordered(curves: Mapping[str, RelativeLosses]) -> dict[str, RelativeLosses]:
     """Returns the rows in the order of the table, then the copies: what is drawn later lies above."""
-    rows = [row for row in ("finetuned", "ensemble", "merged") if row in curves]
+    rows = [row for row in ("finetuned", "ensemble", "merged", "distilled") if row in curves]
     return {name: curves[name] for name in [*rows, *(name for name in curves if name not in rows)]}
 
 

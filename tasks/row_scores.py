@@ -11,7 +11,7 @@ from tasks.jobs import JobResult
 
 Rows = Mapping[str, Sequence[JobResult]]
 
-# What the merged model is compared with.
+# What the merged model, and the distilled one, are compared with.
 BASELINES = ("pretrained", "finetuned")
 
 

@@ -15,8 +15,8 @@ class RunResults:
 
     Attributes:
         rows: scores by row, one result per sampling seed.
-        models: ``pretrained``, ``finetuned`` (the control, scaled) and ``merged``.
-        trainings: the control's, under ``finetuned``, and the copies', by name.
+        models: ``pretrained``, ``finetuned`` (the control, scaled), ``merged``, and ``distilled`` if the recipe asks.
+        trainings: the control's, under ``finetuned``, the copies', by name, and ``distilled``.
         losses: held-out losses of the models.
         expert_losses: held-out losses of the copies.
         experts: the copies and what the gate said.

@@ -11,14 +11,19 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
+    ConfineJob,
+    DistillJob,
+    EmbeddingsJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
     GeneratedImages,
+    GramsJob,
     HeldoutJob,
     ImportJob,
     Job,
     JobResult,
+    LatentsJob,
     MergeJob,
     PretrainJob,
     RealFeaturesJob,
@@ -81,13 +86,25 @@ def obtain_pretrained() -> JobResult:
     )
 
 
+@task(name="encode", task_run_name="{job.stage} from {job.low} to {job.high}", **_OPTIONS)
+def encode(job: LatentsJob | EmbeddingsJob) -> JobResult:
+    """Encodes a slice of the data set's images or captions, so that no training has to."""
+    return current_runtime().run(job, task=f"{job.stage} from {job.low}")
+
+
 @task(name="finetune", task_run_name="finetune {job.label}", **_OPTIONS)
 def finetune(job: FinetuneJob, child_name: str) -> JobResult:
     """Finetunes one copy of theta_0."""
     return _train(job, task_name=f"finetune {job.label}", child_name=child_name)
 
 
-def _train(job: PretrainJob | FinetuneJob, *, task_name: str, child_name: str) -> JobResult:
+@task(name="distill", task_run_name="distill {job.label}", **_OPTIONS)
+def distill(job: DistillJob) -> JobResult:
+    """Trains the merged model to predict what the ensemble predicts."""
+    return _train(job, task_name=f"distill {job.label}", child_name="distill")
+
+
+def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child_name: str) -> JobResult:
     runtime = current_runtime()
     tracker = runtime.tracker
     child = tracker.child(child_name)
@@ -125,14 +142,14 @@ def real_features(job: RealFeaturesJob) -> JobResult:
 
 @task(name="reference", task_run_name="reference for the {part}", **_OPTIONS)
 def build_reference(
-    part: Literal["search", "report"], num_for_search: int | None, features: Sequence[JobResult]
+    part: Literal["search", "report"], num_for_search: int | None, features: Sequence[JobResult | Exception]
 ) -> JobResult:
     """Reduces the features of one part's real images to what scores need.
 
     Args:
         part: which images.
         num_for_search: images set aside for a search; None for half of the data set.
-        features: the slices, in order.
+        features: the slices, in order; the first one that failed is raised.
     """
     runtime = current_runtime()
     job = ReferenceJob(
@@ -140,7 +157,7 @@ def build_reference(
         evaluate=runtime.recipe.evaluate,
         part=part,
         num_for_search=num_for_search,
-        features=tuple(result.ref for result in features),
+        features=_refs(features),
     )
     task_name = f"reference for the {part}"
     result = runtime.run(job, task=task_name)
@@ -202,6 +219,18 @@ def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:
         raise
 
 
+@task(name="grams", task_run_name="inputs of {what}", **_OPTIONS)
+def measure_inputs(job: GramsJob, what: str) -> JobResult:
+    """Measures which inputs the linear maps of a copy see on its own segment."""
+    return current_runtime().run(job, task=f"inputs of {what}")
+
+
+@task(name="confine", task_run_name="confine {what}", **_OPTIONS)
+def confine(job: ConfineJob, what: str) -> JobResult:
+    """Confines the task vector of a copy to the inputs of its own segment."""
+    return current_runtime().run(job, task=f"confine {what}")
+
+
 @task(name="merge", task_run_name="merge {what}", **_OPTIONS)
 def merge(job: MergeJob, what: str) -> JobResult:
     """Merges experts into one stock model."""
@@ -222,14 +251,17 @@ def generated_features(row: str, job: GeneratedFeaturesJob) -> JobResult:
 
 @task(name="evaluate", task_run_name="evaluate {row}", **_OPTIONS)
 def evaluate_row(
-    row: str, images: Sequence[GeneratedImages], features: Sequence[Sequence[JobResult]], reference: ArtifactRef
+    row: str,
+    images: Sequence[GeneratedImages],
+    features: Sequence[Sequence[JobResult | Exception]],
+    reference: ArtifactRef,
 ) -> list[JobResult]:
     """Scores one row under every seed of the report.
 
     Args:
         row: its name.
         images: its image sets, one per seed.
-        features: the slices of each set.
+        features: the slices of each set; the first one that failed is raised.
         reference: the real images.
     """
     runtime = current_runtime()
@@ -237,10 +269,20 @@ def evaluate_row(
     child = runtime.tracker.child(f"evaluate/{row}")
     results = []
     for image_set, slices in zip(images, features, strict=True):
-        refs = tuple(result.ref for result in slices)
-        job = EvaluateJob(images=image_set, features=refs, evaluate=spec, reference=reference)
+        job = EvaluateJob(images=image_set, features=_refs(slices), evaluate=spec, reference=reference)
         results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})", child=child))
         runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=image_set.seed)
     runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})
     runtime.tracker.finish(child)
     return results
+
+
+def _refs(results: Sequence[JobResult | Exception]) -> tuple[ArtifactRef, ...]:
+    """Returns the artifacts of tasks that were waited for with `allow_failure`, or raises what one of them raised.
+
+    Without that Prefect would not start the task that waits, and would say no more than that it did not.
+    """
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return tuple(result.ref for result in results if isinstance(result, JobResult))

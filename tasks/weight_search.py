@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.metrics import METRICS
 from deme_core.search import (
     Batch,
     Candidate,
@@ -75,30 +76,37 @@ def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, 
             "done": len(candidates),
             "total": total,
             "weights": list(candidate.weights),
-            "score": candidate.score,
+            "score": measured.sign * candidate.score,
             "rough": candidate.rough,
-            "best_score": min(c.score for c in candidates if c.rough == candidate.rough),
+            "best_score": measured.sign * min(c.score for c in candidates if c.rough == candidate.rough),
         }
     best, cost = best_candidate(candidates), measured.cost()
     return {
         "weights": list(best.weights),
-        "score": best.score,
-        "candidates": [asdict(c) for c in candidates],
+        "score": measured.sign * best.score,
+        "candidates": [asdict(c) | {"score": measured.sign * c.score} for c in candidates],
         **cost,
         "rank_correlation": _rank_correlations(candidates, measured if cost["num_losses"] else None),
     }
 
 
 class _Measurements:
-    """Scores and losses of weights, each asked for once, and what they cost."""
+    """Scores and losses of weights, each asked for once, and what they cost.
+
+    Attributes:
+        sign: a search minimises, so that it is shown the negative scores of a metric of which higher is better.
+    """
 
     def __init__(self, job: SearchJob, num_weights: int, do: Do) -> None:
         self._job, self._do, self._zero = job, do, (0.0,) * num_weights
         self._known: dict[tuple[Kind, Weights], Any] = {}
+        self.sign = -1.0 if METRICS[job.evaluate.metrics[0]].higher_is_better else 1.0
 
     def scores(self, batch: Batch) -> Iterator[float]:
-        """Yields the scores or losses of a batch in its order, as they come."""
-        return self.losses(batch.weights) if batch.kind == "loss" else self._values(batch.kind, batch.weights)
+        """Yields the scores or losses of a batch in its order, as they come, the lower the better."""
+        if batch.kind == "loss":
+            return self.losses(batch.weights)
+        return (self.sign * value for value in self._values(batch.kind, batch.weights))
 
     def losses(self, weights: Sequence[Weights]) -> Iterator[float]:
         """Yields held-out losses, relative to the pretrained model's in each segment, mean over the segments."""

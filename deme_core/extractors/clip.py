@@ -43,8 +43,8 @@ _MEND = (
     f"model.safetensors, as transformers saves {_HUB_ID}"
 )
 _SCORE_MEND = (
-    "name the path or object-store URI of a folder with config.json, model.safetensors, vocab.json and merges.txt, "
-    f"as transformers saves {_HUB_ID}"
+    "set evaluate.clip_weights to the path or object-store URI of a folder with config.json, model.safetensors, "
+    f"vocab.json and merges.txt, as transformers saves {_HUB_ID}"
 )
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _PREPROCESSING = f"central square, bicubic as PIL; mean {_MEAN}, std {_STD}"
@@ -81,7 +81,9 @@ class ClipScore:
         """100 · max(cos(image, prompt), 0) of each pair, (B,), of uint8 images (B, 3, H, W)."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images cannot be scored against {len(prompts)} prompts.")
-        pairs = _unit_rows(self.embed_images(images)) * _unit_rows(self.embed_prompts(prompts))
+        different = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = _unit_rows(self.embed_prompts(list(different)))[[different[prompt] for prompt in prompts]]
+        pairs = _unit_rows(self.embed_images(images)) * texts
         return 100 * pairs.sum(axis=1).clip(min=0)
 
 
@@ -122,21 +124,41 @@ def load_clip_score(*, weights: str | None = None, cache: Path, device: torch.de
     model, tokenizer = _model(source, device, _SCORE_MEND), _tokenizer(source)
     if len(tokenizer) > model.config.text_config.vocab_size:
         raise unavailable(f"The tokenizer in {source} has more words than the model", _SCORE_MEND)
-    images = _extractor(model, source, device)
-    parts = [images.digest, *(sha256_file(source / name) for name in _TOKENIZER)]
     return ClipScore(
-        digest=sha256_bytes(canonical_json(parts).encode()),
-        embed_images=images,
+        digest=_score_digest(source, model.config),
+        embed_images=_extractor(model, source, device),
         embed_prompts=partial(_embed_prompts, model=model, tokenizer=tokenizer),
     )
 
 
+def clip_score_digest(*, weights: str | None = None, cache: Path) -> str:
+    """Returns the digest of what `load_clip_score` would load, without the time and memory that it takes."""
+    from transformers import CLIPConfig
+
+    source = _source_folder(weights, cache / "extractors", (_CONFIG, _WEIGHTS, *_TOKENIZER), _SCORE_MEND)
+    try:
+        config = CLIPConfig.from_json_file(source / _CONFIG)
+    except Exception as error:  # as below
+        raise unavailable(f"{source} holds no whole CLIPModel", _SCORE_MEND) from error
+    return _score_digest(source, config)
+
+
+def _score_digest(source: Path, config: Any) -> str:
+    parts = [_image_digest(source, config), *(sha256_file(source / name) for name in _TOKENIZER)]
+    return sha256_bytes(canonical_json(parts).encode())
+
+
+def _image_digest(source: Path, config: Any) -> str:
+    resolution = config.vision_config.image_size
+    settings = {"config": sha256_file(source / _CONFIG), "resolution": resolution, "preprocessing": _PREPROCESSING}
+    return digest(NAME, source / _WEIGHTS, **settings)
+
+
 def _extractor(model: Any, source: Path, device: torch.device) -> NetworkExtractor:
     resolution = model.config.vision_config.image_size
-    settings = {"config": sha256_file(source / _CONFIG), "resolution": resolution, "preprocessing": _PREPROCESSING}
     return NetworkExtractor(
         name=NAME,
-        digest=digest(NAME, source / _WEIGHTS, **settings),
+        digest=_image_digest(source, model.config),
         num_features=model.config.projection_dim,
         chunk_size=chunk_size(resolution, device),
         prepare=partial(

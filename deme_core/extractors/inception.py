@@ -85,10 +85,12 @@ def _resize_as_cleanfid(images: torch.Tensor, *, resize: Resizer, device: torch.
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
     # PIL works outside of Python's lock; a GPU would otherwise wait for one core to resize.
     with ThreadPoolExecutor(min(torch.get_num_threads(), len(pixels))) as threads:
-        resized = np.stack(list(threads.map(resize, pixels))).transpose(0, 3, 1, 2)
-    prepared = torch.from_numpy(np.ascontiguousarray(resized))
+        resized = np.stack(list(threads.map(resize, pixels)))
+    # Channels last in memory, as pixels come: convolutions on a CPU are a quarter faster than with clean-fid's order.
+    prepared = torch.from_numpy(resized).permute(0, 3, 1, 2)
     # clean-fid divides and multiplies what no resizer has made float, which costs some values their last bit.
-    return (prepared if prepared.is_floating_point() else prepared / 255 * 255).to(device)
+    prepared = prepared if prepared.is_floating_point() else prepared / 255 * 255
+    return prepared if device.type == "cpu" else prepared.contiguous().to(device)
 
 
 def _download(file: InceptionFile, folder: Path) -> Path:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from plotly.graph_objects import Figure
 
-_ROWS = frozenset({"pretrained", "finetuned", "ensemble", "merged"})
+_ROWS = frozenset({"pretrained", "finetuned", "ensemble", "merged", "distilled"})
 
 
 def run_page(content: RunContent) -> str:
@@ -31,7 +31,8 @@ def run_page(content: RunContent) -> str:
     if content.trainings:
         charts["training"] = training_chart(content.trainings)
     charts |= {f"search-{index}": search_chart(log) for index, log in enumerate(content.searches)}
-    headline = verdict_sentence(deciding) if deciding else None
+    by_row = [[d for d in deciding if d.row == row] for row in dict.fromkeys(d.row for d in deciding)]
+    headline = " ".join(map(verdict_sentence, by_row)) or None
     return _render("run.html.j2", charts, content.scores, content=content, headline=headline)
 
 

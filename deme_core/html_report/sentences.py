@@ -7,7 +7,12 @@ from deme_core.verdict import Verdict
 
 _ORDER: tuple[Verdict, ...] = ("better", "worse", "too close to call")
 # What a sentence calls the rows.
-_NAMES = {"pretrained": "the pretrained model", "finetuned": "the control of equal steps", "merged": "The merged model"}
+_NAMES = {
+    "pretrained": "the pretrained model",
+    "finetuned": "the control of equal steps",
+    "merged": "The merged model",
+    "distilled": "The distilled model",
+}
 
 
 def verdict_sentence(differences: Sequence[Difference]) -> str:

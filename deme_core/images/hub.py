@@ -1,11 +1,12 @@
 """A data set of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` understands."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deme_core.errors import DatasetError
 from deme_core.images.pixels import BrokenImageError
-from deme_core.images.source import stat_listing
+from deme_core.images.source import Column, stat_listing
 from deme_core.recipe import DatasetSpec
 
 
@@ -15,7 +16,8 @@ class HubSource:
     def __init__(self, spec: DatasetSpec) -> None:
         self.description = f"split '{spec.split}' of the data set {spec.path}"
         self._column = spec.image_column
-        self._images = _undecoded(_load(spec), self._column, self.description)
+        self._table = _load(spec)
+        self._images = _undecoded(self._table, self._column, self.description)
         self.listing = _listing(self._images, spec)
 
     def __len__(self) -> int:
@@ -40,6 +42,18 @@ class HubSource:
                 f"Row {index} of {self.description} refers to {path}, which cannot be read ({error.strerror}); "
                 "load the data set anew."
             ) from error
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """All columns but the images."""
+        return [name for name in self._table.column_names if name != self._column]
+
+    def column(self, name: str) -> Column | None:
+        """One column, with the names of its classes where it has them."""
+        if name not in self.columns:
+            return None
+        names = getattr(self._table.features[name], "names", None)
+        return Column(self._table.with_format(None)[name][:], names)
 
 
 def _load(spec: DatasetSpec) -> Any:

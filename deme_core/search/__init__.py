@@ -13,19 +13,18 @@ from deme_core.search.candidates import (
     Candidate,
     Kind,
     Search,
-    Strategy,
     Weights,
     best_candidate,
     scored_candidates,
     translated,
 )
-from deme_core.search.coordinate import coordinate_search
-from deme_core.search.grid import control_values, grid_search
+from deme_core.search.grid import control_values
 from deme_core.search.halving import halve
-from deme_core.search.optuna_search import optuna_search
-from deme_core.search.quadratic import fit_minimum, line_search
+from deme_core.search.quadratic import fit_minimum
+from deme_core.search.strategies import FITTED, STRATEGIES
 
 __all__ = [
+    "STRATEGIES",
     "Batch",
     "Candidate",
     "Kind",
@@ -49,36 +48,16 @@ def search_weights(spec: SearchSpec, *, num_weights: int, num_segments: int, is_
         is_control: search the control's scale, which starts at 1.
     """
     start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_weights
-    fitted = None
-    if spec.strategy in ("quadratic", "tpe", "cma_es"):
+    starts = [(start,) * num_weights]
+    if spec.strategy in FITTED:
         fit = fit_minimum(num_weights=num_weights, step=start, max_weight=spec.max_weight)
-        fitted = yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))
+        starts.insert(0, (yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))))
     values = control_values(spec.values, num_segments) if is_control else spec.values
-    strategy = _strategy(spec, (start,) * num_weights, fitted, values)
+    strategy = STRATEGIES[spec.strategy](spec.model_copy(update={"values": values}), starts)
     if spec.few_steps is None:
         yield from translated(strategy, lambda weights: Batch("full", tuple(weights)))
     else:
         yield from halve(strategy, survivors=spec.survivors)
-
-
-def _strategy(spec: SearchSpec, start: Weights, fitted: Weights | None, values: tuple[float, ...]) -> Strategy:
-    match spec.strategy:
-        case "grid":
-            return grid_search(values, num_weights=len(start))
-        case "coordinate":
-            return coordinate_search(start, step_size=spec.step_size, max_candidates=spec.max_candidates)
-        case "quadratic":
-            assert fitted is not None
-            return line_search(fitted, max_candidates=spec.max_candidates)
-        case "tpe" | "cma_es":
-            assert fitted is not None
-            return optuna_search(
-                spec.strategy,
-                num_weights=len(start),
-                starts=[fitted, start],
-                max_weight=spec.max_weight,
-                max_candidates=spec.max_candidates,
-            )
 
 
 def max_candidates(spec: SearchSpec, *, num_weights: int, num_segments: int, is_control: bool = False) -> int:

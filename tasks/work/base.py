@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +20,13 @@ from filelock import FileLock, Timeout
 
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.digests import stage_digest
-from deme_core.images import ImageDataset, load_images, split_heldout
+from deme_core.errors import ArtifactNotFoundError
+from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
+from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
-from tasks.jobs import Job, JobResult
+from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
 from tasks.progress import exhaust
 
 T = TypeVar("T")
@@ -85,6 +87,23 @@ class JobContext:
         with self.storing() as artifacts:
             return artifacts.fetch(ref)
 
+    def open_model(self, ref: ArtifactRef) -> ModelFolder:
+        """Opens the model in an artifact; for a finetuned copy, with the frozen parts of its pretrained model.
+
+        Raises:
+            ArtifactNotFoundError: the pretrained model is not in the store any more.
+        """
+        folder = open_model_folder(self.fetch(ref))
+        if folder.index.pretrained is None:
+            return folder
+        pretrained = self.find(PRETRAINED_STAGE, folder.index.pretrained)
+        if pretrained is None:
+            raise ArtifactNotFoundError(
+                f"The pretrained model {folder.index.pretrained}, which holds the frozen parts of {ref.uri}, is not in "
+                "the store."
+            )
+        return replace(folder, frozen=self.fetch(pretrained))
+
     def publish(
         self, stage: str, digest: str, folder: Path, identity: Identity, metrics: dict[str, Any]
     ) -> ArtifactRef:
@@ -111,11 +130,11 @@ class JobContext:
         key = spec.model_dump_json()
         return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
 
-    def training_images(self, spec: DatasetSpec) -> ImageDataset:
+    def training_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that training sees."""
         return split_heldout(self.images(spec), spec.num_heldout_images)[0]
 
-    def heldout_images(self, spec: DatasetSpec) -> ImageDataset:
+    def heldout_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that no training sees."""
         return split_heldout(self.images(spec), spec.num_heldout_images)[1]
 

@@ -5,22 +5,32 @@ from pathlib import Path
 
 import numpy as np
 
-from deme_core.bootstrap import replicates, resample
+from deme_core.bootstrap import resample
 from deme_core.errors import DemeError
 from deme_core.evaluation import score_conditions
-from deme_core.feature_file import read_features
-from deme_core.metrics import score
+from deme_core.feature_file import read_clip_scores, read_features
+from deme_core.metrics import Comparison, deciding_metric, grouped_scores, needs_prompts, score
+from deme_core.prompts import Prompts
+from deme_core.recipe import EvaluateSpec
 from tasks.jobs import EvaluateJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.generated_features import SAMPLES, image_inputs, image_settings
-from tasks.work.scoring import check_extractor, load_reference
+from tasks.work.scoring import (
+    check_extractor,
+    check_prompts,
+    evaluation_settings,
+    load_reference,
+    prompt_settings,
+    prompts_of,
+)
 
 
 def identity(job: EvaluateJob, context: JobContext) -> Identity:
-    """Models, seed, real images, sampling and metrics; the other seeds are no part of it, nor are the slices."""
+    """Models, seed, real images, prompts, sampling and metrics; neither the other seeds nor the slices."""
     excluded = {"seeds", "batch_size", "num_reference_images"}
+    evaluate = evaluation_settings(job.evaluate, context, exclude=excluded)
     return Identity(
-        settings={**image_settings(job.images), "evaluate": job.evaluate.model_dump(mode="json", exclude=excluded)},
+        settings={**image_settings(job.images), "evaluate": evaluate},
         inputs=image_inputs(job.images) | {"reference": job.reference.digest},
     )
 
@@ -33,16 +43,42 @@ def run(job: EvaluateJob, context: JobContext, out: Path, digest: str) -> Work:
     if any(source != sources[0] for source in sources):
         raise DemeError(f"The slices of the image set of seed {job.images.seed} were generated under other conditions.")
     check_extractor(evaluate.extractor_name, sources[0]["extractor"], reference)
+    check_prompts(prompt_settings(evaluate, context), sources[0])
     features = np.concatenate(list(read_features(folders)))
     assert len(features) == evaluate.num_images, (len(features), evaluate.num_images)
     yield {"done": 0, "total": evaluate.num_bootstrap}
-    scores = score(features, reference, metrics=evaluate.metrics, kid_subset_size=evaluate.kid_subset_size)
-    found: list[float] = []
-    if evaluate.num_bootstrap:
-        counts = resample(len(features), num_replicates=evaluate.num_bootstrap, seed=job.images.seed)
-        found = [float(f"{value:.7g}") for value in replicates(evaluate.metrics[0], features, reference, counts)]
+    comparison = Comparison(
+        features=features,
+        reference=reference,
+        kid_subset_size=evaluate.kid_subset_size,
+        clip_scores=read_clip_scores(folders) if needs_prompts(evaluate.metrics) else None,
+    )
     shutil.copyfile(folders[0] / SAMPLES, out / SAMPLES)
     conditions = score_conditions(
         reference, num_images=len(features), metrics=evaluate.metrics, kid_subset_size=evaluate.kid_subset_size
     )
-    return {"scores": scores, "replicates": found, "seed": job.images.seed, "conditions": sources[0] | conditions}
+    return {
+        "scores": score(comparison, evaluate.metrics),
+        "replicates": _replicates(comparison, evaluate, job.images.seed),
+        "seed": job.images.seed,
+        "conditions": sources[0] | conditions,
+        **_details(comparison, prompts_of(evaluate, context)),
+    }
+
+
+def _replicates(comparison: Comparison, evaluate: EvaluateSpec, seed: int) -> list[float]:
+    """Returns what the deciding metric gives resamples of the images; empty where none are asked for."""
+    if not evaluate.num_bootstrap:
+        return []
+    metric = deciding_metric(evaluate.metrics[0])
+    assert metric is not None, evaluate.metrics
+    counts = resample(len(comparison.features), num_replicates=evaluate.num_bootstrap, seed=seed)
+    return [float(f"{value:.7g}") for value in metric.replicates(comparison, counts)]
+
+
+def _details(comparison: Comparison, prompts: Prompts | None) -> dict[str, dict[str, float]]:
+    """Returns scores by groups of prompts, where there are groups: too many for a table."""
+    if comparison.clip_scores is None or prompts is None:
+        return {}
+    details = grouped_scores(comparison.clip_scores, prompts.columns)
+    return {"details": details} if details else {}

@@ -10,26 +10,28 @@ import torch
 from deme_core.feature_file import save_features
 from deme_core.figures import save_image_grid
 from deme_core.generate import Denoiser, Ensemble, SingleModel
-from deme_core.model_folder import load_unet, open_model_folder
+from deme_core.model_folder import load_denoiser
 from deme_core.segments import TimestepSegment
 from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.naming import naming
 from tasks.work.real_features import extractor_of
-from tasks.work.scoring import build_source
+from tasks.work.scoring import build_source, prompt_settings
 
 NUM_SAMPLES_SHOWN = 64
 SAMPLES = "samples.png"
-_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing"}
+_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale"}
 
 
 def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
-    """Models, seed, sampling, extractor and slice; not what is computed from the features."""
+    """Models, seed, sampling, extractor, slice and prompts; not what is computed from the features."""
     return Identity(
         settings={
             **image_settings(job.images),
             "sampling": job.evaluate.model_dump(mode="json", include=_SAMPLING),
             "extractor": extractor_of(job.evaluate, context).digest,
             "slice": [job.low, job.high],
+            **prompt_settings(job.evaluate, context),
         },
         inputs=image_inputs(job.images),
     )
@@ -46,22 +48,24 @@ def image_inputs(images: GeneratedImages) -> dict[str, str]:
 
 
 def run(job: GeneratedFeaturesJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Writes the features, and a grid of the first images of the set."""
-    folders = [open_model_folder(context.fetch(model)) for model in job.images.models]
-    networks = [load_unet(folder).eval().to(context.device) for folder in folders]
+    """Writes the features, CLIP scores where they are asked for, and a grid of the first images of the set."""
+    folders = [context.open_model(model) for model in job.images.models]
+    networks = [load_denoiser(folder).eval().to(context.device) for folder in folders]
     denoiser: Denoiser = SingleModel(networks[0])
     if (edges := job.images.edges) is not None:
         segments = [TimestepSegment(*pair) for pair in itertools.pairwise(edges)]
         denoiser = Ensemble(segments, networks)
     source = build_source(context, job.evaluate, model=folders[0])
-    features, shown, num_images = list[Any](), list[torch.Tensor](), job.high - job.low
+    features, clip_scores, shown, num_images = list[Any](), list[Any](), list[torch.Tensor](), job.high - job.low
     yield {"done": 0, "total": num_images}
-    for found, images in source.batches(denoiser, job.images.seed, range(job.low, job.high)):
-        if job.low == 0:
-            shown.append(images[: max(NUM_SAMPLES_SHOWN - sum(map(len, features)), 0)])
-        features.append(found)
-        yield {"done": sum(map(len, features)), "total": num_images}
-    save_features(out, np.concatenate(features))
+    with naming(job.label):
+        for batch in source.batches(denoiser, job.images.seed, range(job.low, job.high)):
+            if job.low == 0:
+                shown.append(batch.images[: max(NUM_SAMPLES_SHOWN - sum(map(len, features)), 0)])
+            features.append(batch.features)
+            clip_scores.append(batch.clip_scores)
+            yield {"done": sum(map(len, features)), "total": num_images}
+    save_features(out, np.concatenate(features), np.concatenate(clip_scores) if source.clip else None)
     if shown:
         save_image_grid(torch.cat(shown), out / SAMPLES)
     return {"num_images": num_images, "conditions": source.source_conditions()}

@@ -10,10 +10,12 @@ from deme_core.errors import DatasetError
 from deme_core.evaluation import split_reference
 from deme_core.extractors import FeatureExtractor, load_extractor
 from deme_core.feature_file import save_features
+from deme_core.feature_statistics import check_features
 from deme_core.recipe import EvaluateSpec
 from deme_core.slices import REAL_BATCH_SIZE
 from tasks.jobs import RealFeaturesJob, ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.naming import naming
 
 
 def identity(job: RealFeaturesJob, context: JobContext) -> Identity:
@@ -33,7 +35,8 @@ def run(job: RealFeaturesJob, context: JobContext, out: Path, digest: str) -> Wo
     features = []
     for start in range(0, len(indices), REAL_BATCH_SIZE):
         batch = torch.stack([images.image(index) for index in indices[start : start + REAL_BATCH_SIZE]])
-        features.append(extractor(batch))
+        with naming("Real images"):
+            features.append(check_features(extractor(batch), at_least=1))
         yield {"done": start + len(batch), "total": len(indices)}
     save_features(out, np.concatenate(features))
     return {"num_images": len(indices), "num_in_all": len(all_indices)}

@@ -7,7 +7,8 @@ from deme_core.metrics import metric_name
 from tasks.jobs import ScoreJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.live_model import live_merge, merge_inputs
-from tasks.work.scoring import build_evaluation
+from tasks.work.naming import naming
+from tasks.work.scoring import build_evaluation, evaluation_settings
 
 
 def identity(job: ScoreJob, context: JobContext) -> Identity:
@@ -15,7 +16,7 @@ def identity(job: ScoreJob, context: JobContext) -> Identity:
     inputs, merge = merge_inputs(job)
     report_only = {"seeds", "num_images", "num_reference_images", "batch_size"}
     sampling = {
-        "evaluate": job.evaluate.model_dump(mode="json", exclude=report_only),
+        "evaluate": evaluation_settings(job.evaluate, context, exclude=report_only),
         "seeds": list(job.seeds),
         "num_images": job.num_images,
     }
@@ -32,5 +33,6 @@ def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
     scores: list[float] = []
     for seed in job.seeds:
         yield {"done": len(scores), "total": len(job.seeds)}
-        scores.append(evaluation.score(SingleModel(merge.model), seed)[0][metric])
+        with naming(job.label):
+            scores.append(evaluation.score(SingleModel(merge.model), seed)[0][metric])
     return {"value": sum(scores) / len(scores)}

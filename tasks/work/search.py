@@ -9,6 +9,7 @@ from deme_core.merge_methods.build import num_weights
 from deme_core.model_folder import open_model_folder
 from tasks.jobs import SearchJob
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.scoring import evaluation_settings
 
 
 def identity(job: SearchJob, context: JobContext) -> Identity:
@@ -19,13 +20,13 @@ def identity(job: SearchJob, context: JobContext) -> Identity:
     return Identity(
         settings={
             "search": job.search.model_dump(mode="json", exclude={"num_reference_images"}),
-            "evaluate": job.evaluate.model_dump(mode="json", exclude=report_only),
+            "evaluate": evaluation_settings(job.evaluate, context, exclude=report_only),
             "segment_edges": list(job.segment_edges),
             "is_control": job.is_control,
             "merge": job.method.settings(),
         },
         inputs=inputs,
-        dataset=context.heldout_images(job.dataset).reference_fingerprint,
+        dataset=context.heldout_images(job.dataset).example_fingerprint,
     )
 
 

@@ -1,13 +1,16 @@
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
+from tests.tiny_models import one_level_unet, write_tiny_folder
 
 
 def _refused(done: Any, *words: str) -> None:
@@ -33,6 +36,12 @@ def _refused(done: Any, *words: str) -> None:
         ),
         (["run", "digits", "--set", "merge={weights: [0.5, 0.5, 0.5]}"], ["2", "3"]),
         (["run", "digits", "--set", "merge.search.max_candidates=2"], ["max_candidates 2", "take 3"]),
+        (
+            ["run", "digits", "--set", "evaluate.metrics=[fid, clip_score]"],
+            ["clip_score needs", "evaluate.prompts"],
+        ),
+        (["run", "digits", "--set", "evaluate.metrics=[recall, fid]"], ["fid, kid, clip_score", "recall alone"]),
+        (["run", "digits", "--set", "evaluate.prompts=absent.txt"], ["absent.txt cannot be read", "evaluate.prompts"]),
         (["run", "digits", "--set", "evaluate.extractor_mode=legacy_pytorch"], ["mode of inception", "efficientnet"]),
         (["merge", "--pretrained", "nowhere", "--expert", "e", "--weights", "1", "--out", "o"], ["nowhere"]),
         (["generate", "nowhere", "--out", "o"], ["nowhere"]),
@@ -62,6 +71,31 @@ def test_what_a_worker_finds_reaches_the_user(
     dataset: Mapping[str, Any] = {"source": "imagefolder", "path": str(broken_images), "resolution": 8}
     _refused(fresh_deme.run("run", write_recipe(dataset=dataset)), "torn.png", "skip_broken")
     assert not list(fresh_deme.home.glob("store/*/*/manifest.json"))
+
+
+def test_captions_that_are_missing_reach_the_user(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe, broken_images: Path
+) -> None:
+    (broken_images / "torn.png").unlink()
+    rows = [json.dumps({"file_name": f"{index}.png", "text": None if index else "black"}) for index in range(4)]
+    (broken_images / "metadata.jsonl").write_text("\n".join(rows))
+    dataset = {"source": "imagefolder", "path": str(broken_images), "resolution": 8, "caption_column": "text"}
+    done = fresh_deme.run("run", write_recipe(dataset=dataset))
+    _refused(done, "3 of 4 images", "1.png, 2.png, 3.png", "'text'")
+
+
+def test_a_model_that_diverged_is_named_and_so_is_a_reference_too_small(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    model = one_level_unet()
+    torch.nn.init.constant_(model.conv_out.bias, float("nan"))
+    blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    folder = write_tiny_folder(tmp_path / "model", model, **blocks)
+    done = fresh_deme.run("evaluate", str(folder), "--recipe", write_recipe())
+    _refused(done, "Row model: 8 of 8 images generated under seed", "NaN or infinite", "lower learning rate")
+    warning = " ".join(done.stderr.split())
+    assert "holds 32 real images, fewer than the 1280 features of efficientnet_lite0" in warning
+    assert "kid suits few images" in warning
 
 
 def test_an_unreachable_store_is_said_at_once(fresh_deme: CommandLine, write_recipe: WriteRecipe) -> None:

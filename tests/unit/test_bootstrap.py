@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from deme_core.bootstrap import replicates, resample
+from deme_core.bootstrap import resample
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import frechet_distance_to
+from deme_core.metrics import Comparison, Counts, MetricName, deciding_metric
+from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.reference import Reference
 
 
@@ -11,6 +12,12 @@ def draw(num_images: int, num_features: int, *, seed: int, shift: float = 0.0) -
     generator = np.random.default_rng(seed)
     scale = np.linspace(0.2, 1.5, num_features)
     return (generator.standard_normal((num_images, num_features)) * scale + shift).astype(np.float32)
+
+
+def replicates(name: MetricName, features: np.ndarray, reference: Reference, counts: Counts) -> np.ndarray:
+    metric = deciding_metric(name)
+    assert metric is not None
+    return metric.replicates(Comparison(features=features, reference=reference, kid_subset_size=2), counts)
 
 
 def test_every_resample_holds_as_many_images_as_there_are() -> None:

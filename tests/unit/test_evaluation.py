@@ -5,12 +5,18 @@ import numpy as np
 import pytest
 import torch
 
+from deme_core.artifacts import ArtifactRef
+from deme_core.errors import DemeError, NonFiniteImagesError
 from deme_core.evaluation import Evaluation, split_reference
+from deme_core.extractors.clip import ClipScore
 from deme_core.generate import Sampling, SingleModel
-from deme_core.metrics import score
+from deme_core.metrics import Comparison, score
+from deme_core.prompts import Prompts
 from deme_core.reference import Reference
 from deme_core.slices import slices
-from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet
+from tasks.jobs import JobResult
+from tasks.row_scores import fingerprint, shared_conditions
+from tests.tiny_models import one_level_unet, tiny_adapter
 
 
 @dataclass(frozen=True)
@@ -27,9 +33,8 @@ class QuarterMeans:
 
 FEATURES = np.random.default_rng(0).random((30, 4)).astype(np.float32)
 EVALUATION = Evaluation(
-    scheduler_config=SCHEDULER_CONFIG,
+    adapter=tiny_adapter(),
     sampling=Sampling(num_inference_steps=3, batch_size=4),
-    shape=(1, 8, 8),
     num_images=11,
     extractor=QuarterMeans(),
     reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "real"),
@@ -41,7 +46,9 @@ EVALUATION = Evaluation(
 
 def test_scores_are_those_of_the_images_of_the_seed() -> None:
     scores, images = EVALUATION.score(SingleModel(one_level_unet()), 1, keep=11)
-    expected = score(QuarterMeans()(images), EVALUATION.reference, metrics=("fid", "kid"), kid_subset_size=5)
+    features = QuarterMeans()(images)
+    comparison = Comparison(features=features, reference=EVALUATION.reference, kid_subset_size=5)
+    expected = score(comparison, ("fid", "kid"))
     assert images.shape == (11, 1, 8, 8)
     assert list(scores) == list(expected)
     assert scores == pytest.approx(expected)
@@ -80,6 +87,16 @@ def with_sampling(**changes: Any) -> Evaluation:
     return replace(EVALUATION, sampling=replace(EVALUATION.sampling, **changes))
 
 
+def fingerprint_of(evaluation: Evaluation, seeds: tuple[int, ...] = (1, 2, 3)) -> str:
+    """The fingerprint of a report whose rows were all evaluated so."""
+    row = [JobResult(ArtifactRef("file:///store/a", "a"), {"conditions": evaluation.conditions()}, False, 0.0, 0.0)]
+    return fingerprint(shared_conditions({"pretrained": row, "merged": row}, seeds))
+
+
+PROMPTS = Prompts(("a", "b"), {}, "two prompts")
+CLIP = ClipScore("tiny", embed_images=QuarterMeans(), embed_prompts=lambda texts: np.ones((len(texts), 4), np.float32))
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -87,20 +104,83 @@ def with_sampling(**changes: Any) -> Evaluation:
         with_sampling(num_inference_steps=4),
         with_sampling(eta=1.0),
         with_sampling(timestep_spacing="trailing"),
-        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"clip_sample": False}),
-        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"beta_end": 0.03}),
-        replace(EVALUATION, shape=(3, 8, 8)),
+        replace(EVALUATION, adapter=tiny_adapter(clip_sample=False)),
+        replace(EVALUATION, adapter=tiny_adapter(beta_end=0.03)),
+        replace(EVALUATION, adapter=tiny_adapter(one_level_unet(in_channels=3))),
         replace(EVALUATION, num_images=12),
         replace(EVALUATION, extractor=QuarterMeans(digest="others")),
         replace(EVALUATION, reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "others")),
         replace(EVALUATION, reference=Reference(FEATURES[:-1], "efficientnet_lite0", "quarters", "real")),
         replace(EVALUATION, metrics=("fid",)),
         replace(EVALUATION, kid_subset_size=6),
+        replace(EVALUATION, prompts=PROMPTS),
+        replace(EVALUATION, prompts=replace(PROMPTS, digest="others")),
+        replace(EVALUATION, prompts=PROMPTS, clip=CLIP),
+        replace(EVALUATION, prompts=PROMPTS, clip=replace(CLIP, digest="others")),
     ],
-    ids=range(13),
+    ids=range(17),
 )
-def test_every_condition_of_a_score_is_stated(other: Evaluation) -> None:
-    assert other.conditions() != EVALUATION.conditions()
+def test_every_condition_of_a_score_changes_the_fingerprint(other: Evaluation) -> None:
+    assert fingerprint_of(other) != fingerprint_of(EVALUATION)
+    assert set(other.conditions()) >= set(EVALUATION.conditions())
+
+
+def test_prompts_and_clip_change_the_fingerprint_each_by_itself() -> None:
+    both = replace(EVALUATION, prompts=PROMPTS, clip=CLIP)
+    other_prompts = replace(both, prompts=replace(PROMPTS, digest="others"))
+    other_clip = replace(both, clip=replace(CLIP, digest="others"))
+    assert len({fingerprint_of(each) for each in (both, other_prompts, other_clip, replace(both, clip=None))}) == 4
+
+
+@pytest.mark.parametrize("seeds", [(1, 2, 4), (1, 2), (1, 2, 3, 4)])
+def test_the_seeds_change_the_fingerprint(seeds: tuple[int, ...]) -> None:
+    assert fingerprint_of(EVALUATION, seeds) != fingerprint_of(EVALUATION)
+
+
+def test_every_single_field_is_in_the_fingerprint() -> None:
+    conditions = EVALUATION.conditions()
+    assert {"sampler", "num_inference_steps", "eta", "scheduler", "dtype", "num_images"} < set(conditions)
+    assert {"extractor", "reference", "shape", "metrics", "kid_subset_size"} < set(conditions)
+    assert {"timestep_spacing", "clip_sample", "prediction_type"} < set(conditions["scheduler"])
+    whole = fingerprint(conditions)
+    assert len({whole, *(fingerprint(conditions | {name: "other"}) for name in conditions)}) == len(conditions) + 1
+
+
+def test_rows_of_other_conditions_get_no_common_table() -> None:
+    rows = {
+        name: [JobResult(ArtifactRef("file:///store/a", "a"), {"conditions": each.conditions()}, False, 0.0, 0.0)]
+        for name, each in {"pretrained": EVALUATION, "merged": with_sampling(eta=1.0)}.items()
+    }
+    with pytest.raises(DemeError, match="they differ in eta"):
+        shared_conditions(rows, (1, 2, 3))
+
+
+def test_each_image_is_scored_with_its_own_prompt_whatever_the_slice() -> None:
+    def embed(texts: Any) -> np.ndarray:
+        return np.array([[1, 0, 0, 0] if text == "a" else [0, 1, 0, 0] for text in texts], np.float32)
+
+    source = replace(EVALUATION, prompts=PROMPTS, clip=replace(CLIP, embed_prompts=embed))
+    model = SingleModel(one_level_unet())
+    whole = np.concatenate([batch.clip_scores for batch in source.batches(model, 1, range(11))])
+    features = np.concatenate([batch.features for batch in source.batches(model, 1, range(11))])
+    expected = 100 * features[np.arange(11), np.arange(11) % 2] / np.linalg.norm(features, axis=1)
+    np.testing.assert_allclose(whole, expected, rtol=1e-5)
+    part = np.concatenate([batch.clip_scores for batch in source.batches(model, 1, range(5, 11))])
+    np.testing.assert_allclose(part, whole[5:], rtol=1e-2)
+
+
+@pytest.mark.parametrize("broken", ["features", "CLIP scores"])
+def test_what_is_not_finite_gets_no_score(broken: str) -> None:
+    class Broken(QuarterMeans):
+        def __call__(self, images: torch.Tensor) -> np.ndarray:
+            return np.full((len(images), 4), np.nan, np.float32)
+
+    if broken == "features":
+        source = replace(EVALUATION, extractor=Broken())
+    else:
+        source = replace(EVALUATION, prompts=PROMPTS, clip=replace(CLIP, embed_images=Broken()))
+    with pytest.raises(NonFiniteImagesError, match=f"{broken} .*NaN or infinite"):
+        source.score(SingleModel(one_level_unet()), 1)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +189,7 @@ def test_every_condition_of_a_score_is_stated(other: Evaluation) -> None:
         with_sampling(batch_size=9),
         with_sampling(timestep_spacing="leading"),  # What the scheduler config means by saying nothing.
         replace(EVALUATION, device="cuda"),
-        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"_diffusers_version": "0.1.0"}),
+        replace(EVALUATION, adapter=tiny_adapter(_diffusers_version="0.1.0")),
     ],
     ids=["batch size", "default spelled out", "device", "diffusers version of the file"],
 )
@@ -134,12 +214,12 @@ def test_the_images_for_the_search_are_spread_over_the_data_set() -> None:
 @pytest.mark.parametrize("images_per_task", [1, 4, 8])
 def test_slices_made_by_tasks_of_their_own_are_bit_for_bit_the_image_set(images_per_task: int) -> None:
     model = SingleModel(one_level_unet())
-    whole = [images for _, images in EVALUATION.batches(model, 1, range(11))]
+    whole = [batch.images for batch in EVALUATION.batches(model, 1, range(11))]
     ranges = slices(11, batch_size=4, images_per_task=images_per_task)
-    sliced = [images for low, high in reversed(ranges) for _, images in EVALUATION.batches(model, 1, range(low, high))]
+    sliced = [b.images for low, high in reversed(ranges) for b in EVALUATION.batches(model, 1, range(low, high))]
     assert {tuple(image.flatten().tolist()) for batch in sliced for image in batch} == {
         tuple(image.flatten().tolist()) for batch in whole for image in batch
     }
     low, high = ranges[-1]
-    last = torch.cat([images for _, images in EVALUATION.batches(model, 1, range(low, high))])
+    last = torch.cat([batch.images for batch in EVALUATION.batches(model, 1, range(low, high))])
     assert last.equal(torch.cat(whole)[low:high])

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from deme_core.errors import ExtractorUnavailableError
 from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, load_extractor
-from deme_core.extractors.clip import load_clip_score, load_images
+from deme_core.extractors.clip import clip_score_digest, load_clip_score, load_images
 from deme_core.extractors.dinov2 import load_vit
+from tests.tiny_clip import TINY_VISION, randomized, write_tiny_clip
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 CPU = torch.device("cpu")
@@ -24,7 +25,6 @@ TINY_VIT: dict[str, Any] = {
     "timm_name": "vit_small_patch14_dinov2.lvd142m",
     **{"embed_dim": 24, "depth": 2, "num_heads": 2},
 }
-TINY_VISION = {"hidden_size": 16, "num_hidden_layers": 2, "patch_size": 8, "image_size": 32}
 PROMPTS = ["a red cube", "A photo of a cat!", "", "a red cube " * 20]
 
 
@@ -94,27 +94,7 @@ def dinov2(vit_weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Featu
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What transformers saves of a tiny CLIPModel, and a tokenizer that knows single letters and 'cat'."""
-    from transformers import CLIPConfig, CLIPModel
-
-    folder = tmp_path_factory.mktemp("clip")
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "ca", "cat</w>", "<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
-    (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
-    first, last = len(words) - 2, len(words) - 1
-    layers = {"intermediate_size": 32, "num_attention_heads": 2}
-    text = {"vocab_size": len(words), "max_position_embeddings": 24, "hidden_size": 16, "num_hidden_layers": 2}
-    tokens = {"bos_token_id": first, "eos_token_id": last, "pad_token_id": last}
-    config = CLIPConfig(
-        text_config={**layers, **text, **tokens},
-        vision_config={**layers, **TINY_VISION, "projection_dim": 8},
-        projection_dim=8,
-    )
-    model = CLIPModel(config)
-    model.load_state_dict(randomized(model.state_dict()))
-    model.save_pretrained(folder)
-    return folder
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
 def load_tiny_clip(weights: Path | str, cache: Path) -> NetworkExtractor:
@@ -124,12 +104,6 @@ def load_tiny_clip(weights: Path | str, cache: Path) -> NetworkExtractor:
 @pytest.fixture(scope="module")
 def clip(clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FeatureExtractor:
     return load_tiny_clip(clip_folder, tmp_path_factory.mktemp("cache"))
-
-
-def randomized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Fresh networks start close to a constant: other values make every tensor count."""
-    generator = torch.Generator().manual_seed(0)
-    return {name: 0.3 * torch.randn(value.shape, generator=generator) for name, value in tensors.items()}
 
 
 @pytest.fixture
@@ -443,6 +417,11 @@ def test_what_the_hubs_client_has_cached_needs_no_hub(silent_hub: None, clip_fol
         (snapshot / name).write_bytes((clip_folder / name).read_bytes())
     cached = load_clip_score(cache=tmp_path, device="cpu")
     assert cached.digest == load_clip_score(weights=str(clip_folder), cache=tmp_path, device="cpu").digest
+    assert (
+        cached.digest
+        == clip_score_digest(cache=tmp_path)
+        == clip_score_digest(weights=str(clip_folder), cache=tmp_path)
+    )
 
 
 def test_clip_computes_what_transformers_does(clip: FeatureExtractor, clip_folder: Path) -> None:

@@ -1,3 +1,4 @@
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 from deme_core.errors import InputError
 from deme_core.feature_file import read_features, save_features
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import frechet_distance_to, score
+from deme_core.metrics import Comparison, score
+from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.reference import Reference
 
 FEATURES = (np.random.default_rng(0).standard_normal((50, 6)) + 100.0).astype(np.float32)
@@ -52,4 +54,22 @@ def test_a_reference_of_statistics_scores_as_one_of_features(tmp_path: Path) -> 
     expected = frechet_distance_to(features, generated)
     assert frechet_distance_to(loaded, generated) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(ValueError, match="statistics only"):
-        score(generated, loaded, metrics=["kid"], kid_subset_size=5)
+        score(Comparison(features=generated, reference=loaded, kid_subset_size=5), ["kid"])
+
+
+@pytest.mark.parametrize("num_slices", [1, 3])
+def test_the_memory_of_statistics_does_not_grow_with_the_images(num_slices: int, tmp_path: Path) -> None:
+    def peak_bytes(num_images: int) -> int:
+        folders = [tmp_path / f"{num_images} {index}" for index in range(num_slices)]
+        for folder in folders:
+            folder.mkdir()
+            save_features(folder, np.zeros((num_images // num_slices, 32), np.float32))
+        tracemalloc.start()
+        try:
+            assert FeatureStatistics.from_batches(read_features(folders)).num_images == num_images
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    few = peak_bytes(3 * 1024)
+    assert peak_bytes(30 * 1024) < 1.1 * few < 30 * 1024 * 32 * 4

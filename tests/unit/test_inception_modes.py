@@ -11,8 +11,9 @@ from PIL import Image
 
 from deme_core.errors import ExtractorUnavailableError
 from deme_core.extractors import FeatureExtractor, NetworkExtractor, load_extractor
-from deme_core.metrics import Reference, frechet_distance_to
+from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.recipe import EvaluateSpec
+from deme_core.reference import Reference
 from tests.inception_stand_in import draw_images, save_pytorch_stand_in, save_torchscript_stand_in
 
 MODES = ("clean", "legacy_pytorch", "legacy_tensorflow")

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from deme_core.merge_methods import METHODS, Average, BlockWeights, Dare, TaskAr
 from deme_core.merge_methods.block_weights import block_names, block_of, num_levels, transformer_depth
 from deme_core.merge_methods.ties import trim
 from deme_core.projection import attach_projections
+from deme_core.recipe import MethodSpec
 from tests.tiny_models import randomize, same_bits, tiny_conditional_unet, tiny_unet
 
 NAME = "conv_in.weight"
@@ -270,3 +271,7 @@ def test_the_blocks_of_a_transformer_are_quarters_of_its_depth(blocks: str) -> N
 def test_weights_for_a_transformer_need_its_depth() -> None:
     with pytest.raises(InputError, match="give the number of its transformer blocks"):
         BlockWeights(((0.5,),), ("depth 0",))
+
+
+def test_a_recipe_names_the_methods_of_the_registry() -> None:
+    assert get_args(MethodSpec.model_fields["method"].annotation) == (*METHODS, "regmean")  # A stage of its own

@@ -7,13 +7,10 @@ import pytest
 
 from deme_core.errors import ArtifactNotFoundError, DemeError
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import (
-    frechet_distance,
-    frechet_distance_to,
-    kernel_distance,
-    metric_name,
-    score,
-)
+from deme_core.metrics import METRICS, Comparison, MetricName, deciding_metric, direction, higher_is_better, metric_name
+from deme_core.metrics import score as score_comparison
+from deme_core.metrics.frechet import frechet_distance, frechet_distance_to
+from deme_core.metrics.kernel import kernel_distance
 from deme_core.reference import Reference
 
 
@@ -31,6 +28,13 @@ def statistics(mean: list[float], covariance: np.ndarray, num_images: int = 1000
 
 def reference(features: np.ndarray, name: str = "inception") -> Reference:
     return Reference(features, name, extractor_digest="e" * 64, images_digest="i" * 64)
+
+
+def score(
+    features: np.ndarray, real: Reference, *, metrics: tuple[MetricName, ...], kid_subset_size: int
+) -> dict[str, float]:
+    comparison = Comparison(features=features, reference=real, kid_subset_size=kid_subset_size)
+    return score_comparison(comparison, metrics)
 
 
 def test_statistics_are_those_of_numpy() -> None:
@@ -210,10 +214,49 @@ def test_features_of_other_widths_or_empty_subsets_are_refused() -> None:
 
 def test_a_frechet_distance_alone_imports_nothing_slow() -> None:
     program = (
-        "import sys, numpy as np; from deme_core.metrics import score; from deme_core.reference import Reference; "
-        "features = np.random.default_rng(0).random((20, 4)); "
-        "score(features, Reference(features, 'inception'), metrics=['fid'], kid_subset_size=10); "
+        "import sys, numpy as np; from deme_core.metrics import Comparison, score; "
+        "from deme_core.reference import Reference; features = np.random.default_rng(0).random((20, 4)); "
+        "real = Reference(features, 'inception'); "
+        "score(Comparison(features=features, reference=real, kid_subset_size=10), ['fid']); "
         "print(sorted({'cleanfid', 'scipy', 'torch', 'torchvision'} & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert result.stdout.strip() == "[]"
+
+
+def test_recipe_names_metrics_of_the_registry_and_each_says_what_it_needs() -> None:
+    assert {name: (metric.needs, metric.higher_is_better) for name, metric in METRICS.items()} == {
+        "fid": ("statistics", False),
+        "kid": ("features", False),
+        "precision": ("features", True),
+        "recall": ("features", True),
+        "clip_score": ("prompts", True),
+    }
+    assert [name for name in METRICS if deciding_metric(name)] == ["fid", "kid", "clip_score"]
+
+
+def test_a_reported_name_tells_which_way_is_better() -> None:
+    assert not higher_is_better("fd_efficientnet_lite0")
+    assert not higher_is_better("kid_legacy_tensorflow")
+    assert higher_is_better("recall_clip_vit_b_32")
+    assert higher_is_better("precision_legacy_pytorch")
+    assert higher_is_better(metric_name("clip_score", "inception"))
+    with pytest.raises(ValueError, match="reported as 'fd'"):
+        higher_is_better("fd")
+
+
+def test_a_table_says_which_way_its_columns_go() -> None:
+    assert direction(["fid", "kid"]) == "lower is better"
+    assert direction(["clip_score"]) == "higher is better"
+    assert direction(["recipe", "clip_score", "verdict"]) == "higher is better"
+    assert direction(["fid", "precision", "recall"]) == "lower is better, but higher of precision and recall"
+
+
+def test_a_metric_that_lacks_what_it_needs_says_so() -> None:
+    features = draw(30, 8, seed=1)
+    statistics_only = Reference(None, "inception", given_statistics=FeatureStatistics.from_features(features))
+    for metric in ("kid", "precision", "recall"):
+        with pytest.raises(ValueError, match="holds statistics only"):
+            score(features, statistics_only, metrics=(metric,), kid_subset_size=5)
+    with pytest.raises(ValueError, match="there are none"):
+        score(features, statistics_only, metrics=("clip_score",), kid_subset_size=5)

@@ -5,8 +5,8 @@ from tasks.page_scores import evaluation_facts, page_scores
 
 METRIC = "fid"
 SCORES = {
-    "pretrained": {METRIC: [10.0, 12.0, 14.0], "precision_inception": [0.5, 0.6, 0.7]},
-    "merged": {METRIC: [9.0, 11.1, 12.9], "precision_inception": [0.6, 0.7, 0.9]},
+    "pretrained": {METRIC: [10.0, 12.0, 14.0], "precision": [0.5, 0.6, 0.7]},
+    "merged": {METRIC: [9.0, 11.1, 12.9], "precision": [0.6, 0.7, 0.9]},
 }
 DECIDING = {
     row: RowScores(by_metric[METRIC], [[score - 0.1, score, score + 0.1] for score in by_metric[METRIC]])
@@ -20,16 +20,16 @@ def test_the_metric_that_decides_comes_first_with_both_intervals_and_a_verdict()
     found = differences(DECIDING["merged"], DECIDING["pretrained"])
     assert (first.metric, first.seeds, first.images) == (METRIC, found["seeds"], found["images"])
     assert first.verdict == "better"
-    assert (second.metric, second.images, second.verdict) == ("precision_inception", None, None)
+    assert (second.metric, second.images, second.verdict) == ("precision", None, None)
     assert page.deciding == (first,)
-    assert page.higher_is_better == {"precision_inception"}
+    assert page.higher_is_better == {"precision"}
 
 
 def test_rows_have_the_interval_over_images_where_they_were_resampled() -> None:
     rows = page_scores(SCORES, DECIDING, METRIC, []).rows
     assert rows["merged"][METRIC].images == row_intervals(DECIDING["merged"])["images"]
     assert rows["merged"][METRIC].by_seed == (9.0, 11.1, 12.9)
-    assert rows["merged"]["precision_inception"].images is None
+    assert rows["merged"]["precision"].images is None
     plain = {row: RowScores(scores.by_seed) for row, scores in DECIDING.items()}
     assert page_scores(SCORES, plain, METRIC, []).rows["merged"][METRIC].images is None
 

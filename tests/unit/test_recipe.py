@@ -37,7 +37,7 @@ def specs(value: BaseModel) -> list[BaseModel]:
 
 def test_no_part_of_a_recipe_can_be_changed() -> None:
     parts = specs(recipe(merge={"search": {}}))
-    assert len(parts) == 9
+    assert len(parts) == 10
     for part in parts:
         for name in type(part).model_fields:
             with pytest.raises(ValidationError, match="frozen"):
@@ -129,6 +129,20 @@ def test_an_evaluation_is_of_something_that_is_defined(change: dict[str, Any]) -
     with pytest.raises(ValidationError, match=r"metrics must differ|inception is defined at 299 pixels only"):
         recipe(evaluate={"num_images": 10, **change})
     assert recipe(evaluate={"num_images": 10, "extractor": "efficientnet_lite0", "extractor_resolution": 64})
+
+
+@pytest.mark.parametrize("metrics", [["clip_score"], ["fid", "clip_score"]])
+def test_a_metric_that_needs_prompts_is_refused_without(metrics: list[str]) -> None:
+    with pytest.raises(ValidationError, match=r"clip_score needs prompts; set evaluate\.prompts to"):
+        recipe(evaluate={"num_images": 10, "metrics": metrics})
+    assert recipe(evaluate={"num_images": 10, "metrics": metrics, "prompts": "prompts.txt"})
+
+
+@pytest.mark.parametrize("metric", ["precision", "recall"])
+def test_what_cannot_decide_comes_not_first(metric: str) -> None:
+    with pytest.raises(ValidationError, match=f"begin with one of fid, kid, clip_score: {metric} alone"):
+        recipe(evaluate={"num_images": 10, "metrics": [metric, "fid"]})
+    assert recipe(evaluate={"num_images": 10, "metrics": ["kid", metric]})
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../up", "-x", "a/b"])

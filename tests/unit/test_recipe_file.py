@@ -94,8 +94,8 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
         ("finetun.num_steps=5", "tiny.yaml: finetun is no recipe key (did you mean finetune?)."),
         (
             "merge.qqq=5",
-            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, search, "
-            "seed, weights).",
+            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, "
+            "regmean, search, seed, weights).",
         ),
         (
             "pretrained.training.lerning_rate=1e-3",
@@ -124,7 +124,10 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
             "merge={search: {seeds: [3]}}",
             "tiny.yaml: merge.search.seeds and evaluate.seeds share [3]: a search must not see the report.",
         ),
-        ("evaluate.sampler=euler", "evaluate.sampler: input should be 'ddim' or 'ddpm' (got 'euler')."),
+        (
+            "evaluate.sampler=euler",
+            "evaluate.sampler: input should be 'ddim', 'ddpm' or 'flow_match_euler' (got 'euler').",
+        ),
         ("dataset.source=imagefolder", "dataset: source 'imagefolder' needs a path (got {"),
         ("name=a b", "name: string should match pattern"),
         ("finetune=5", "tiny.yaml: finetune: input should be a valid dictionary or instance of FinetuneSpec (got 5)."),

@@ -1,9 +1,11 @@
 """The searches that need a proxy, Optuna, or two rounds."""
 
+from typing import get_args
+
 import pytest
 
 from deme_core.recipe import SearchSpec
-from deme_core.search import Weights, best_candidate, max_candidates
+from deme_core.search import STRATEGIES, Weights, best_candidate, max_candidates
 from deme_core.search.optuna_search import optuna_search
 from deme_core.search.quadratic import fit_minimum
 from tests.counted import Counted, Objective, candidates_of, quadratic, search
@@ -95,3 +97,7 @@ def test_of_many_rough_candidates_the_best_and_the_pretrained_model_are_scored_i
     assert len(full.asked) <= 3
     assert not best_candidate(found).rough
     assert len(found) <= max_candidates(spec, num_weights=1, num_segments=1)
+
+
+def test_a_recipe_names_the_strategies_of_the_registry() -> None:
+    assert get_args(SearchSpec.model_fields["strategy"].annotation) == tuple(STRATEGIES)

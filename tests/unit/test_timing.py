@@ -12,7 +12,7 @@ from tasks.timing import Timing
 MODEL = ArtifactRef("file:///store/finetune/a", "a")
 EVALUATE = EvaluateSpec(num_images=100)
 GENERATE = GeneratedFeaturesJob(
-    images=GeneratedImages(models=(MODEL,), edges=None, seed=1), evaluate=EVALUATE, low=32, high=100
+    label="row", images=GeneratedImages(models=(MODEL,), edges=None, seed=1), evaluate=EVALUATE, low=32, high=100
 )
 MERGING = {"pretrained": MODEL, "experts": (MODEL,), "method": MethodSpec(), "weights": (0.5,)}
 SCORE = ScoreJob(**MERGING, label="score of 0.5", evaluate=EVALUATE, seeds=(7, 8), num_images=30, reference=MODEL)

@@ -2,7 +2,19 @@ import math
 
 import pytest
 
-from deme_core.verdict import Interval, RowScores, compare, differences, interval, paired_difference, row_intervals
+from deme_core.verdict import Interval, RowScores, Verdict, differences, interval, paired_difference, row_intervals
+from deme_core.verdict import compare as compare_either_way
+
+
+def compare(candidate: RowScores, baseline: RowScores, **settings: float) -> Verdict:
+    """The verdict where lower is better; where higher is, the scores turned round must get the same."""
+    verdict = compare_either_way(candidate, baseline, higher_is_better=False, **settings)
+    turned = [
+        RowScores([-s for s in row.by_seed], [[-s for s in seed] for seed in row.replicates])
+        for row in (candidate, baseline)
+    ]
+    assert compare_either_way(*turned, higher_is_better=True, **settings) == verdict
+    return verdict
 
 
 def test_interval_matches_the_table_of_student_t() -> None:

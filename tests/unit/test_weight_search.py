@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def ref(stage: str, digest: str) -> ArtifactRef:
     return ArtifactRef(f"file:///store/{stage}/{digest}", digest)
 
 
-def search_job(settings: dict[str, Any]) -> SearchJob:
+def search_job(settings: dict[str, Any], **evaluate: Any) -> SearchJob:
     return SearchJob(
         pretrained=ref("pretrained", "p"),
         experts=(ref("finetune", "a"), ref("finetune", "b")),
@@ -38,7 +39,7 @@ def search_job(settings: dict[str, Any]) -> SearchJob:
         segment_edges=(0, 500, 1000),
         is_control=False,
         search=SearchSpec.model_validate({"max_candidates": 14, "num_images": 10, "seeds": (8, 9)} | settings),
-        evaluate=EvaluateSpec(num_images=20, num_inference_steps=50),
+        evaluate=EvaluateSpec.model_validate({"num_images": 20, "num_inference_steps": 50} | evaluate),
         dataset=DatasetSpec(source="digits"),
         reference=ref("reference", "r"),
     )
@@ -107,3 +108,24 @@ def test_progress_comes_while_a_batch_is_measured() -> None:
     first = next(records)
     assert (first["done"], first["total"], first["weights"]) == (1, 9, [0.0, 0.0])
     assert [record["done"] for record in records] == list(range(2, 10))
+
+
+class Praise(Workers):
+    """Scores of which higher is better: what the others give, turned round."""
+
+    def _do(self, job: Job) -> JobResult:
+        result = super()._do(job)
+        return replace(result, metrics={"value": -result.metrics["value"]}) if isinstance(job, ScoreJob) else result
+
+
+@pytest.mark.parametrize("settings", STRATEGIES, ids=str)
+def test_of_a_metric_like_the_clip_score_the_highest_is_searched(settings: dict[str, Any]) -> None:
+    job = search_job(settings, metrics=("clip_score", "fid"), prompts="prompts.txt")
+    records = list[dict[str, Any]]()
+    praised = exhaust(find_weights(job, 2, Praise(3)), records.append)
+    lowest = found(settings, Workers(3))
+    assert praised["weights"] == lowest["weights"]
+    assert praised["score"] == -lowest["score"] == max(c["score"] for c in praised["candidates"] if not c["rough"])
+    assert [c["score"] for c in praised["candidates"]] == [-c["score"] for c in lowest["candidates"]]
+    assert praised["rank_correlation"] == lowest["rank_correlation"]
+    assert records[-1]["best_score"] == max(r["score"] for r in records if r["rough"] == records[-1]["rough"])

@@ -1,22 +1,46 @@
 """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991)."""
 
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Features = npt.NDArray[np.floating[Any]]
-Float64Array = npt.NDArray[np.float64]
+from deme_core.errors import InputError
+from deme_core.feature_statistics import Features, Float64Array
+from deme_core.metrics.base import Comparison, Needs, real_features
 
 # Well above the rounding of a squared distance, and about what float32 features resolve: a point exactly on a
 # ball's surface, such as an image that is in both sets, is inside, however the matrix product is summed.
 _SLACK = 1e-13
 
 
-def precision_recall(
-    generated: Features, real: Features, *, num_neighbours: int = 3, block_size: int = 1024
-) -> tuple[float, float]:
-    """Share of generated images among the real ones, and of real images among the generated ones.
+@dataclass(frozen=True)
+class Precision:
+    """The metric `precision`: the share of generated images that lie among the real ones."""
+
+    prefix: str = "precision"
+    higher_is_better: bool = True
+    needs: Needs = "features"
+
+    def score(self, comparison: Comparison) -> float:
+        """Returns the share, 0 to 1."""
+        return precision(comparison.features, real_features(comparison.reference))
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The metric `recall`: the share of real images that lie among the generated ones."""
+
+    prefix: str = "recall"
+    higher_is_better: bool = True
+    needs: Needs = "features"
+
+    def score(self, comparison: Comparison) -> float:
+        """Returns the share, 0 to 1."""
+        return recall(comparison.features, real_features(comparison.reference))
+
+
+def precision(generated: Features, real: Features, *, num_neighbours: int = 3, block_size: int = 1024) -> float:
+    """Share of generated images among the real ones.
 
     A point is among a set if it lies within the ball of one of its points, whose radius is the distance to that
     point's k-th nearest other point (equations 1 and 2 of the paper).
@@ -28,30 +52,36 @@ def precision_recall(
         block_size: rows of distances held at once, each max(n, m) float64 numbers. Changes no result.
 
     Returns:
-        Precision and recall, 0 to 1.
+        The share, 0 to 1.
 
     Raises:
-        ValueError: if the features are no two finite sets of one width, or either has no k-th neighbour.
+        InputError: if the features are not finite, or a set has no k-th neighbour.
+        ValueError: if they are not of one width.
     """
-    _check(generated, real, num_neighbours, block_size)
+    return _share(generated, real, real, num_neighbours, block_size)
+
+
+def recall(generated: Features, real: Features, *, num_neighbours: int = 3, block_size: int = 1024) -> float:
+    """Share of real images among the generated ones: `precision` with the sets exchanged."""
+    return _share(real, generated, real, num_neighbours, block_size)
+
+
+def _share(points: Features, others: Features, real: Features, num_neighbours: int, block_size: int) -> float:
+    _check(points, others, num_neighbours, block_size)
     centre = real.mean(axis=0, dtype=np.float64)  # distances of centred features lose fewer digits
-    first, second = generated - centre, real - centre
-    return (
-        _share_among(first, second, num_neighbours, block_size),
-        _share_among(second, first, num_neighbours, block_size),
-    )
+    return _share_among(points - centre, others - centre, num_neighbours, block_size)
 
 
-def _check(generated: Features, real: Features, num_neighbours: int, block_size: int) -> None:
+def _check(points: Features, others: Features, num_neighbours: int, block_size: int) -> None:
     if num_neighbours < 1 or block_size < 1:
         raise ValueError(f"Neighbours and block size must be at least 1, not {num_neighbours} and {block_size}.")
-    for features in (generated, real):
+    for features in (points, others):
         if num_neighbours >= len(features):
-            raise ValueError(f"{len(features)} images have no {num_neighbours} neighbours each; give more images.")
-    if generated.ndim != 2 or real.ndim != 2 or generated.shape[1] != real.shape[1]:
-        raise ValueError(f"Features of shapes {generated.shape} and {real.shape} cannot be compared.")
-    if not (np.isfinite(generated).all() and np.isfinite(real).all()):
-        raise ValueError("Features that are NaN or infinite have no distances.")
+            raise InputError(f"{len(features)} images have no {num_neighbours} neighbours each; give more images.")
+    if points.ndim != 2 or others.ndim != 2 or points.shape[1] != others.shape[1]:
+        raise ValueError(f"Features of shapes {points.shape} and {others.shape} cannot be compared.")
+    if not (np.isfinite(points).all() and np.isfinite(others).all()):
+        raise InputError("Features that are NaN or infinite have no distances.")
 
 
 def _share_among(points: Float64Array, others: Float64Array, num_neighbours: int, block_size: int) -> float:

@@ -1,0 +1,107 @@
+"""Prompts: the texts that images are generated from or scored against, one for each image in turn."""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.downloads import download_once, listing_version
+from deme_core.errors import InputError, PromptsError, StoreUnavailableError
+from deme_core.store import open_store
+
+# Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
+_PROMPT_COLUMNS = ("prompt", "caption")
+_MEND = "set evaluate.prompts to a text file with one prompt per line, or a .tsv or .csv file with a header"
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A list of prompts; image i of a set belongs to prompt i modulo their number.
+
+    Attributes:
+        texts: the prompts, in the order of the file.
+        columns: what else a table says of each prompt, by the table's own header.
+        digest: SHA-256 over texts and columns.
+    """
+
+    texts: tuple[str, ...]
+    columns: dict[str, tuple[str, ...]]
+    digest: str
+
+    def of_images(self, indices: Sequence[int]) -> list[str]:
+        """Returns the prompt of each of these images of a set."""
+        return [self.texts[index % len(self.texts)] for index in indices]
+
+
+def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
+    """Reads prompts from a text file, one per line, or from the column Prompt or caption of a table with a header.
+
+    Args:
+        path_or_uri: path or object-store URI; ``.tsv`` and ``.csv`` files are tables, all others plain text, of which
+            empty lines are left out. A quotation mark in a TSV stands for itself, as PartiPrompts has it.
+        cache: what a URI names is fetched into this folder, once for each version of it.
+
+    Returns:
+        The prompts, at least one.
+
+    Raises:
+        PromptsError: there is no such file, it is no UTF-8 text, its table is damaged, or it holds no prompts.
+    """
+    path = _fetched(path_or_uri, cache) if "://" in path_or_uri else Path(path_or_uri).expanduser()
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise PromptsError(f"The prompts {path_or_uri} cannot be read ({error.strerror}); {_MEND}.") from error
+    except UnicodeDecodeError as error:
+        raise PromptsError(f"The prompts {path_or_uri} are no UTF-8 text; {_MEND}.") from error
+    if path.suffix.lower() in (".tsv", ".csv"):
+        texts, columns = _read_table(text, path_or_uri, is_tsv=path.suffix.lower() == ".tsv")
+    else:
+        texts, columns = tuple(line.strip() for line in text.split("\n") if line.strip()), {}
+    if not texts:
+        raise PromptsError(f"There are no prompts in {path_or_uri}; {_MEND}.")
+    return Prompts(texts, columns, sha256_bytes(canonical_json([texts, columns]).encode()))
+
+
+def _read_table(text: str, where: str, *, is_tsv: bool) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+    """Returns the prompts, and the other columns by name."""
+    header, *body = _rows(text, where, is_tsv=is_tsv) or [[]]
+    chosen = [index for index, name in enumerate(header) if name.strip().lower() in _PROMPT_COLUMNS]
+    if len(chosen) != 1 or len(set(header)) != len(header):
+        raise PromptsError(
+            f"The header of {where} must name its columns once each, and one of them Prompt or caption, unlike "
+            f"{', '.join(header)!r}."
+        )
+    for number, row in enumerate(body, start=1):
+        if len(row) != len(header):
+            raise PromptsError(f"Prompt {number} of {where} has {len(row)} fields for {len(header)} columns; mend it.")
+        if not row[chosen[0]].strip():
+            raise PromptsError(f"Prompt {number} of {where} is empty; write or remove it.")
+    columns = {name: tuple(row[index] for row in body) for index, name in enumerate(header)}
+    return tuple(prompt.strip() for prompt in columns.pop(header[chosen[0]])), columns
+
+
+def _rows(text: str, where: str, *, is_tsv: bool) -> list[list[str]]:
+    """Returns the rows of a table that are not empty."""
+    lines = StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if is_tsv else csv.reader(lines, strict=True)
+    try:
+        return [row for row in reader if row]
+    except csv.Error as error:
+        raise PromptsError(f"{where} is no CSV file ({error}); mend its quotation marks.") from error
+
+
+def _fetched(uri: str, cache: Path) -> Path:
+    folder, _, name = uri.rpartition("/")
+    try:
+        store = open_store(folder)
+        objects = [item for item in store.list(name) if item.key == name]
+    except StoreUnavailableError:  # It may pass, and is tried again.
+        raise
+    except InputError as error:
+        raise PromptsError(f"The prompts {uri} cannot be had ({str(error).rstrip('.')}); {_MEND}.") from error
+    if not objects:
+        raise PromptsError(f"There are no prompts at {uri}; {_MEND}.")
+    return download_once(store, objects, cache / "prompts" / listing_version(uri, objects)) / name

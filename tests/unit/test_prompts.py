@@ -1,0 +1,114 @@
+from pathlib import Path
+
+import pytest
+
+from deme_core.errors import InputError, PromptsError
+from deme_core.prompts import load_prompts
+from deme_core.recipe import EvaluateSpec
+
+PARTI_PROMPTS = Path(__file__).parents[3] / "shared/data/parti-prompts/PartiPrompts.tsv"
+
+
+def write(path: Path, text: str) -> str:
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+def test_a_text_file_holds_one_prompt_per_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "prompts.txt", "\ufeffa red cube\r\n\n  a cat, asleep \nfirst\u2028second\n")
+    prompts = load_prompts(path, tmp_path)
+    assert prompts.texts == ("a red cube", "a cat, asleep", "first\u2028second")
+    assert prompts.columns == {}
+
+
+def test_image_i_has_prompt_i_modulo_their_number(tmp_path: Path) -> None:
+    prompts = load_prompts(write(tmp_path / "prompts.txt", "a\nb\nc\n"), tmp_path)
+    assert prompts.of_images(range(7)) == ["a", "b", "c", "a", "b", "c", "a"]
+    assert prompts.of_images(range(5, 8)) == ["c", "a", "b"]
+
+
+def test_a_table_keeps_its_other_columns(tmp_path: Path) -> None:
+    tsv = write(tmp_path / "p.tsv", 'Prompt\tCategory\n"HI" on a wall\tArts\na, b\tAnimals\n')
+    csv = write(tmp_path / "p.csv", 'Category,caption\r\nArts,"""HI"" on a wall"\r\nAnimals,"a, b"\r\n')
+    for path in (tsv, csv):
+        prompts = load_prompts(path, tmp_path)
+        assert prompts.texts == ('"HI" on a wall', "a, b")
+        assert prompts.columns == {"Category": ("Arts", "Animals")}
+
+
+@pytest.mark.skipif(not PARTI_PROMPTS.is_file(), reason="needs ../shared/data/parti-prompts")
+def test_parti_prompts_are_read_whole(tmp_path: Path) -> None:
+    prompts = load_prompts(str(PARTI_PROMPTS), tmp_path)
+    assert len(prompts.texts) == 1632
+    assert prompts.texts[:2] == ("bond", "element")
+    assert [text for text in prompts.texts if text.startswith('"G I G G L E" painted')]
+    assert list(prompts.columns) == ["Category", "Challenge", "Note"]
+    assert len(set(prompts.columns["Category"])) == 12
+    assert len(set(prompts.columns["Challenge"])) == 11
+
+
+def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
+    def digest(name: str, text: str) -> str:
+        return load_prompts(write(tmp_path / name, text), tmp_path).digest
+
+    first = digest("a.txt", "a\nb\n")
+    assert digest("b.txt", "a\r\nb") == first
+    assert digest("c.csv", "prompt\na\nb\n") == first
+    others = [
+        digest("d.txt", "b\na\n"),
+        digest("e.txt", "a\nb\na\n"),
+        digest("f.csv", "prompt,Category\na,X\nb,X\n"),
+        digest("g.csv", "prompt,Category\na,X\nb,Y\n"),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_prompts_of_an_object_store_are_read_anew_when_they_change(tmp_path: Path) -> None:
+    path = tmp_path / "store" / "lists" / "p.txt"
+    path.parent.mkdir(parents=True)
+    write(path, "a\nb\n")
+    write(path.with_name("p.txt.bak"), "old\n")
+    uri = f"{(tmp_path / 'store').as_uri()}/lists/p.txt"
+    assert load_prompts(uri, tmp_path / "cache").texts == ("a", "b")
+    write(path, "a\nb\nc\n")
+    assert load_prompts(uri, tmp_path / "cache").texts == ("a", "b", "c")
+    with pytest.raises(PromptsError, match=r"no prompts at .*/lists/q\.txt; set evaluate\.prompts"):
+        load_prompts(uri.replace("p.txt", "q.txt"), tmp_path / "cache")
+    with pytest.raises(PromptsError, match="cannot be had"):
+        load_prompts("ftp://there/p.txt", tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", r"There are no prompts in .*p\.txt"),
+        ("p.tsv", "Prompt\tCategory\n", r"There are no prompts in .*p\.tsv"),
+        ("p.csv", "", "must name its columns once each"),
+        ("p.csv", "text,Category\na,X\n", "'text, Category'"),
+        ("p.csv", "prompt,caption\na,b\n", "'prompt, caption'"),
+        ("p.csv", "prompt,X,X\na,b,c\n", "'prompt, X, X'"),
+        ("p.tsv", "Prompt\tCategory\na\tX\nb\n", r"Prompt 2 of .*p\.tsv has 1 fields for 2 columns"),
+        ("p.tsv", "Prompt\tCategory\n\tX\n", r"Prompt 1 of .*p\.tsv is empty"),
+        ("p.csv", 'prompt\n"a\nb\n', "no CSV file"),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_one_sentence(name: str, text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / name, text)
+    with pytest.raises(PromptsError, match=message) as error:
+        load_prompts(path, tmp_path)
+    assert isinstance(error.value, InputError)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing_or_no_text_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PromptsError, match=r"absent\.txt cannot be read \(No such file or directory\)"):
+        load_prompts(str(tmp_path / "absent.txt"), tmp_path)
+    (tmp_path / "image.txt").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(PromptsError, match="no UTF-8 text"):
+        load_prompts(str(tmp_path / "image.txt"), tmp_path)
+
+
+def test_prompts_change_settings_only_where_they_are_given() -> None:
+    assert "prompts" not in EvaluateSpec(num_images=2).model_dump(mode="json")
+    given = EvaluateSpec(num_images=2, prompts="p.txt")
+    assert EvaluateSpec.model_validate(given.model_dump(mode="json")) == given
