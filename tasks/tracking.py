@@ -11,16 +11,13 @@ from typing import Any
 
 from mlflow import Image
 from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_RUN_NOTE, MLFLOW_SOURCE_NAME
 
 from deme_core.settings import Settings
 from tasks.mlflow_client import mlflow_client
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
-
-# Has MLflow's UI show runs with their metrics first, and nothing of prompts and agents.
-_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
 
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
@@ -52,7 +49,7 @@ class Tracker:
             return str(found.experiment_id)
         local = settings.tracking_uri.startswith("sqlite:")
         location = (settings.state_folder / "mlartifacts").as_uri() if local else None
-        return str(self._client.create_experiment(name, artifact_location=location, tags=_MODEL_TRAINING))
+        return str(self._client.create_experiment(name, artifact_location=location))
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
         named = {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "deme", **tags}
@@ -93,6 +90,10 @@ class Tracker:
     def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """Sets tags, all in one call."""
         self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+    def describe(self, run_id: str, text: str) -> None:
+        """Sets what MLflow shows as the description of a run, on its page and as a column of the table of runs."""
+        self.set_tags(run_id, {MLFLOW_RUN_NOTE: text})
 
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
         """Uploads a small file, e.g. a figure."""
