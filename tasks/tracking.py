@@ -95,9 +95,9 @@ class Tracker:
         """Sets what MLflow shows as the description of a run, on its page and as a column of the table of runs."""
         self.set_tags(run_id, {MLFLOW_RUN_NOTE: text})
 
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+    def log_file(self, run_id: str, path: Path) -> None:
         """Uploads a small file, e.g. a figure."""
-        self._client.log_artifact(run_id, str(path), folder)
+        self._client.log_artifact(run_id, str(path))
 
     def log_image(self, run_id: str, path: Path, key: str) -> None:
         """Uploads a picture so that MLflow's charts show it beside those of other runs."""
