@@ -1,6 +1,7 @@
 """Tracking in MLflow: the only module that knows it.
 
-Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store.
+Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store. MLflow is
+imported where it is first used: that takes a second, in which a flow's workers can be at work already.
 """
 
 import json
@@ -10,19 +11,15 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-from mlflow import Image, MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
+from typing import TYPE_CHECKING, Any
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
 from tasks.health import check_health
 
-# The migrations of a new SQLite database are of no interest to anyone.
-for _name in ("alembic", "mlflow"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
@@ -38,6 +35,15 @@ _TRAINING_METRICS = {
 }
 
 
+def _client(settings: Settings) -> "MlflowClient":
+    from mlflow import MlflowClient
+
+    # The migrations of a new SQLite database are of no interest to anyone.
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(settings.tracking_uri)
+
+
 class Tracker:
     """The MLflow runs of one flow run: a parent and its children."""
 
@@ -46,7 +52,7 @@ class Tracker:
         os.environ.pop("MLFLOW_RUN_ID", None)
         if settings.tracking_uri.startswith("sqlite:"):
             settings.state_folder.mkdir(parents=True, exist_ok=True)
-        self._client, self._ui_url = MlflowClient(settings.tracking_uri), settings.mlflow_ui_url
+        self._client, self._ui_url = _client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
 
@@ -58,43 +64,50 @@ class Tracker:
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
-        named = {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "deme", **tags}
+        named = {"mlflow.runName": name, "mlflow.source.name": "deme", **tags}
         run: Run = self._client.create_run(self._experiment_id, tags=named, run_name=name)
         return str(run.info.run_id)
 
     def child(self, name: str) -> str:
         """Starts a child run and returns its id."""
-        return self._create_run(name, {MLFLOW_PARENT_RUN_ID: self.run_id})
+        return self._create_run(name, {"mlflow.parentRunId": self.run_id})
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Logs settings."""
+        from mlflow.entities import Param
+
         entries = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
             self._client.log_batch(run_id, params=entries[start : start + 100])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Logs numbers at one step."""
-        now = int(time.time() * 1000)
-        self._log(run_id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
+        self._log(run_id, [(name, float(value), step) for name, value in metrics.items()])
 
     def log_training(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Logs training progress records, each at its optimizer step."""
-        now = int(time.time() * 1000)
         self._log(
             run_id,
             [
-                Metric(name, float(record[key]), now, int(record["global_step"]))
+                (name, float(record[key]), int(record["global_step"]))
                 for record in records
                 for key, name in _TRAINING_METRICS.items()
             ],
         )
 
-    def _log(self, run_id: str, metrics: list[Metric]) -> None:
+    def _log(self, run_id: str, points: list[tuple[str, float, int]]) -> None:
+        """Logs (name, value, step)."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value, step in points]
         for start in range(0, len(metrics), _METRICS_PER_CALL):
             self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_CALL])
 
     def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """Sets tags, all in one call."""
+        from mlflow.entities import RunTag
+
         self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
     def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
@@ -103,6 +116,8 @@ class Tracker:
 
     def log_image(self, run_id: str, path: Path, key: str) -> None:
         """Uploads a picture so that MLflow's charts show it beside those of other runs."""
+        from mlflow import Image
+
         self._client.log_image(run_id, Image(str(path)), key=key, step=0)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
@@ -143,13 +158,13 @@ def find_report(settings: Settings, *, run: str | None = None, flow_run: str | N
     query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
     found = _find_run(settings, query, run)
     with tempfile.TemporaryDirectory() as folder:
-        path = MlflowClient(settings.tracking_uri).download_artifacts(found.info.run_id, "report.json", folder)
+        path = _client(settings).download_artifacts(found.info.run_id, "report.json", folder)
         report: dict[str, Any] = json.loads(Path(path).read_text())
     return report
 
 
-def _find_run(settings: Settings, query: str, run: str | None) -> Run:
-    client = MlflowClient(settings.tracking_uri)
+def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
+    client = _client(settings)
     experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
     found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
     if run is not None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -129,20 +130,20 @@ def s3(layout: Layout) -> Service:
             "-s3.allowDeleteBucketNotEmpty=false",
         ),
         environment=layout.environment(),
-        check=lambda: _make_buckets(layout),
+        check=lambda: _check_store(layout),
     )
 
 
-def _make_buckets(layout: Layout) -> None:
-    from deme_core.s3_store import make_bucket
+def _check_store(layout: Layout) -> None:
+    from deme_core.s3_store import make_buckets
 
-    for name in ("deme", _MLFLOW_BUCKET):
-        make_bucket(
-            name,
-            endpoint_url=layout.url("s3"),
-            access_key=layout.credentials.access_key,
-            secret_key=layout.credentials.secret_key,
-        )
+    _get(f"{layout.url('s3')}/healthz")  # First, since it costs next to nothing while the server is not up.
+    make_buckets(
+        ("deme", _MLFLOW_BUCKET),
+        endpoint_url=layout.url("s3"),
+        access_key=layout.credentials.access_key,
+        secret_key=layout.credentials.secret_key,
+    )
 
 
 def prefect(layout: Layout) -> Service:
@@ -190,9 +191,9 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
     return Service(
         name="worker" if pool == CPU_POOL else "worker-gpu",
         url=f"work pool {pool}",
-        command=(_binary("prefect", layout), "worker", "start", "--pool", pool, "--type", "process", "--name", name),
+        command=(_binary("prefect", layout), "worker", "start", "--name", name, "--pool", pool, "--type", "process"),
         # The default of ten seconds is felt at every start of a run.
-        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "3"},
+        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},
         check=lambda: _find_worker(layout, pool, name, since),
         # It passes the signal on to its flow runs, which say that they were stopped before they leave.
         seconds_to_stop=30.0,
@@ -201,7 +202,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
 
 def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
     url = f"{layout.url('prefect')}/api/work_pools/{pool}/workers/filter"
-    answer = httpx.post(url, json={}, timeout=5).raise_for_status().json()
+    answer = _http().post(url, json={}).raise_for_status().json()
     for found in answer:
         beat = found.get("last_heartbeat_time")
         is_ours = found["name"] == name and found["status"] == "ONLINE"
@@ -211,7 +212,13 @@ def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
 
 
 def _get(url: str) -> None:
-    httpx.get(url, timeout=5).raise_for_status()
+    _http().get(url).raise_for_status()
+
+
+@cache
+def _http() -> httpx.Client:
+    """One for all: each makes a TLS context, which takes longer than the requests. No proxy leads to loopback."""
+    return httpx.Client(timeout=5, trust_env=False)
 
 
 def _binary(name: str, layout: Layout) -> str:
