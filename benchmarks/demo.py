@@ -70,9 +70,7 @@ class Demo:
         self._note("begin")
         self._call("deme", "up")
         self._note("up")
-        variables = dict(
-            line.removeprefix("export ").split("=", 1) for line in self._call("deme", "env").splitlines()
-        )
+        variables = dict(line.removeprefix("export ").split("=", 1) for line in self._call("deme", "env").splitlines())
         shell = {name: value.strip("'") for name, value in variables.items()}
         parameters = ["--param", f"overrides={json.dumps(list(overrides))}"] if overrides else []
         self._call("prefect", "deployment", "run", "deme/full", *parameters, shell=shell)
@@ -210,7 +208,9 @@ def print_demo(moments: Mapping[str, Moment], report: Mapping[str, Any], peak_gb
     rows = [(_NAMES[name], f"{sec:.1f}", f"{sec / total:.1%}") for name, sec in [*parts.items()]]
     print_table("make demo", ("part", "seconds", "share"), [*rows, ("all", f"{total:.1f}", "")])
     names = list(moments)
-    cpu = {after: moments[after].cpu_sec - moments[before].cpu_sec for before, after in zip(names, names[1:], strict=False)}
+    cpu = {
+        after: moments[after].cpu_sec - moments[before].cpu_sec for before, after in zip(names, names[1:], strict=False)
+    }
     print_table("processor seconds, until …", ("", "seconds"), [(name, f"{sec:.1f}") for name, sec in cpu.items()])
     ratio = 1.0 - parts["work"] / total
     print_result(

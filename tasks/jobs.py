@@ -19,6 +19,7 @@ class Job(BaseModel):
         stage: first part of the artifact's key.
         work: module of `tasks.work` that does the job.
         version: part of the digest; raised when the work starts to give another result.
+        leaves_checkpoints: whether the work can be resumed, and so leaves checkpoints in the store until it is done.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +27,7 @@ class Job(BaseModel):
     stage: ClassVar[str]
     work: ClassVar[str]
     version: ClassVar[int] = 1
+    leaves_checkpoints: ClassVar[bool] = False
 
 
 class PretrainJob(Job):
@@ -33,6 +35,7 @@ class PretrainJob(Job):
 
     stage: ClassVar[str] = "pretrained"
     work: ClassVar[str] = "pretrain"
+    leaves_checkpoints: ClassVar[bool] = True
     dataset: DatasetSpec
     unet: dict[str, Any]
     noise_scheduler: dict[str, Any]
@@ -59,6 +62,7 @@ class FinetuneJob(Job):
 
     stage: ClassVar[str] = "finetune"
     work: ClassVar[str] = "finetune"
+    leaves_checkpoints: ClassVar[bool] = True
     label: str
     pretrained: ArtifactRef
     dataset: DatasetSpec

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
+from tasks.databases import start_from_copy
 from tasks.health import check_health
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
+_SECONDS_BETWEEN_RECORDS = 3.0
 
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
@@ -50,8 +52,8 @@ class Tracker:
     def __init__(self, settings: Settings, *, experiment: str, run_name: str) -> None:
         # A run id in the environment would beat the explicit ones.
         os.environ.pop("MLFLOW_RUN_ID", None)
-        if settings.tracking_uri.startswith("sqlite:"):
-            settings.state_folder.mkdir(parents=True, exist_ok=True)
+        if settings.tracking_uri_override is None:
+            start_from_copy("mlflow", settings.state_folder / "mlflow.db")
         self._client, self._ui_url = _client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
@@ -82,7 +84,11 @@ class Tracker:
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Logs numbers at one step."""
-        self._log(run_id, [(name, float(value), step) for name, value in metrics.items()])
+        self.log_steps(run_id, {step: metrics})
+
+    def log_steps(self, run_id: str, metrics: Mapping[int, Mapping[str, float]]) -> None:
+        """Logs numbers by step, all in one call."""
+        self._log(run_id, [(name, float(value), step) for step, at in metrics.items() for name, value in at.items()])
 
     def log_training(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Logs training progress records, each at its optimizer step."""
@@ -137,6 +143,39 @@ class Tracker:
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+
+class TrainingLog:
+    """The progress of one training run, passed on to MLflow some seconds' worth at a time.
+
+    Args:
+        tracker: of the flow run.
+        run_id: the child run of the training.
+    """
+
+    def __init__(self, tracker: Tracker, run_id: str) -> None:
+        self._tracker, self._run_id = tracker, run_id
+        self._waiting: list[Mapping[str, Any]] = []
+        self._seen: set[int] = set()
+        self._flushed = time.monotonic()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes a record, in the order of steps."""
+        self._waiting.append(record)
+        self._seen.add(record["global_step"])
+        if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_RECORDS:
+            self.flush()
+
+    def complete(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Adds what was not seen of a history, as that of a training that was resumed or served from the store."""
+        self._waiting += [record for record in history if record["global_step"] not in self._seen]
+        self.flush()
+
+    def flush(self) -> None:
+        """Passes on all that was taken."""
+        if self._waiting:
+            self._tracker.log_training(self._run_id, self._waiting)
+        self._waiting, self._flushed = [], time.monotonic()
 
 
 def find_tag(settings: Settings, tag: str, run: str | None) -> str:

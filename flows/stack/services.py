@@ -19,6 +19,7 @@ from deme_core.errors import InputError, StoreUnavailableError
 from flows.environment import QUIET
 from flows.stack.credentials import Credentials, load_credentials, write_private
 from flows.stack.processes import STACK_VARIABLE
+from tasks.databases import start_from_copy
 
 HOST = "127.0.0.1"
 CPU_POOL, GPU_POOL = "deme-cpu", "deme-gpu"
@@ -39,6 +40,7 @@ class Service:
         command: its command line; no secret is in it.
         environment: all of its environment.
         check: raises unless the service is ready; called again and again while it starts.
+        prepare: makes the files that it needs; called before it is started.
         seconds_to_stop: how long it may take to leave.
     """
 
@@ -47,6 +49,7 @@ class Service:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     check: Callable[[], None]
+    prepare: Callable[[], None] = lambda: None
     seconds_to_stop: float = 15.0
 
 
@@ -101,12 +104,7 @@ class Layout:
 
 def s3(layout: Layout) -> Service:
     """The object store, with its buckets."""
-    data = layout.folder / "s3"
-    data.mkdir(parents=True, exist_ok=True)
-    keys = {"accessKey": layout.credentials.access_key, "secretKey": layout.credentials.secret_key}
-    identity = {"name": "deme", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    config = layout.folder / "s3.json"
-    write_private(config, json.dumps({"identities": [identity]}))
+    data, config = layout.folder / "s3", layout.folder / "s3.json"
     ports = {"s3": "s3", "master": "s3_master", "volume": "s3_volume", "filer": "s3_filer", "admin": "s3_admin"}
     return Service(
         name="s3",
@@ -131,7 +129,15 @@ def s3(layout: Layout) -> Service:
         ),
         environment=layout.environment(),
         check=lambda: _check_store(layout),
+        prepare=lambda: _prepare_store(layout, data, config),
     )
+
+
+def _prepare_store(layout: Layout, data: Path, config: Path) -> None:
+    data.mkdir(parents=True, exist_ok=True)
+    keys = {"accessKey": layout.credentials.access_key, "secretKey": layout.credentials.secret_key}
+    identity = {"name": "deme", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    write_private(config, json.dumps({"identities": [identity]}))
 
 
 def _check_store(layout: Layout) -> None:
@@ -148,7 +154,6 @@ def _check_store(layout: Layout) -> None:
 
 def prefect(layout: Layout) -> Service:
     """The Prefect server, on SQLite."""
-    (layout.folder / "prefect").mkdir(parents=True, exist_ok=True)
     command = ("server", "start", "--host", HOST, "--port", str(layout.ports["prefect"]))
     return Service(
         name="prefect",
@@ -156,12 +161,14 @@ def prefect(layout: Layout) -> Service:
         command=(_binary("prefect", layout), *command),
         environment=layout.environment(),
         check=lambda: _get(f"{layout.url('prefect')}/api/health"),
+        prepare=lambda: start_from_copy("prefect", layout.folder / "prefect" / "prefect.db"),
     )
 
 
 def mlflow(layout: Layout) -> Service:
     """The MLflow server: SQLite, artifacts in S3."""
     command = ("server", "--host", HOST, "--port", str(layout.ports["mlflow"]), "--workers", "1")
+    database = layout.folder / "mlflow.db"
     return Service(
         name="mlflow",
         url=layout.url("mlflow"),
@@ -169,13 +176,14 @@ def mlflow(layout: Layout) -> Service:
             _binary("mlflow", layout),
             *command,
             "--backend-store-uri",
-            f"sqlite:///{layout.folder / 'mlflow.db'}",
+            f"sqlite:///{database}",
             "--artifacts-destination",
             f"s3://{_MLFLOW_BUCKET}/artifacts",
         ),
         # The job runners are nine processes of 2 GB in all, for features that DeMe does not use.
         environment=layout.environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         check=lambda: _get(f"{layout.url('mlflow')}/health"),
+        prepare=lambda: start_from_copy("mlflow", database),
     )
 
 
@@ -193,7 +201,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         url=f"work pool {pool}",
         command=(_binary("prefect", layout), "worker", "start", "--name", name, "--pool", pool, "--type", "process"),
         # The default of ten seconds is felt at every start of a run.
-        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},
+        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "3"},
         check=lambda: _find_worker(layout, pool, name, since),
         # It passes the signal on to its flow runs, which say that they were stopped before they leave.
         seconds_to_stop=30.0,

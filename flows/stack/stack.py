@@ -112,6 +112,7 @@ class Stack:
             known = replace(service, check=lambda: None) if service.name.startswith("worker") else service
             return ServiceStart(known, None, log)
         with local_errors(log):
+            service.prepare()
             record, process = start_detached(
                 service.command, environment=service.environment, folder=self._folder, log=log
             )

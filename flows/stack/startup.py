@@ -12,7 +12,7 @@ from deme_core.store import local_errors
 from flows.stack.processes import start_detached
 from flows.stack.services import Service
 
-_SECONDS_TO_START = 120.0
+_SECONDS_TO_START = 300.0  # What has died is noticed at once; what is only slow, on a busy machine, is waited for.
 _POLL_SECONDS = 0.2
 
 
