@@ -94,8 +94,8 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
         ("finetun.num_steps=5", "tiny.yaml: finetun is no recipe key (did you mean finetune?)."),
         (
             "merge.qqq=5",
-            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, search, "
-            "seed, weights).",
+            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, "
+            "regmean, search, seed, weights).",
         ),
         (
             "pretrained.training.lerning_rate=1e-3",
