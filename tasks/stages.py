@@ -152,7 +152,7 @@ def build_reference(
     """
     runtime = current_runtime()
     job = ReferenceJob(
-        dataset=runtime.recipe.dataset,
+        dataset=runtime.recipe.reference_dataset,
         evaluate=runtime.recipe.evaluate,
         part=part,
         num_for_search=num_for_search,
