@@ -45,7 +45,8 @@ def read_index(path: Path) -> PipelineIndex:
         raise _unknown(path / INDEX_NAME, pipeline)
     # Any sampler's pipeline will do for a model on pixels, as PNDMPipeline; its denoiser says whether it is one.
     family = FAMILIES.get(str(pipeline), Unconditional)
-    if index and not (path / family.denoiser_part).is_dir():
+    # Some models on pixels have all parts, and the index, in one folder: google/ddpm-cifar10-32.
+    if index and not any((path / name).exists() for name in (family.denoiser_part, "config.json")):
         raise ModelFolderError(f"{path} holds no {family.denoiser_part}, which a {pipeline} needs.")
     if family is Unconditional:
         return PipelineIndex(family)
