@@ -11,6 +11,7 @@ from rich.console import Console
 
 from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
+from flows import evaluation
 from flows.doctor import run_checks
 from flows.recipe_checks import RecipeChecks
 from tests.tiny_clip import write_tiny_clip
@@ -79,6 +80,13 @@ def test_the_doctor_finds_all_that_a_recipe_needs(name: str, stand_ins: Path) ->
     assert [line for line in found if line.startswith("storage") and " of models" in line]
     if name in TEXT:
         assert "a photo of a tench" in said or "2 for" in said
+
+
+def test_jobs_of_real_images_take_those_that_the_recipe_names_for_them() -> None:
+    recipe = load_recipe("sd14_coco30k")
+    for part in ("search", "report"):
+        assert evaluation._real_slice(recipe, part, 0).dataset.path == "coco/val2014"
+    assert evaluation._real_slice(load_recipe("sd14_partiprompts"), "report", 0).dataset.path == "coco/train2014"
 
 
 def test_the_doctor_says_in_one_line_each_what_is_missing(stand_ins: Path) -> None:
