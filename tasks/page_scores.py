@@ -52,9 +52,11 @@ def evaluation_facts(report: Mapping[str, Any]) -> dict[str, str]:
     """Returns how scores came about, for people."""
     conditions, seeds = report["conditions"], report["seeds"]
     eta = f", eta {conditions['eta']:g}" if conditions["eta"] else ""
+    guidance = {"guidance": f"{conditions['guidance_scale']:g}"} if "guidance_scale" in conditions else {}
     return {
         "images": f"{report['num_images']:,} for each of {len(seeds)} seeds ({', '.join(map(str, seeds))})",
         "sampler": f"{conditions['sampler']}, {conditions['num_inference_steps']} steps{eta}",
+        **guidance,
         "real images": f"{conditions['reference']['num_images']:,}",
         "evaluation": report["fingerprint"][:12],
     }

@@ -18,6 +18,7 @@ from deme_core.html_report.content import (
     SearchLog,
     TriedWeights,
 )
+from deme_core.metrics import higher_is_better
 from deme_core.recipe_file import dump_recipe
 from deme_core.verdict import RowScores
 from tasks.experts import Expert
@@ -53,11 +54,10 @@ def page_of_run(
         relative: held-out losses by row and copy.
         grids: sample grids by row.
     """
-    title, pairs = (
-        runtime.recipe.name,
-        [(row, baseline) for row in ("merged", "distilled") if row in results.rows for baseline in BASELINES],
+    pairs = [(row, baseline) for row in ("merged", "distilled") if row in results.rows for baseline in BASELINES]
+    content = page_of_rows(
+        runtime, report, deciding, grids, title=runtime.recipe.name, command="deme run {recipe}", pairs=pairs
     )
-    content = page_of_rows(runtime, report, deciding, grids, title=title, command="deme run {recipe}", pairs=pairs)
     segments = [expert.segment for expert in results.experts]
     digests = model_digests(runtime.artifacts, results.models, results.trainings)
     return replace(
@@ -65,7 +65,9 @@ def page_of_run(
         provenance=replace(content.provenance, digests={**content.provenance.digests, **digests}),
         heldout=HeldoutLosses(curves=_ordered(relative), segment_edges=(segments[0].low, *(s.high for s in segments))),
         trainings={name: result.metrics["history"] for name, result in results.trainings.items()},
-        searches=tuple(_search_log(what, found, results.experts) for what, found in results.searches.items()),
+        searches=tuple(
+            _search_log(what, found, results.experts, report["metric"]) for what, found in results.searches.items()
+        ),
         copies=_copies(results.experts, report["merged"]["weights"]),
     )
 
@@ -141,7 +143,7 @@ def _ordered(curves: Mapping[str, RelativeLosses]) -> dict[str, RelativeLosses]:
     return {name: curves[name] for name in [*rows, *(name for name in curves if name not in rows)]}
 
 
-def _search_log(what: str, found: Mapping[str, Any], experts: Sequence[Expert]) -> SearchLog:
+def _search_log(what: str, found: Mapping[str, Any], experts: Sequence[Expert], metric: str) -> SearchLog:
     candidates = tuple(TriedWeights(tuple(c["weights"]), c["score"], c["rough"]) for c in found["candidates"])
     num_weights = len(candidates[0].weights)
     merged = [f"segment {i} {expert.segment}" for i, expert in enumerate(experts) if expert.merged]
@@ -152,6 +154,7 @@ def _search_log(what: str, found: Mapping[str, Any], experts: Sequence[Expert]) 
         rank_correlation={_PROXIES[name]: rho for name, rho in found["rank_correlation"].items()},
         num_images=found["num_images"],
         num_losses=found["num_losses"],
+        higher_is_better=higher_is_better(metric),
     )
 
 

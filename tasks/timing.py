@@ -8,15 +8,20 @@ from deme_core.html_report.content import StageCost
 from tasks.jobs import Job, JobResult
 
 # What people call the stages.
-_LABELS = {
+LABELS = {
     "pretrained": "pretrained model",
+    "latents": "encoded images",
+    "embeddings": "encoded captions",
     "finetune": "finetuning",
     "features": "images and their features",
     "reference": "statistics of the real images",
     "heldout": "held-out loss",
     "problem": "description of the searches",
     "search": "candidates of the searches",
+    "grams": "what the layers of the copies see",
+    "confined": "confined copies",
     "merged": "merging",
+    "distilled": "distillation",
     "evaluate": "scoring",
 }
 
@@ -77,7 +82,7 @@ class Timing:
 def _cost(stage: str, spans: list[Span]) -> StageCost:
     return StageCost(
         stage=stage,
-        label=_LABELS.get(stage, stage),
+        label=LABELS.get(stage, stage),
         num_jobs=len(spans),
         num_cached=sum(span.cached for span in spans),
         wall_seconds=_covered(spans),

@@ -14,21 +14,21 @@ _SIZE = 12.5  # Pixels.
 NEUTRAL = "#8b929c"
 _WIDEST_LINEAR = 5.0  # Largest over smallest number.
 # Told apart by those who see no red or no green; readable on white and on black.
-_ROWS = {
+ROWS = {
     "pretrained": NEUTRAL,
     "finetuned": "#e08a1e",
     "ensemble": "#2a9d8f",
     "merged": "#3d74e0",
     "distilled": "#b1559b",
 }
-_OTHERS = ("#8c6bb1", "#d1495b", "#2f8fb3", "#6b8e23", "#b1559b", "#a8803a", "#5f7d95", "#c76b3f")
+_OTHERS = ("#8c6bb1", "#d1495b", "#2f8fb3", "#6b8e23", "#a8803a", "#5f7d95", "#c76b3f")
 
 
 def colours(names: Iterable[str]) -> dict[str, str]:
     """Returns a colour for each name: rows have their own, everything else takes the next."""
     taken: dict[str, str] = {}
     for name in names:
-        taken[name] = _ROWS.get(name) or _OTHERS[sum(n not in _ROWS for n in taken) % len(_OTHERS)]
+        taken[name] = ROWS.get(name) or _OTHERS[sum(n not in ROWS for n in taken) % len(_OTHERS)]
     return taken
 
 

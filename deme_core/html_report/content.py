@@ -91,7 +91,7 @@ class TriedWeights:
 
     Attributes:
         weights: what was scored.
-        score: mean over the search's seeds; lower is better.
+        score: mean over the search's seeds.
         rough: scored with few sampling steps, on a scale of its own.
     """
 
@@ -111,6 +111,7 @@ class SearchLog:
         rank_correlation: Spearman's, of each proxy with the full scores.
         num_images: images that the scores needed.
         num_losses: held-out losses that the fit needed.
+        higher_is_better: whether scores grow as images get better.
     """
 
     title: str
@@ -119,6 +120,7 @@ class SearchLog:
     rank_correlation: Mapping[str, float]
     num_images: int
     num_losses: int
+    higher_is_better: bool = False
 
 
 @dataclass(frozen=True)

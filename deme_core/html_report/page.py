@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from deme_core.html_report import numbers
-from deme_core.html_report.chart_style import colours
+from deme_core.html_report.chart_style import ROWS, colours
 from deme_core.html_report.content import ComparisonContent, RunContent, Scores
 from deme_core.html_report.loss_charts import heldout_chart, training_chart
 from deme_core.html_report.score_chart import score_chart
@@ -18,15 +18,13 @@ if TYPE_CHECKING:
     from jinja2 import Environment
     from plotly.graph_objects import Figure
 
-_ROWS = frozenset({"pretrained", "finetuned", "ensemble", "merged", "distilled"})
-
 
 def run_page(content: RunContent) -> str:
     """Returns the page of one run."""
     deciding = content.scores.deciding
     charts = {"scores": score_chart(content.scores)}
     if content.heldout:
-        copies = frozenset(content.heldout.curves) - _ROWS
+        copies = frozenset(content.heldout.curves) - ROWS.keys()
         charts["heldout"] = heldout_chart(content.heldout, is_copy=copies)
     if content.trainings:
         charts["training"] = training_chart(content.trainings)

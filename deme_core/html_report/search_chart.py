@@ -1,6 +1,7 @@
 """What a search tried."""
 
 import itertools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from deme_core.html_report.chart_style import NEUTRAL, axis_type, bare, colours
@@ -29,8 +30,10 @@ def search_chart(log: SearchLog) -> "Figure":
         lines = {"rough score": rough, **lines}
     figure = make_subplots(len(lines), 2, shared_yaxes=True, horizontal_spacing=0.04, vertical_spacing=0.2)
     for row, (title, tried) in enumerate(lines.items(), start=1):
-        _draw_order(figure, tried, row)
-        _draw_weights(figure, tried, log.weight_names, row)
+        better = max if log.higher_is_better else min
+        best = better(tried, key=lambda pair: pair[1].score)[0]
+        _draw_order(figure, tried, best, better, row)
+        _draw_weights(figure, tried, best, log.weight_names, row)
         scores = [candidate.score for _, candidate in tried]
         figure.update_yaxes(type=axis_type(scores), row=row)
         figure.update_yaxes(title=title, col=1, row=row)
@@ -40,11 +43,11 @@ def search_chart(log: SearchLog) -> "Figure":
     return bare(figure, height=300 * len(lines) + 20, legend=legend)
 
 
-def _draw_order(figure: "Figure", tried: Tried, row: int) -> None:
+def _draw_order(figure: "Figure", tried: Tried, best: int, better: Callable[..., Any], row: int) -> None:
     numbers, scores = [number for number, _ in tried], [candidate.score for _, candidate in tried]
     figure.add_scatter(
         x=numbers,
-        y=list(itertools.accumulate(scores, min)),
+        y=list(itertools.accumulate(scores, better)),
         mode="lines",
         name="best so far",
         line={"color": NEUTRAL, "width": 1.5, "shape": "hv"},
@@ -54,16 +57,16 @@ def _draw_order(figure: "Figure", tried: Tried, row: int) -> None:
         row=row,
         col=1,
     )
-    figure.add_scatter(x=numbers, y=scores, **_points(tried, "#3d74e0"), showlegend=False, row=row, col=1)
+    figure.add_scatter(x=numbers, y=scores, **_points(tried, best, "#3d74e0"), showlegend=False, row=row, col=1)
 
 
-def _draw_weights(figure: "Figure", tried: Tried, names: tuple[str, ...], row: int) -> None:
+def _draw_weights(figure: "Figure", tried: Tried, best: int, names: tuple[str, ...], row: int) -> None:
     palette = colours(names)
     for index, name in enumerate(names):
         figure.add_scatter(
             x=[candidate.weights[index] for _, candidate in tried],
             y=[candidate.score for _, candidate in tried],
-            **_points(tried, palette[name], _SYMBOLS[index % len(_SYMBOLS)]),
+            **_points(tried, best, palette[name], _SYMBOLS[index % len(_SYMBOLS)]),
             name=name,
             legendgroup=name,
             showlegend=row == 1 and len(names) > 1,
@@ -72,10 +75,9 @@ def _draw_weights(figure: "Figure", tried: Tried, names: tuple[str, ...], row: i
         )
 
 
-def _points(tried: Tried, colour: str, symbol: str = "circle") -> dict[str, Any]:
-    """Returns points that tell their weights; the best one is larger and has a rim."""
-    best = min(tried, key=lambda pair: pair[1].score)
-    is_best = [pair is best for pair in tried]
+def _points(tried: Tried, best: int, colour: str, symbol: str = "circle") -> dict[str, Any]:
+    """Returns points that tell their weights; the one numbered ``best`` is larger and has a rim."""
+    is_best = [number == best for number, _ in tried]
     return {
         "mode": "markers",
         "text": [f"{n}: {', '.join(weight(w) for w in candidate.weights)}" for n, candidate in tried],

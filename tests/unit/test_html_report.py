@@ -314,6 +314,14 @@ def test_a_search_shows_its_best_so_far_and_marks_the_best() -> None:
     assert [width > 0 for width in widths] == [False, True, False]
 
 
+def test_a_search_for_a_metric_that_grows_marks_the_highest() -> None:
+    figure = search_chart(replace(SEARCH, higher_is_better=True)).to_dict()
+    best_so_far = next(trace for trace in figure["data"] if trace.get("name") == "best so far")
+    assert list(best_so_far["y"]) == [9.0, 9.0, 9.0]
+    by_weight = next(trace for trace in figure["data"] if trace.get("name") == "segment 1")
+    assert [width > 0 for width in by_weight["marker"]["line"]["width"]] == [True, False, False]
+
+
 def test_rough_scores_have_panels_of_their_own() -> None:
     rough = tuple(replace(c, score=50 * c.score, rough=True) for c in SEARCH.candidates)
     figure = search_chart(replace(SEARCH, candidates=(*rough, *SEARCH.candidates[:2]))).to_dict()

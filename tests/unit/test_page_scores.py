@@ -37,9 +37,12 @@ def test_rows_have_the_interval_over_images_where_they_were_resampled() -> None:
 def test_facts_say_how_scores_came_about() -> None:
     conditions = {"sampler": "ddim", "num_inference_steps": 20, "eta": 0.5, "reference": {"num_images": 1197}}
     report = {"conditions": conditions, "num_images": 3000, "seeds": [1, 2], "fingerprint": "a" * 64}
-    assert evaluation_facts(report) == {
+    expected = {
         "images": "3,000 for each of 2 seeds (1, 2)",
         "sampler": "ddim, 20 steps, eta 0.5",
         "real images": "1,197",
         "evaluation": "a" * 12,
     }
+    assert evaluation_facts(report) == expected
+    guided = {**report, "conditions": {**conditions, "guidance_scale": 7.5}}
+    assert evaluation_facts(guided) == {**expected, "guidance": "7.5"}

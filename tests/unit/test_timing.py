@@ -6,8 +6,8 @@ import pytest
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.recipe import EvaluateSpec, MethodSpec
-from tasks.jobs import GeneratedFeaturesJob, GeneratedImages, Job, JobResult, MergeJob, ScoreJob
-from tasks.timing import Timing
+from tasks.jobs import JOBS, GeneratedFeaturesJob, GeneratedImages, Job, JobResult, MergeJob, ScoreJob
+from tasks.timing import LABELS, Timing
 
 MODEL = ArtifactRef("file:///store/finetune/a", "a")
 EVALUATE = EvaluateSpec(num_images=100)
@@ -17,6 +17,10 @@ GENERATE = GeneratedFeaturesJob(
 MERGING = {"pretrained": MODEL, "experts": (MODEL,), "method": MethodSpec(), "weights": (0.5,)}
 SCORE = ScoreJob(**MERGING, label="score of 0.5", evaluate=EVALUATE, seeds=(7, 8), num_images=30, reference=MODEL)
 MERGE = MergeJob(**MERGING)
+
+
+def test_every_stage_has_a_name_for_people() -> None:
+    assert {job.stage for job in JOBS.values()} == LABELS.keys()
 
 
 def add(timing: Timing, job: Job, seconds: float, *, cached: bool = False) -> None:
