@@ -310,6 +310,7 @@ class DistillJob(Job):
 
     stage: ClassVar[str] = "distilled"
     work: ClassVar[str] = "distill"
+    leaves_checkpoints: ClassVar[bool] = True
     label: str
     pretrained: ArtifactRef
     merged: ArtifactRef
