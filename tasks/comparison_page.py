@@ -18,6 +18,7 @@ from deme_core.store import local_errors, temporary_beside
 from deme_core.verdict import Interval
 from tasks.comparison import Reports, deciding_scores_of, scored_row
 from tasks.page_scores import evaluation_facts, page_scores
+from tasks.run_page import samples_file
 from tasks.tracked_runs import download
 
 
@@ -75,7 +76,7 @@ class _Fetched:
 
     def grid(self) -> Picture | None:
         """Returns the samples of the row that speaks for the run; None for runs made before they were kept."""
-        path = self._download(f"samples/{scored_row(self._report)}.png")
+        path = self._download(samples_file(scored_row(self._report)))
         return read_picture(path) if path else None
 
     def recipe(self) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from deme_core.binned_losses import RelativeLosses
 from deme_core.figures import save_heldout_losses, save_loss_curves, save_sample_comparison
 from tasks.jobs import JobResult
 from tasks.row_scores import Rows
+from tasks.run_page import samples_file
 from tasks.runtime import Runtime
-
-SAMPLES = "samples"
 
 
 def report_folder(runtime: Runtime) -> Path:
@@ -22,12 +21,10 @@ def report_folder(runtime: Runtime) -> Path:
 
 def sample_grids(runtime: Runtime, rows: Rows) -> dict[str, Path]:
     """Copies the grid of each row, of the first seed, into the report's folder and MLflow; returns their paths."""
-    folder = report_folder(runtime) / SAMPLES
-    folder.mkdir(exist_ok=True)
-    grids = {row: folder / f"{row}.png" for row in rows}
+    grids = {row: report_folder(runtime) / samples_file(row) for row in rows}
     for row, path in grids.items():
         shutil.copyfile(runtime.artifacts.fetch(rows[row][0].ref) / "samples.png", path)
-        runtime.tracker.log_file(runtime.tracker.run_id, path, SAMPLES)
+        runtime.tracker.log_file(runtime.tracker.run_id, path)
     return grids
 
 

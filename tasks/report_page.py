@@ -18,6 +18,7 @@ from deme_core.html_report.content import (
     SearchLog,
     TriedWeights,
 )
+from deme_core.html_report.sentences import headline
 from deme_core.metrics import higher_is_better
 from deme_core.recipe_file import dump_recipe
 from deme_core.verdict import RowScores
@@ -134,6 +135,8 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
         metrics=report,
     )
     runtime.tracker.set_tags(run_id, {REPORT_TAG: ref.uri})
+    if sentence := headline(content.scores.differences):
+        runtime.tracker.describe(run_id, sentence)
     return {"path": str(folder / PAGE), "uri": ref.uri}
 
 

@@ -15,6 +15,11 @@ from tasks.tracked_runs import check_tracking, download, find_page
 STAGE, PAGE = "report", "report.html"
 
 
+def samples_file(row: str) -> str:
+    """Returns the name of a row's sample grid; in no folder, since MLflow compares only files that lie in none."""
+    return f"samples_{row}.png"
+
+
 def fetch_page(run: str | None) -> Path:
     """Returns the page of a run, fetched from MLflow, or else from the object store, if it was not made here.
 

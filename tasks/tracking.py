@@ -21,9 +21,6 @@ _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
 _SECONDS_BETWEEN_RECORDS = 3.0
 
-# Has MLflow's UI show runs with their metrics first, and nothing of prompts and agents.
-_MODEL_TRAINING = {"mlflow.experimentKind": "custom_model_development"}
-
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
     "diffusion_loss": "loss/diffusion",
@@ -54,7 +51,7 @@ class Tracker:
             return str(found.experiment_id)
         local = settings.tracking_uri.startswith("sqlite:")
         location = (settings.state_folder / "mlartifacts").as_uri() if local else None
-        return str(self._client.create_experiment(name, artifact_location=location, tags=_MODEL_TRAINING))
+        return str(self._client.create_experiment(name, artifact_location=location))
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
         named = {"mlflow.runName": name, "mlflow.source.name": "deme", **tags}
@@ -107,9 +104,13 @@ class Tracker:
 
         self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+    def describe(self, run_id: str, text: str) -> None:
+        """Sets what MLflow shows as the description of a run, on its page and as a column of the table of runs."""
+        self.set_tags(run_id, {"mlflow.note.content": text})
+
+    def log_file(self, run_id: str, path: Path) -> None:
         """Uploads a small file, e.g. a figure."""
-        self._client.log_artifact(run_id, str(path), folder)
+        self._client.log_artifact(run_id, str(path))
 
     def log_image(self, run_id: str, path: Path, key: str) -> None:
         """Uploads a picture so that MLflow's charts show it beside those of other runs."""

@@ -12,7 +12,7 @@ from deme_core.html_report.content import ComparisonContent, RunContent, Scores
 from deme_core.html_report.loss_charts import heldout_chart, training_chart
 from deme_core.html_report.score_chart import score_chart
 from deme_core.html_report.search_chart import search_chart
-from deme_core.html_report.sentences import comparison_sentence, verdict_sentence
+from deme_core.html_report.sentences import comparison_sentence, headline
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 def run_page(content: RunContent) -> str:
     """Returns the page of one run."""
-    deciding = content.scores.deciding
     charts = {"scores": score_chart(content.scores)}
     if content.heldout:
         copies = frozenset(content.heldout.curves) - ROWS.keys()
@@ -29,9 +28,9 @@ def run_page(content: RunContent) -> str:
     if content.trainings:
         charts["training"] = training_chart(content.trainings)
     charts |= {f"search-{index}": search_chart(log) for index, log in enumerate(content.searches)}
-    by_row = [[d for d in deciding if d.row == row] for row in dict.fromkeys(d.row for d in deciding)]
-    headline = " ".join(map(verdict_sentence, by_row)) or None
-    return _render("run.html.j2", charts, content.scores, content=content, headline=headline)
+    return _render(
+        "run.html.j2", charts, content.scores, content=content, headline=headline(content.scores.differences)
+    )
 
 
 def comparison_page(content: ComparisonContent) -> str:
@@ -39,8 +38,8 @@ def comparison_page(content: ComparisonContent) -> str:
     charts = {"scores": score_chart(content.scores)}
     if content.heldout:
         charts["heldout"] = heldout_chart(content.heldout)
-    headline = comparison_sentence(content.scores.deciding)
-    return _render("comparison.html.j2", charts, content.scores, content=content, headline=headline)
+    sentence = comparison_sentence(content.scores.deciding)
+    return _render("comparison.html.j2", charts, content.scores, content=content, headline=sentence)
 
 
 def _render(template: str, charts: Mapping[str, "Figure"], scores: Scores, **context: Any) -> str:

@@ -32,6 +32,13 @@ def verdict_sentence(differences: Sequence[Difference]) -> str:
     return f"{'; '.join(clauses)}."
 
 
+def headline(differences: Sequence[Difference]) -> str:
+    """Returns a sentence for each row that has verdicts; nothing if none has."""
+    deciding = [difference for difference in differences if difference.verdict is not None]
+    rows = dict.fromkeys(difference.row for difference in deciding)
+    return " ".join(verdict_sentence([d for d in deciding if d.row == row]) for row in rows)
+
+
 def comparison_sentence(differences: Sequence[Difference]) -> str:
     """Returns what several rows' differences to one baseline say: Against A, B is better; C is too close to call."""
     clauses = []

@@ -29,7 +29,7 @@ def test_mlflow_compares_two_runs(
     browser.get(f"{server}/#/compare-runs?{query}")
     wanted = [*runs, *(f"fd_efficientnet_lite0/{row}" for row in full_report["rows"])]
     wait_until(lambda: all(text in browser.page_source for text in wanted), "runs or metrics are missing")
-    click(browser, "//*[text()='samples.png']", "the artifacts are not there")
+    click(browser, "//*[text()='samples_merged.png']", "the artifacts are not there")
     images = "[...document.images].filter(i => i.src.startsWith('blob:') && i.naturalWidth > 100)"
     loaded = f"return new Set({images}.map(i => i.src)).size"
     wait_until(lambda: browser.execute_script(loaded) == len(runs), "the pictures of both runs are not there")

@@ -157,7 +157,7 @@ def test_a_page_is_an_artifact_with_a_manifest(deme: CommandLine, first_report: 
     assert first_report["page"]["uri"] == f"{(deme.home / 'store').as_uri()}/report/{first_report['mlflow_run_id']}"
     folder = deme.home / "store" / "report" / first_report["mlflow_run_id"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert {file["name"] for file in manifest["files"]} >= {"report.html", "samples.png", "samples/merged.png"}
+    assert {file["name"] for file in manifest["files"]} >= {"report.html", "samples.png", "samples_merged.png"}
     assert manifest["metrics"]["rows"] == first_report["rows"]
     assert len(manifest["inputs"]) == len(ROWS) * len(first_report["seeds"])
 

@@ -40,6 +40,8 @@ def test_everything_is_in_mlflow(deme: CommandLine, first_report: dict[str, Any]
     client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
     parent = client.get_run(first_report["mlflow_run_id"])
     assert parent.info.status == "FINISHED"
+    assert parent.info.run_name == f"toy-{first_report['mlflow_run_id'][:8]}", "what `deme report` takes"
+    assert parent.data.tags["mlflow.note.content"].startswith("The merged model ")
     for row in ROWS:
         mean = first_report["rows"][row]["fd_efficientnet_lite0"]["mean"]
         assert parent.data.metrics[f"fd_efficientnet_lite0/{row}"] == mean

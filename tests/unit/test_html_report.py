@@ -34,7 +34,7 @@ from deme_core.html_report.loss_charts import heldout_chart, thinned, training_c
 from deme_core.html_report.numbers import decimal_places, duration, number, percent, signed
 from deme_core.html_report.pictures import read_picture
 from deme_core.html_report.search_chart import search_chart
-from deme_core.html_report.sentences import comparison_sentence, verdict_sentence
+from deme_core.html_report.sentences import comparison_sentence, headline, verdict_sentence
 from deme_core.segments import TimestepSegment
 from deme_core.verdict import Interval, Verdict
 
@@ -174,6 +174,15 @@ def test_the_verdict_is_a_sentence(page: Page) -> None:
 def test_every_pair_of_verdicts_has_its_sentence(verdicts: Sequence[Verdict], sentence: str) -> None:
     pairs = zip(("pretrained", "finetuned"), verdicts, strict=True)
     assert verdict_sentence([difference(baseline, 0.0, verdict) for baseline, verdict in pairs]) == sentence
+
+
+def test_each_row_with_verdicts_has_a_sentence() -> None:
+    found = (difference("pretrained", -1.0, "better"), difference("pretrained", 1.0, "worse", "distilled"))
+    unjudged = Difference("merged", "pretrained", "precision", Interval(0.0, 0.0, 0.0))
+    assert headline((*found, unjudged)) == (
+        "The merged model is better than the pretrained model. The distilled model is worse than the pretrained model."
+    )
+    assert headline((unjudged,)) == ""
 
 
 def test_several_runs_have_one_sentence() -> None:
