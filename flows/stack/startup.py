@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, Self
+from urllib.parse import urlsplit
 
 from deme_core.errors import DemeError
 from deme_core.store import local_errors
-from flows.stack.processes import start_detached
+from flows.stack.processes import listener, start_detached
 from flows.stack.services import Service
 
 _SECONDS_TO_START = 300.0  # What has died is noticed at once; what is only slow, on a busy machine, is waited for.
@@ -42,10 +43,24 @@ class ServiceStart:
         if not self._ready:
             try:
                 self._service.check()
-                self._ready = True
             except Exception as error:  # Whatever a server that is starting answers.
                 self._give_up_on(error)
+            else:
+                self._check_answerer()
+                self._ready = True
         return self._ready
+
+    def _check_answerer(self) -> None:
+        """Raises a DemeError if another stack, started at the same moment, has the port and answers in our place."""
+        port = urlsplit(self._service.url).port if "://" in self._service.url else None
+        found = listener(port) if port and self._process else None
+        if found is None or self._process is None:
+            return
+        if self._process.pid not in (found.pid, *(parent.pid for parent in found.parents())):
+            raise DemeError(
+                f"{self._service.name} cannot have port {port}, which {found.name()} (pid {found.pid}) took meanwhile; "
+                "run `deme up` again."
+            )
 
     def _give_up_on(self, error: Exception) -> None:
         if self._process is not None and self._process.poll() is not None:
