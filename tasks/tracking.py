@@ -37,6 +37,11 @@ _TRAINING_METRICS = {
 }
 
 
+def import_mlflow() -> None:
+    """Imports MLflow, before somebody waits for it."""
+    import mlflow  # noqa: F401
+
+
 def _client(settings: Settings) -> "MlflowClient":
     from mlflow import MlflowClient
 

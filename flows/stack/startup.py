@@ -12,7 +12,7 @@ from deme_core.store import local_errors
 from flows.stack.processes import start_detached
 from flows.stack.services import Service
 
-_SECONDS_TO_START = 300.0  # What has died is noticed at once; what is only slow, on a busy machine, is waited for.
+_SECONDS_TO_START = 300.0  # What died is noticed at once; what is only slow is waited for.
 _POLL_SECONDS = 0.2
 
 
@@ -33,7 +33,8 @@ class ServiceStart:
     """
 
     def __init__(self, service: Service, process: "subprocess.Popen[bytes] | None", log: Path) -> None:
-        self._service, self._process, self._log = service, process, log
+        self.process = process
+        self._service, self._log = service, log
         self._deadline = time.monotonic() + _SECONDS_TO_START
         self._ready = False
 
@@ -48,7 +49,7 @@ class ServiceStart:
         return self._ready
 
     def _give_up_on(self, error: Exception) -> None:
-        if self._process is not None and self._process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
             raise DemeError(f"{self._service.name} stopped at its start: {last_words(self._log)}") from error
         if time.monotonic() > self._deadline:
             raise DemeError(
@@ -71,7 +72,7 @@ class DeployStart:
         self._log = log
         command = [sys.executable, "-m", "flows.cli", "deploy", "--wait", f"{_SECONDS_TO_START:.0f}"]
         with local_errors(log):
-            _, self._process = start_detached(command, environment=environment, folder=log.parent, log=log)
+            _, self.process = start_detached(command, environment=environment, folder=log.parent, log=log)
 
     def __enter__(self) -> Self:
         """Runs already."""
@@ -79,12 +80,12 @@ class DeployStart:
 
     def __exit__(self, *_: object) -> None:
         """Ends the process if it still runs: the start failed."""
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def is_ready(self) -> bool:
         """Whether everything is registered."""
-        status = self._process.poll()
+        status = self.process.poll()
         if status:
             raise DemeError(f"The deployments could not be registered: {last_words(self._log).removeprefix('deme: ')}")
         return status == 0
