@@ -18,6 +18,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
 	$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@# What a first start would do: compile our own modules, and migrate empty databases to copy.
+	$(BIN)/python -m compileall -q deme_core tasks flows
+	$(BIN)/python -m tasks.databases
 	@touch $@
 
 .uv/bin/uv:

@@ -79,7 +79,7 @@ class Sampling:
         """Returns the diffusers scheduler, its timesteps set.
 
         Raises:
-            InputError: the sampler is not for such models.
+            InputError: the sampler is not for such models, or takes no timestep spacing.
         """
         import diffusers
 
@@ -88,6 +88,8 @@ class Sampling:
                 f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler, or --sampler on "
                 f"the command line, to {' or '.join(known)}."
             )
+        if self.sampler == "flow_match_euler" and self.timestep_spacing:
+            raise InputError("The sampler flow_match_euler has one spacing only; leave evaluate.timestep_spacing out.")
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
         scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)

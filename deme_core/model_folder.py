@@ -259,7 +259,14 @@ def write_like(
 
     Returns:
         The path of the weights.
+
+    Raises:
+        ModelFolderError: ``model`` is a finetuned copy without frozen parts, and a whole folder was asked for.
     """
+    if model.index.pretrained and copy_of is None:
+        raise ModelFolderError(
+            f"{model.path} holds the denoiser of a finetuned copy alone; give a whole {model.index.pipeline}."
+        )
     if not model.index.frozen_parts and not model.index.pretrained:
         return write_model_folder(
             path, denoiser_config=model.denoiser_config, scheduler_config=model.scheduler_config, tensors=tensors

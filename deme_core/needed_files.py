@@ -21,7 +21,8 @@ def needed_files(names: Iterable[str]) -> list[str]:
     """
     paths = [PurePosixPath(name) for name in names if name.endswith(_SUFFIXES)]
     paths = [path for path in paths if not _VARIANT.fullmatch(path.name) and not _INDEX_OF_VARIANT.fullmatch(path.name)]
-    if PurePosixPath(INDEX_NAME) in paths:  # What else lies beside the index is the same model in one file.
+    has_parts = any(path.suffix in _WEIGHTS and len(path.parts) > 1 for path in paths)
+    if has_parts and PurePosixPath(INDEX_NAME) in paths:  # Weights beside the index are the whole model in one file.
         paths = [path for path in paths if path.suffix not in _WEIGHTS or len(path.parts) > 1]
     safe = {path.parent for path in paths if path.suffix == ".safetensors"}
     return sorted(str(path) for path in paths if path.suffix != ".bin" or path.parent not in safe)

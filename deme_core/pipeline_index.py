@@ -37,15 +37,17 @@ def read_index(path: Path) -> PipelineIndex:
     """
     if (path / COPY_NAME).is_file():
         copy = read_json(path / COPY_NAME)
-        return PipelineIndex(_known(path / COPY_NAME, copy.get("pipeline")), copy["pipeline"], (), copy["pretrained"])
+        pipeline = copy.get("pipeline")
+        return PipelineIndex(_known(path / COPY_NAME, pipeline), pipeline, (), str(copy.get("pretrained")))
     index = read_json(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else {}
-    named = tuple(sorted(name for name, part in index.items() if isinstance(part, list) and part[0] is not None))
+    named = tuple(sorted(name for name, part in index.items() if isinstance(part, list) and part and part[0]))
     pipeline = index.get("_class_name")
     if pipeline not in FAMILIES and set(named) - {"unet", "scheduler"}:
         raise _unknown(path / INDEX_NAME, pipeline)
     # Any sampler's pipeline will do for a model on pixels, as PNDMPipeline; its denoiser says whether it is one.
     family = FAMILIES.get(str(pipeline), Unconditional)
-    if index and not (path / family.denoiser_part).is_dir():
+    # Some models on pixels have all parts, and the index, in one folder: google/ddpm-cifar10-32.
+    if index and not any((path / name).exists() for name in (family.denoiser_part, "config.json")):
         raise ModelFolderError(f"{path} holds no {family.denoiser_part}, which a {pipeline} needs.")
     if family is Unconditional:
         return PipelineIndex(family)

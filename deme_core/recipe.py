@@ -333,7 +333,7 @@ class EvaluateSpec(_Spec):
         None,
         exclude_if=lambda prompts: prompts is None,
         description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
-        "caption; image i belongs to prompt i modulo their number.",
+        "caption; or imagenet1k, a photo of each of its classes. Image i belongs to prompt i modulo their number.",
     )
     clip_weights: str | None = Field(
         None,
@@ -346,6 +346,11 @@ class EvaluateSpec(_Spec):
     kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images in the reference; default all that the search does not set aside."
+    )
+    reference_dataset: DatasetSpec | None = Field(
+        None,
+        exclude_if=lambda dataset: dataset is None,
+        description="Real images of the reference, and of the search's, where they are not those of the training.",
     )
     num_bootstrap: int = Field(
         100, ge=0, description="Resamples of the generated images for the verdict's second interval; 0 for none."
@@ -442,6 +447,11 @@ class Recipe(_Spec):
                 f"segments: theta_0 and a change of each weight take {num_segments + 1}"
             )
         return self
+
+    @property
+    def reference_dataset(self) -> DatasetSpec:
+        """Where the real images of reference and search come from."""
+        return self.evaluate.reference_dataset or self.dataset
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> list[int]:

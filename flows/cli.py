@@ -228,12 +228,21 @@ def show_recipe(recipe: RecipeArgument, set_: SetOption = None) -> None:
     print(dump_recipe(load_recipe(recipe, set_ or [])), end="")  # noqa: T201
 
 
-@app.command(epilog="Example: deme doctor")
-def doctor() -> None:
-    """Check that this machine and its settings are fit for a run."""
+@app.command(epilog="Example: deme doctor sd14_coco30k --set dataset.path=/data/coco/train2014")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe, or path of a YAML file: also look for all that it needs.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Check that this machine and its settings are fit for a run, and estimate what a recipe takes."""
+    from deme_core.recipe_file import load_recipe
     from flows.doctor import examine
 
-    raise typer.Exit(0 if examine(Console()) else 1)
+    if recipe is None and set_:
+        raise InputError("--set changes a recipe; name one.")
+    found = load_recipe(recipe, set_ or []) if recipe else None
+    raise typer.Exit(examine(Console(), found))
 
 
 def main() -> None:

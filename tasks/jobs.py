@@ -30,6 +30,7 @@ class Job(BaseModel):
         stage: first part of the artifact's key.
         work: module of `tasks.work` that does the job.
         version: part of the digest; raised when the work starts to give another result.
+        leaves_checkpoints: whether the work can be resumed, and so leaves checkpoints in the store until it is done.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,6 +38,7 @@ class Job(BaseModel):
     stage: ClassVar[str]
     work: ClassVar[str]
     version: ClassVar[int] = 1
+    leaves_checkpoints: ClassVar[bool] = False
 
     @property
     def num_generated_images(self) -> int:
@@ -49,6 +51,7 @@ class PretrainJob(Job):
 
     stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "pretrain"
+    leaves_checkpoints: ClassVar[bool] = True
     dataset: DatasetSpec
     unet: dict[str, Any]
     noise_scheduler: dict[str, Any]
@@ -111,6 +114,7 @@ class FinetuneJob(Job):
 
     stage: ClassVar[str] = "finetune"
     work: ClassVar[str] = "finetune"
+    leaves_checkpoints: ClassVar[bool] = True
     label: str
     pretrained: ArtifactRef
     dataset: DatasetSpec
@@ -306,6 +310,7 @@ class DistillJob(Job):
 
     stage: ClassVar[str] = "distilled"
     work: ClassVar[str] = "distill"
+    leaves_checkpoints: ClassVar[bool] = True
     label: str
     pretrained: ArtifactRef
     merged: ArtifactRef

@@ -15,16 +15,15 @@ from deme_core.html_report.content import (
     HeldoutLosses,
     Provenance,
     RunContent,
-    Samples,
     SearchLog,
     TriedWeights,
 )
-from deme_core.html_report.pictures import read_picture
 from deme_core.html_report.sentences import headline
 from deme_core.metrics import higher_is_better
 from deme_core.recipe_file import dump_recipe
 from deme_core.verdict import RowScores
 from tasks.experts import Expert
+from tasks.page_samples import image_prompts, page_samples
 from tasks.page_scores import evaluation_facts, page_scores
 from tasks.provenance import evaluation_digests, model_digests, versions
 from tasks.report_figures import report_folder
@@ -102,10 +101,7 @@ def page_of_rows(
         finished=f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC",
         facts=evaluation_facts(report),
         scores=page_scores(report["scores"], deciding, report["metric"], pairs),
-        samples=Samples(
-            note=f"The first images of seed {seed}. All rows start from the same noise, so tiles compare one by one.",
-            rows={row: (read_picture(path),) for row, path in grids.items()},
-        ),
+        samples=page_samples(grids, seed, report["conditions"], image_prompts(runtime, report["conditions"])),
         provenance=Provenance(
             recipe_name=name,
             recipe=dump_recipe(runtime.recipe),

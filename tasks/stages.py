@@ -1,6 +1,6 @@
 """One Prefect task per stage. Each has its job done by a worker, records the outcome, returns a small reference."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from prefect import task
@@ -33,6 +33,7 @@ from tasks.jobs import (
 from tasks.prefect_artifacts import progress_artifact
 from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
+from tasks.tracking import TrainingLog
 from tasks.weight_search import search_artifact
 
 
@@ -108,20 +109,18 @@ def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child
     runtime = current_runtime()
     tracker = runtime.tracker
     child = tracker.child(child_name)
-    logged: list[Record] = []
-    move_bar = progress_artifact(task_name)
+    training_log, move_bar = TrainingLog(tracker, child), progress_artifact(task_name)
 
-    def log(record: Record) -> None:
+    def on_record(record: Record) -> None:
         if "global_step" in record:
-            tracker.log_training(child, [record])
-            logged.append(record)
+            training_log.add(record)
             move_bar(record["global_step"] / record["num_steps"])
 
-    result = runtime.run(job, task=task_name, child=child, on_record=log)
-    history = result.metrics["history"]
-    if len(logged) < len(history):  # Served from the store, or resumed: the rest is in the manifest.
-        seen = {record["global_step"] for record in logged}
-        tracker.log_training(child, [record for record in history if record["global_step"] not in seen])
+    try:
+        result = runtime.run(job, task=task_name, child=child, on_record=on_record)
+    finally:
+        training_log.flush()
+    training_log.complete(result.metrics["history"])
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
     tracker.finish(child)
@@ -153,7 +152,7 @@ def build_reference(
     """
     runtime = current_runtime()
     job = ReferenceJob(
-        dataset=runtime.recipe.dataset,
+        dataset=runtime.recipe.reference_dataset,
         evaluate=runtime.recipe.evaluate,
         part=part,
         num_for_search=num_for_search,
@@ -173,8 +172,8 @@ def heldout_loss(model: ArtifactRef, edges: tuple[int, ...], what: str) -> JobRe
     child = runtime.tracker.child(f"heldout/{what}")
     job = HeldoutJob(model=model, dataset=runtime.recipe.dataset, edges=edges)
     result = runtime.run(job, task=f"held-out loss of {what}", child=child)
-    for low, loss in zip(edges, result.metrics["bins"], strict=False):
-        runtime.tracker.log_metrics(child, {"heldout_loss": loss}, step=low)
+    by_timestep = {low: {"heldout_loss": loss} for low, loss in zip(edges, result.metrics["bins"], strict=False)}
+    runtime.tracker.log_steps(child, by_timestep)
     runtime.tracker.finish(child)
     return result
 
@@ -197,15 +196,17 @@ def search(job: SearchJob, what: str) -> JobResult:
         return search_artifact(job, runtime.artifacts, lambda jobs: _do_all(jobs, what), report)
 
     result = runtime.follow(work, task=f"search {what}", child=child)
-    for step, candidate in enumerate(result.metrics["candidates"]):
-        weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
-        name = "rough_score" if candidate["rough"] else "score"
-        runtime.tracker.log_metrics(child, {name: candidate["score"], **weights}, step=step)
+    runtime.tracker.log_steps(child, dict(enumerate(map(_candidate_metrics, result.metrics["candidates"]))))
     correlations = {f"rank_correlation/{name}": rho for name, rho in result.metrics["rank_correlation"].items()}
     cost = {name: result.metrics[name] for name in ("num_images", "num_losses")}
     runtime.tracker.log_metrics(child, correlations | cost)
     runtime.tracker.finish(child)
     return result
+
+
+def _candidate_metrics(candidate: Mapping[str, Any]) -> dict[str, float]:
+    weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
+    return {"rough_score" if candidate["rough"] else "score": candidate["score"], **weights}
 
 
 def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:
@@ -271,7 +272,8 @@ def evaluate_row(
     for image_set, slices in zip(images, features, strict=True):
         job = EvaluateJob(images=image_set, features=_refs(slices), evaluate=spec, reference=reference)
         results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})", child=child))
-        runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=image_set.seed)
+    scores = {image_set.seed: result.metrics["scores"] for image_set, result in zip(images, results, strict=True)}
+    runtime.tracker.log_steps(child, scores)
     runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})
     runtime.tracker.finish(child)
     return results

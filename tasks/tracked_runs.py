@@ -3,15 +3,15 @@
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from mlflow.entities import Run
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Any
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
 from tasks.health import check_health
 from tasks.mlflow_client import mlflow_client
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 # Tags of runs that found something: of all, of those with a merged model, and of those with a page.
 _SCORED, _MERGED, REPORT_TAG = "deme.fingerprint", "deme.merged.uri", "deme.report.uri"
@@ -58,6 +58,8 @@ def find_page(settings: Settings, run: str | None) -> tuple[str, str]:
 
 def download(settings: Settings, run_id: str, name: str, folder: Path) -> Path | None:
     """Copies a file of a run into ``folder`` and returns its path; None if the run does not have it."""
+    from mlflow.exceptions import MlflowException
+
     try:
         return Path(mlflow_client(settings).download_artifacts(run_id, name, str(folder)))
     except (MlflowException, OSError):  # A server says the former, a folder the latter.
@@ -68,7 +70,7 @@ def _has(tag: str) -> str:
     return f"tags.`{tag}` != ''"
 
 
-def _find_run(settings: Settings, query: str, run: str | None) -> Run:
+def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
     client = mlflow_client(settings)
     experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
     found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)

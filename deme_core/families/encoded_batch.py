@@ -74,7 +74,7 @@ def check_conditioned(adapter: Adapter, *, captions: Any, labels: Any) -> None:
     if adapter.conditioned_on == "captions" and captions is None:
         raise InputError(
             f"A {adapter.pipeline} is finetuned on images with captions; set dataset.caption_column to the column "
-            "that holds them."
+            "that holds them, or make them by dataset.caption_template."
         )
     if adapter.conditioned_on == "labels" and labels is None:
         raise InputError(

@@ -3,10 +3,12 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 from deme_core.html_report.content import Picture
 
 _WIDEST = 1024  # Pixels: four grids beside one another are never shown larger, even on a large screen.
+_SMALL_TILE = 128
 
 
 def read_picture(path: Path, caption: str | None = None) -> Picture:
@@ -25,6 +27,18 @@ def read_picture(path: Path, caption: str | None = None) -> Picture:
         small = image.convert("RGB").resize((_WIDEST, round(image.height * _WIDEST / image.width)))
         small.save(buffer, "WEBP", quality=90)
     return Picture(_data_uri(buffer.getvalue(), "image/webp"), _WIDEST, caption)
+
+
+def tile_picture(image: Any, caption: str) -> Picture:
+    """Returns one generated image for a page, as a WebP that is lossless where it is small.
+
+    Args:
+        image: PIL's.
+        caption: text under it, such as its prompt.
+    """
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "WEBP", quality=90, lossless=image.width <= _SMALL_TILE)
+    return Picture(_data_uri(buffer.getvalue(), "image/webp"), image.width, caption)
 
 
 def _data_uri(content: bytes, kind: str) -> str:

@@ -184,7 +184,7 @@ def load_images(
         StoreUnavailableError: their object store cannot be reached.
     """
     channels = spec.channels or (1 if spec.source == "digits" else 3)
-    source = _open_source(spec, cache / "images", fetch_prefix)
+    source = open_source(spec, cache / "images", fetch_prefix)
     inspection = inspect(
         source,
         num_images=spec.num_images,
@@ -197,7 +197,20 @@ def load_images(
     return SquareImages(source, inspection, conditioning, spec, resolution=resolution, channels=channels)
 
 
-def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path]) -> ImageSource:
+def open_source(
+    spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images
+) -> ImageSource:
+    """Open where encoded images lie, without reading them; see `load_images`.
+
+    Args:
+        spec: which images.
+        cache: folder for downloads.
+        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
+
+    Raises:
+        DatasetError: there are no such images.
+        StoreUnavailableError: their object store cannot be reached.
+    """
     if spec.source == "digits":
         return DigitsSource()
     if spec.source == "hub":

@@ -56,6 +56,30 @@ class HubSource:
         return Column(self._table.with_format(None)[name][:], names)
 
 
+def count_rows(spec: DatasetSpec) -> int | None:
+    """Return the number of rows of a split without fetching it; None where its description does not say.
+
+    Raises:
+        DatasetError: the data set cannot be reached, or is known not to have the split or one of the columns.
+    """
+    import datasets
+
+    folder = Path(str(spec.path)).expanduser()
+    try:
+        info = datasets.load_dataset_builder(str(folder) if folder.is_dir() else str(spec.path), name=spec.name).info
+    except Exception as error:  # As below.
+        raise _cannot_load(spec, error) from error
+    if info.splits and spec.split not in info.splits:
+        raise DatasetError(f"The data set {spec.path} has the splits {', '.join(info.splits)}; set dataset.split.")
+    wanted = [spec.image_column, *filter(None, [spec.caption_column, spec.label_column])]
+    if info.features and (absent := [name for name in wanted if name not in info.features]):
+        raise DatasetError(
+            f"Column '{absent[0]}' is not in the data set {spec.path}, which has {', '.join(info.features)}; check "
+            "dataset.image_column, caption_column and label_column."
+        )
+    return info.splits[spec.split].num_examples if info.splits else None
+
+
 def _load(spec: DatasetSpec) -> Any:
     import datasets
 
@@ -64,10 +88,14 @@ def _load(spec: DatasetSpec) -> Any:
     try:
         return datasets.load_dataset(str(folder) if folder.is_dir() else path, name=spec.name, split=spec.split)
     except Exception as error:  # Builders, file systems and HTTP clients each raise their own.
-        raise DatasetError(
-            f"Cannot load split '{spec.split}' of the data set {path} ({_first_line(error)}); check dataset.path, name "
-            "and split, and the network."
-        ) from error
+        raise _cannot_load(spec, error) from error
+
+
+def _cannot_load(spec: DatasetSpec, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"Cannot load split '{spec.split}' of the data set {spec.path} ({_first_line(error)}); check dataset.path, "
+        "name and split, and the network."
+    )
 
 
 def _undecoded(table: Any, column: str, description: str) -> Any:

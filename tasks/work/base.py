@@ -107,7 +107,7 @@ class JobContext:
     def publish(
         self, stage: str, digest: str, folder: Path, identity: Identity, metrics: dict[str, Any]
     ) -> ArtifactRef:
-        """Stores the files in ``folder`` as an artifact."""
+        """Stores the files in ``folder`` as an artifact; the folder is gone then."""
         with self.storing() as artifacts:
             return artifacts.publish(
                 stage,
@@ -117,6 +117,7 @@ class JobContext:
                 inputs=identity.inputs,
                 dataset=identity.dataset,
                 metrics=metrics,
+                take_folder=True,
             )
 
     def discard_unfinished(self, digest: str) -> None:
@@ -180,8 +181,11 @@ class JobContext:
             parent.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=parent)
         with folder as name:
+            # A folder in it, since a temporary folder can be read by its owner alone, and this one may be kept.
+            out = Path(name) / "out"
             try:
-                yield Path(name)
+                out.mkdir()
+                yield out
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -201,18 +205,17 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
         dataset=identity.dataset,
         version=job.version,
     )
-    ref = context.find(job.stage, digest)
-    cached = True
-    if ref is None:
-        with context.exclusive(digest, report):
-            ref = context.find(job.stage, digest)  # Another run may have made it in the meantime.
-            if ref is None:
-                cached = False
-                with context.scratch_folder() as out:
-                    metrics = exhaust(work.run(job, context, out, digest), report)
-                    ref = context.publish(job.stage, digest, out, identity, metrics)
-    if cached:
-        metrics = context.artifacts.manifest(ref).metrics
-    context.discard_unfinished(digest)
+    with context.exclusive(digest, report):  # Of two runs that want it, one makes it and the other finds it.
+        ref = context.find(job.stage, digest)
+        cached = ref is not None
+        if ref is None:
+            with context.scratch_folder() as out:
+                metrics = exhaust(work.run(job, context, out, digest), report)
+                ref = context.publish(job.stage, digest, out, identity, metrics)
+        else:
+            with context.storing() as artifacts:
+                metrics = artifacts.manifest(ref).metrics
+        if job.leaves_checkpoints:
+            context.discard_unfinished(digest)
     seconds = time.perf_counter() - started
     return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)

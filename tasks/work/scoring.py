@@ -79,8 +79,8 @@ def clip_score_of(evaluate: EvaluateSpec, context: JobContext) -> ClipScore:
 
 
 def evaluation_settings(evaluate: EvaluateSpec, context: JobContext, *, exclude: set[str]) -> dict[str, Any]:
-    """Returns what of an evaluation is part of a digest: files by their content, not by their name."""
-    dump = evaluate.model_dump(mode="json", exclude=exclude | {"prompts", "clip_weights"})
+    """Returns what of an evaluation is part of a digest: files by their content, and real images by the reference."""
+    dump = evaluate.model_dump(mode="json", exclude=exclude | {"prompts", "clip_weights", "reference_dataset"})
     return dump | prompt_settings(evaluate, context)
 
 

@@ -1,12 +1,11 @@
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
+from tests.e2e.waiting import wait_for
 
 
 def test_killed_worker_and_killed_run_end_with_the_same_model(
@@ -14,13 +13,13 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
 ) -> None:
     run = fresh_deme.start("run", write_recipe())
     try:
-        _wait(lambda: any(fresh_deme.home.glob("store/checkpoints/*/step-*/manifest.json")))
+        wait_for(lambda: any(fresh_deme.home.glob("store/checkpoints/*/step-*/manifest.json")))
         killed = set(_workers_of(run.pid))
         assert killed
         for worker in killed:
             os.kill(worker, signal.SIGKILL)
-        _wait(lambda: set(_workers_of(run.pid)) - killed)  # The retries have new processes.
-        _wait(lambda: any(fresh_deme.home.glob("store/finetune/*/manifest.json")))
+        wait_for(lambda: set(_workers_of(run.pid)) - killed)  # The retries have new processes.
+        wait_for(lambda: any(fresh_deme.home.glob("store/finetune/*/manifest.json")))
     finally:
         servers, orphans = _children_of(run.pid), _workers_of(run.pid)
         run.kill()
@@ -28,20 +27,13 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
         for pid in servers:  # Prefect's temporary server outlives a process that was killed.
             if _command(pid).find("uvicorn") >= 0:
                 os.kill(pid, signal.SIGKILL)
-    _wait(lambda: not any(Path(f"/proc/{worker}").exists() for worker in orphans))
+    wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in orphans))
 
     report = fresh_deme.report("run", write_recipe())
     assert report["merged"]["weights_digest"] == first_report["merged"]["weights_digest"]
     assert report["rows"] == first_report["rows"]
     left = [path for path in fresh_deme.home.glob("store/checkpoints/**/*") if path.is_file()]
     assert not left, "checkpoints of finished runs must go"
-
-
-def _wait(condition: Callable[[], Any], timeout_sec: float = 150) -> None:
-    deadline = time.monotonic() + timeout_sec
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.005)
 
 
 def _workers_of(pid: int) -> list[int]:

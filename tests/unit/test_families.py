@@ -247,6 +247,12 @@ def test_a_sampler_must_fit_the_model(name: str, sampler: Any, known: str, folde
         Sampling(sampler).build_scheduler(folders(name).adapter())
 
 
+def test_flow_matching_has_no_choice_of_spacing(folders: Folders) -> None:
+    adapter = folders("StableDiffusion3Pipeline").adapter()
+    with pytest.raises(InputError, match=r"leave evaluate\.timestep_spacing out"):
+        sampling_for(adapter, timestep_spacing="trailing").build_scheduler(adapter)
+
+
 def test_images_of_another_size_are_refused(folders: Folders) -> None:
     adapter = folders("StableDiffusionPipeline").adapter()
     with pytest.raises(InputError, match=r"The images are 1 x 8 x 8, but .* makes 3 x 16 x 16; set dataset.resolution"):

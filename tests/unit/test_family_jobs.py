@@ -197,6 +197,10 @@ def test_a_finetuned_copy_alone_makes_no_images(tmp_path: Path, dataset: Dataset
     copy = method.context.fetch(method.finetune(0, 1000).ref)
     with pytest.raises(ModelFolderError, match="holds the denoiser of a DiTPipeline alone; give the whole pipeline"):
         open_model_folder(copy).adapter().decode_latents(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(
+        ModelFolderError, match="holds the denoiser of a finetuned copy alone; give a whole DiTPipeline"
+    ):
+        merge_models(copy, [copy], "0.5", tmp_path / "merged")
     assert method.context.open_model(method.finetune(0, 1000).ref).frozen == method.context.fetch(method.pretrained.ref)
 
 

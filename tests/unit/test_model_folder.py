@@ -117,8 +117,13 @@ def test_what_stock_diffusers_writes_is_read(tmp_path: Path) -> None:
     assert predict(load_denoiser(opened).eval()).equal(predict(tiny_unet()))
 
 
-def test_the_layout_in_one_folder_is_read(folder: Path) -> None:
-    opened = open_model_folder(flatten(folder))
+@pytest.mark.parametrize("with_index", [False, True])
+def test_the_layout_in_one_folder_is_read(folder: Path, with_index: bool) -> None:
+    index = (folder / "model_index.json").read_bytes()
+    flatten(folder)
+    if with_index:  # As google/ddpm-cifar10-32 has it.
+        (folder / "model_index.json").write_bytes(index)
+    opened = open_model_folder(folder)
     assert opened.weights == (folder / WEIGHTS_NAME,)
     assert predict(load_denoiser(opened).eval()).equal(predict(tiny_unet()))
 
@@ -178,6 +183,15 @@ def test_the_pipeline_of_any_sampler_is_read(folder: Path) -> None:
     file = folder / "model_index.json"
     file.write_text(file.read_text().replace("DDPMPipeline", "PNDMPipeline"))
     assert predict(load_denoiser(open_model_folder(folder)).eval()).equal(predict(tiny_unet()))
+
+
+def test_transformers_saved_before_they_had_classes_of_their_own_are_read(tmp_path: Path) -> None:
+    expected = load_denoiser(open_model_folder(save_pipeline("DiTPipeline", tmp_path))).state_dict()
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(file.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+    model = load_denoiser(open_model_folder(tmp_path))
+    assert type(model).__name__ == "DiTTransformer2DModel"
+    assert all(same_bits(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("missing", ["vae", "text_encoder", "tokenizer", "unet"])

@@ -40,6 +40,9 @@ def test_a_model_in_one_folder_keeps_its_weights_whatever_its_shards_are_called(
     names = ["a.safetensors", "b.safetensors", "config.json", "scheduler_config.json"]
     index = "diffusion_pytorch_model.safetensors.index.json"
     assert needed_files([*names, index, "model.ckpt"]) == sorted([*names, index])
+    # google/ddpm-cifar10-32
+    flat = ["config.json", "diffusion_pytorch_model.safetensors", "model_index.json", "scheduler_config.json"]
+    assert needed_files([*flat, "diffusion_pytorch_model.bin"]) == flat
     assert needed_files(["config.json", "diffusion_pytorch_model.bin"]) == [
         "config.json",
         "diffusion_pytorch_model.bin",
