@@ -14,7 +14,7 @@ from prefect.cli import app as prefect_command
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.exceptions import ObjectNotFound
 
 from deme_core.errors import DemeError
 
@@ -59,18 +59,19 @@ def deploy(pool_type: PoolType = "process") -> list[str]:
 
 def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type: PoolType) -> None:
     template = json.loads((DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json").read_text())
-    wanted = WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
-    # First, since a worker that is starting makes its pool too, if it finds none.
-    with contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(wanted)
+    try:
+        found = client.read_work_pool(name)
+    except ObjectNotFound:
+        client.create_work_pool(
+            WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
+        )
         return
-    found = client.read_work_pool(name)
     if found.type != pool_type:
         raise DemeError(
             f"Work pool {name} is of type {found.type}, not {pool_type}; delete it first, or keep its type."
         )
-    if (found.base_job_template, found.description) != (template, description):
-        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=description))
+    if found.base_job_template != template:
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
 
 
 def _register_deployments() -> None:
