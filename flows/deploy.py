@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from prefect.cli import app as prefect_command
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists
 
 from deme_core.errors import DemeError
 
@@ -59,13 +60,13 @@ def deploy(pool_type: PoolType = "process") -> list[str]:
 
 def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type: PoolType) -> None:
     template = json.loads((DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json").read_text())
-    try:
-        found = client.read_work_pool(name)
-    except ObjectNotFound:
+    # A worker that starts at the same moment makes its pool, too.
+    with contextlib.suppress(ObjectAlreadyExists):
         client.create_work_pool(
             WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
         )
         return
+    found = client.read_work_pool(name)
     if found.type != pool_type:
         raise DemeError(
             f"Work pool {name} is of type {found.type}, not {pool_type}; delete it first, or keep its type."
