@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import contextlib
 import json
 import sys
 from collections.abc import Iterator
