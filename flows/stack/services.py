@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,8 +22,6 @@ from flows.stack.processes import STACK_VARIABLE
 from tasks.databases import start_from_copy
 
 HOST = "127.0.0.1"
-_SECONDS_TO_SETTLE = 8.0
-_first_answers: dict[str, float] = {}
 CPU_POOL, GPU_POOL = "deme-cpu", "deme-gpu"
 STORE_URI = "s3://deme/store"
 _MLFLOW_BUCKET = "mlflow"
@@ -153,9 +150,6 @@ def _check_store(layout: Layout) -> None:
         access_key=layout.credentials.access_key,
         secret_key=layout.credentials.secret_key,
     )
-    # SeaweedFS forgets the keys for a moment some seconds after it first answers (InvalidAccessKeyId).
-    if time.monotonic() - _first_answers.setdefault(layout.url("s3"), time.monotonic()) < _SECONDS_TO_SETTLE:
-        raise StoreUnavailableError(f"The store at {layout.url('s3')} has just started.")
 
 
 def prefect(layout: Layout) -> Service:
