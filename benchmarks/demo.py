@@ -1,12 +1,11 @@
 """Where does the time of `make demo` go, and how much of it is not work?
 
 The commands of `make demo` run one after another in a temporary DEME_HOME. Work is the time in which at least one job
-runs, storage excepted; all else is what the platform costs. Wall times want a machine that does nothing else; the
-processor seconds beside them hardly notice other programs.
+runs, without what jobs spend on the object store; all else is what the platform costs. Seconds on the clock want a
+machine that does nothing else; the processor seconds beside them notice other programs less.
 """
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -14,8 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,10 +26,25 @@ import psutil
 from benchmarks.measurement import print_result, print_table
 from flows.stack.processes import find_started_by
 
+UP, ENV, RUN, FOLLOW, STATUS = COMMANDS = (
+    "deme up",
+    "deme env",
+    "prefect deployment run deme/full",
+    "deme follow",
+    "deme status",
+)
+PARTS = {
+    "stack": f"{UP}: everything is ready",
+    "until_first_task": f"{ENV}, {RUN}, the worker's poll, imports",
+    "work": "work: at least one job runs",
+    "idle": "later in the flow, no job runs",
+    "storage": "object store, inside of jobs",
+    "end": f"the rest of {FOLLOW}, {STATUS}",
+}
 _GOAL, _GOAL_SECONDS, _GOAL_GB = 0.10, 300.0, 4.0
 _SECONDS_BETWEEN_SAMPLES = 10.0
 _FOREIGN = ("AWS_", "DEME_", "MLFLOW_", "PREFECT_")
-_QUICK = (
+_QUICK_OVERRIDES = (
     "dataset.num_images=96",
     "pretrained.training.num_steps=10",
     "finetune.num_steps=3",
@@ -48,7 +61,7 @@ _QUICK = (
 
 @dataclass(frozen=True)
 class Moment:
-    """A point in time.
+    """The end of a command.
 
     Attributes:
         epoch: seconds since the epoch.
@@ -61,44 +74,62 @@ class Moment:
 
 @dataclass
 class Demo:
-    """`make demo`, command by command, in a state folder of its own."""
+    """`make demo`, command by command, in a state folder of its own.
+
+    Attributes:
+        home: DEME_HOME.
+        moments: when it began, as ``begin``, and when each command ended.
+        report: of the run, once it has finished.
+        flow_began: when the flow run began (epoch seconds).
+        first_task_began: when its first task did.
+    """
 
     home: Path
     moments: dict[str, Moment] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+    flow_began: float = 0.0
+    first_task_began: float = 0.0
 
-    def run(self, overrides: Sequence[str]) -> dict[str, Any]:
-        """Runs the demo to its end and returns the report; ``moments`` then has the end of each command."""
-        self._note("begin")
-        self._call("deme", "up")
-        self._note("up")
-        variables = dict(line.removeprefix("export ").split("=", 1) for line in self._call("deme", "env").splitlines())
-        shell = {name: value.strip("'") for name, value in variables.items()}
-        parameters = ["--param", f"overrides={json.dumps(list(overrides))}"] if overrides else []
-        self._call("prefect", "deployment", "run", "deme/full", *parameters, shell=shell)
-        self._note("submitted")
-        report: dict[str, Any] = json.loads(self._call("deme", "follow", "--json", shell=shell).splitlines()[-1])
-        self._note("followed")
-        self._call("deme", "status", shell=shell)
-        self._note("end")
-        report["flow_started"], report["first_task_started"] = _when_it_began(shell, report["flow_run_id"])
-        return report
+    def run(self, overrides: Sequence[str]) -> None:
+        """Runs the demo to its end, and stops its stack in any case."""
+        try:
+            self._note("begin")
+            self._call(UP)
+            lines = [line.removeprefix("export ") for line in self._call(ENV).splitlines()]
+            shell = {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
+            self._call(RUN, "--param", f"overrides={json.dumps(list(overrides))}", shell=shell)
+            self.report = json.loads(self._call(FOLLOW, "--json", shell=shell).splitlines()[-1])
+            self._call(STATUS, shell=shell)
+            self._ask_when_it_began(shell["PREFECT_API_URL"])
+        finally:
+            self._call("deme down")
 
-    def _call(self, *command: str, shell: Mapping[str, str] | None = None) -> str:
+    def _call(self, command: str, *options: str, shell: Mapping[str, str] | None = None) -> str:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-        environment = kept | {"DEME_HOME": str(self.home)} | dict(shell or {})
-        binary = Path(sys.executable).parent / command[0]
-        return subprocess.run(
-            [binary, *command[1:]], env=environment, stdout=subprocess.PIPE, text=True, check=True
-        ).stdout
+        program, *arguments = command.split()
+        done = subprocess.run(
+            [Path(sys.executable).parent / program, *arguments, *options],
+            env=kept | {"DEME_HOME": str(self.home)} | dict(shell or {}),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        self._note(command)
+        return done.stdout
 
     def _note(self, name: str) -> None:
         commands = resource.getrusage(resource.RUSAGE_CHILDREN)
-        spent = commands.ru_utime + commands.ru_stime + sum(map(_cpu_seconds, find_started_by(str(self.home))))
-        self.moments[name] = Moment(time.time(), spent)
+        services = sum(map(_cpu_seconds, find_started_by(str(self.home))))
+        self.moments[name] = Moment(time.time(), commands.ru_utime + commands.ru_stime + services)
 
-    def stop(self) -> None:
-        """Stops the stack."""
-        self._call("deme", "down")
+    def _ask_when_it_began(self, api: str) -> None:
+        flow_run = self.report["flow_run_id"]
+        first = {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+        with httpx.Client(timeout=30) as client:
+            run = client.get(f"{api}/flow_runs/{flow_run}").raise_for_status().json()
+            task = client.post(f"{api}/task_runs/filter", json=first).raise_for_status().json()[0]
+        began = [datetime.fromisoformat(each["start_time"]).timestamp() for each in (run, task)]
+        self.flow_began, self.first_task_began = began
 
 
 def _cpu_seconds(process: psutil.Process) -> float:
@@ -109,36 +140,22 @@ def _cpu_seconds(process: psutil.Process) -> float:
         return 0.0
 
 
-def _when_it_began(shell: Mapping[str, str], flow_run: str) -> tuple[float, float]:
-    """Returns when the flow run, and its first task, began: seconds since the epoch."""
-    with httpx.Client(base_url=shell["PREFECT_API_URL"], timeout=30) as client:
-        run = client.get(f"flow_runs/{flow_run}").raise_for_status().json()
-        only_it = {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
-        first = client.post("task_runs/filter", json=only_it).raise_for_status().json()[0]
-    return tuple(datetime.fromisoformat(each["start_time"]).timestamp() for each in (run, first))  # type: ignore[return-value]
-
-
-def split(moments: Mapping[str, Moment], report: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the seconds of each part of the demo, which add up to its total.
-
-    Args:
-        moments: when each command ended.
-        report: of the run, with ``flow_started`` and ``first_task_started``; its ``seconds`` begin with the flow.
-    """
-    seconds, began = report["seconds"], report["flow_started"]
-    idle_before = report["first_task_started"] - began
+def split(demo: Demo) -> dict[str, float]:
+    """Returns the seconds of each part of the demo; they add up to all of it."""
+    at = {name: moment.epoch for name, moment in demo.moments.items()}
+    in_flow = demo.report["seconds"]  # Its clock starts with the flow, and stops when the report is written.
     return {
-        "stack": moments["up"].epoch - moments["begin"].epoch,
-        "until_first_job": report["first_task_started"] - moments["up"].epoch,
-        "work": seconds["total"] - seconds["idle"] - seconds["storage"],
-        "idle": seconds["idle"] - idle_before,
-        "storage": seconds["storage"],
-        "end": moments["end"].epoch - began - seconds["total"],
+        "stack": at[UP] - at["begin"],
+        "until_first_task": demo.first_task_began - at[UP],
+        "work": in_flow["total"] - in_flow["idle"] - in_flow["storage"],
+        "idle": in_flow["idle"] - (demo.first_task_began - demo.flow_began),
+        "storage": in_flow["storage"],
+        "end": at[STATUS] - demo.flow_began - in_flow["total"],
     }
 
 
 class PeakMemory:
-    """Samples, now and then, the proportional set size of this process's children and of all of a stack."""
+    """Samples, now and then, the proportional set size of this process's children and of a stack."""
 
     def __init__(self, home: Path) -> None:
         self.peak_bytes = 0
@@ -167,23 +184,26 @@ def _pss_bytes(pid: int) -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
 
 
-@contextmanager
-def _demo_in(folder: Path) -> Iterator[Demo]:
-    demo = Demo(folder / "home")
-    try:
-        yield demo
-    finally:
-        demo.stop()
-
-
-_NAMES = {
-    "stack": "`deme up`",
-    "until_first_job": "until the first task: `deme env`, `prefect deployment run`, the worker's poll, imports",
-    "work": "work: at least one job runs",
-    "idle": "no job runs, later in the flow",
-    "storage": "storage, inside of jobs",
-    "end": "the report's last calls, `deme follow`, `deme status`",
-}
+def print_demo(demo: Demo, peak_gb: float) -> None:
+    """Prints the tables and the result."""
+    parts = split(demo)
+    total = sum(parts.values())
+    rows = [(PARTS[name], f"{seconds:.1f}", f"{seconds / total:.1%}") for name, seconds in parts.items()]
+    print_table("make demo", ("part", "seconds", "share"), [*rows, ("all of it", f"{total:.1f}", "")])
+    before = dict(zip(COMMANDS, ["begin", *COMMANDS], strict=False))
+    cpu = {name: demo.moments[name].cpu_sec - demo.moments[before[name]].cpu_sec for name in COMMANDS}
+    print_table("processor seconds", ("until the end of", "seconds"), [(k, f"{v:.1f}") for k, v in cpu.items()])
+    ratio = 1.0 - parts["work"] / total
+    print_result(
+        "demo",
+        ratio=ratio,
+        goal=_GOAL,
+        holds=ratio <= _GOAL and total <= _GOAL_SECONDS and peak_gb <= _GOAL_GB,
+        seconds={**parts, "total": total},
+        cpu_seconds=cpu,
+        peak_pss_gb=peak_gb,
+        stages=demo.report["seconds"],
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -192,36 +212,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny models and few images: shows that it runs")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="override a setting of the recipe")
     options = parser.parse_args(arguments)
-    overrides = [*(_QUICK if options.quick else ()), *options.overrides]
-    with (
-        tempfile.TemporaryDirectory(prefix="deme-demo-") as folder,
-        _demo_in(Path(folder)) as demo,
-        PeakMemory(demo.home) as memory,
-    ):
-        report = demo.run(overrides)
-    print_demo(demo.moments, report, memory.peak_bytes / 1e9)
-
-
-def print_demo(moments: Mapping[str, Moment], report: Mapping[str, Any], peak_gb: float) -> None:
-    """Prints the tables and the result."""
-    parts = split(moments, report)
-    total = sum(parts.values())
-    rows = [(_NAMES[name], f"{sec:.1f}", f"{sec / total:.1%}") for name, sec in [*parts.items()]]
-    print_table("make demo", ("part", "seconds", "share"), [*rows, ("all", f"{total:.1f}", "")])
-    names = list(moments)
-    cpu = {after: moments[after].cpu_sec - moments[before].cpu_sec for before, after in itertools.pairwise(names)}
-    print_table("processor seconds, until …", ("", "seconds"), [(name, f"{sec:.1f}") for name, sec in cpu.items()])
-    ratio = 1.0 - parts["work"] / total
-    print_result(
-        "demo",
-        ratio=ratio,
-        goal=_GOAL,
-        holds=ratio <= _GOAL and total <= _GOAL_SECONDS and peak_gb <= _GOAL_GB,
-        seconds=parts | {"total": total},
-        cpu_seconds=cpu,
-        peak_pss_gb=peak_gb,
-        stages=report["seconds"],
-    )
+    with tempfile.TemporaryDirectory(prefix="deme-demo-") as folder:
+        demo = Demo(Path(folder) / "home")
+        with PeakMemory(demo.home) as memory:
+            demo.run([*(_QUICK_OVERRIDES if options.quick else ()), *options.overrides])
+    print_demo(demo, memory.peak_bytes / 1e9)
 
 
 if __name__ == "__main__":

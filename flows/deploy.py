@@ -59,19 +59,18 @@ def deploy(pool_type: PoolType = "process") -> list[str]:
 
 def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type: PoolType) -> None:
     template = json.loads((DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json").read_text())
-    # A worker that starts at the same moment makes its pool, too.
+    wanted = WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
+    # First, since a worker that is starting makes its pool too, if it finds none.
     with contextlib.suppress(ObjectAlreadyExists):
-        client.create_work_pool(
-            WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
-        )
+        client.create_work_pool(wanted)
         return
     found = client.read_work_pool(name)
     if found.type != pool_type:
         raise DemeError(
             f"Work pool {name} is of type {found.type}, not {pool_type}; delete it first, or keep its type."
         )
-    if found.base_job_template != template:
-        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+    if (found.base_job_template, found.description) != (template, description):
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=description))
 
 
 def _register_deployments() -> None:

@@ -11,9 +11,12 @@ from rich.console import Console
 
 from deme_core.errors import DemeError, InputError
 from deme_core.settings import Settings
+from tasks.mlflow_client import import_mlflow
 from tasks.tracked_runs import find_report
 
 _POLL_SECONDS = 1.0
+# Reading the tasks takes a server on SQLite some 30 ms of processor time, three times as long as the run's state.
+_POLLS_PER_READING = 3
 
 
 def follow_run(run: str | None, console: Console) -> dict[str, Any]:
@@ -50,18 +53,28 @@ def _find(client: SyncPrefectClient, run: str | None) -> FlowRun:
 
 def _wait(client: SyncPrefectClient, found: FlowRun, console: Console) -> State[Any]:
     seen: set[Any] = set()
-    only_it = FlowRunFilter(id=FlowRunFilterId(any_=[found.id]))
+    num_polls = 0
     while True:
         state = client.read_flow_run(found.id).state
-        # The server gives 200 at most, and a search may have more tasks: those that ended last.
-        newest = client.read_task_runs(flow_run_filter=only_it, sort=TaskRunSort.END_TIME_DESC, limit=200)
-        for task in reversed(newest):
-            if task.id not in seen and task.state is not None and task.state.is_final():
-                seen.add(task.id)
-                console.print(_line(task), highlight=False)
-        if state is not None and state.is_final():
+        is_final = state is not None and state.is_final()
+        if is_final or num_polls % _POLLS_PER_READING == 0:
+            _print_ended(client, found, console, seen)
+        if state is not None and is_final:
             return state
+        if seen:
+            import_mlflow()  # For the report: now nobody waits for it.
+        num_polls += 1
         time.sleep(_POLL_SECONDS)
+
+
+def _print_ended(client: SyncPrefectClient, found: FlowRun, console: Console, seen: set[Any]) -> None:
+    only_it = FlowRunFilter(id=FlowRunFilterId(any_=[found.id]))
+    # The server gives 200 at most, and a search may have more tasks: those that ended last.
+    newest = client.read_task_runs(flow_run_filter=only_it, sort=TaskRunSort.END_TIME_DESC, limit=200)
+    for task in reversed(newest):
+        if task.id not in seen and task.state is not None and task.state.is_final():
+            seen.add(task.id)
+            console.print(_line(task), highlight=False)
 
 
 def _line(task: TaskRun) -> str:

@@ -13,6 +13,11 @@ for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.WARNING)
 
 
+def import_mlflow() -> None:
+    """Imports MLflow, before somebody waits for it."""
+    import mlflow  # noqa: F401
+
+
 def mlflow_client(settings: Settings) -> "MlflowClient":
     """Returns the client of this environment's tracking server or database; MLflow takes a second to import."""
     from mlflow import MlflowClient

@@ -137,10 +137,23 @@ class ArtifactContract:
         return folder
 
     def publish(
-        self, artifacts: ArtifactStore, folder: Path, stage: str = "finetune", digest: str = DIGEST
+        self,
+        artifacts: ArtifactStore,
+        folder: Path,
+        stage: str = "finetune",
+        digest: str = DIGEST,
+        *,
+        take_folder: bool = False,
     ) -> ArtifactRef:
         return artifacts.publish(
-            stage, digest, folder, settings={"seed": 0}, inputs={"pretrained": "p"}, dataset="f", metrics={"loss": 0.5}
+            stage,
+            digest,
+            folder,
+            settings={"seed": 0},
+            inputs={"pretrained": "p"},
+            dataset="f",
+            metrics={"loss": 0.5},
+            take_folder=take_folder,
         )
 
     def test_what_was_published_is_fetched(self, artifacts: ArtifactStore, folder: Path) -> None:
@@ -259,6 +272,21 @@ class ArtifactContract:
 
         monkeypatch.setattr(artifacts.store, "put_bytes", put_twice)
         assert artifacts.fetch(self.publish(artifacts, folder)).is_dir()
+
+    def test_a_folder_that_was_taken_is_fetched_without_the_store(self, artifacts: ArtifactStore, folder: Path) -> None:
+        weights = (folder / "unet" / "weights.safetensors").read_bytes()
+        ref = self.publish(artifacts, folder, take_folder=True)
+        assert not folder.exists()
+        for key in keys(artifacts.store):
+            artifacts.store.delete(key)
+        assert (artifacts.fetch(ref) / "unet" / "weights.safetensors").read_bytes() == weights
+
+    def test_a_folder_that_came_too_late_is_not_taken(self, artifacts: ArtifactStore, folder: Path) -> None:
+        first = self.publish(artifacts, folder)
+        weights = (folder / "unet" / "weights.safetensors").read_bytes()
+        (folder / "unet" / "weights.safetensors").write_bytes(b"other")
+        assert self.publish(artifacts, folder, take_folder=True) == first
+        assert (artifacts.fetch(first) / "unet" / "weights.safetensors").read_bytes() == weights
 
     def test_many_fetch_at_once(self, artifacts: ArtifactStore, folder: Path) -> None:
         ref = self.publish(artifacts, folder)

@@ -84,8 +84,6 @@ class Stack:
             started: list[str] = []
             try:
                 self._start(layout, started, gpu=gpu)
-                if "s3" in started:
-                    time.sleep(8.0)  # SeaweedFS forgets its keys for a moment, seconds after it first answers.
             except BaseException:
                 self._stop(started)
                 raise

@@ -13,7 +13,7 @@ from deme_core.store import local_errors
 from flows.stack.processes import listener, start_detached
 from flows.stack.services import Service
 
-_SECONDS_TO_START = 300.0  # What has died is noticed at once; what is only slow, on a busy machine, is waited for.
+_SECONDS_TO_START = 300.0  # What died is noticed at once; what is only slow is waited for.
 _POLL_SECONDS = 0.2
 
 
@@ -34,7 +34,8 @@ class ServiceStart:
     """
 
     def __init__(self, service: Service, process: "subprocess.Popen[bytes] | None", log: Path) -> None:
-        self._service, self._process, self._log = service, process, log
+        self.process = process
+        self._service, self._log = service, log
         self._deadline = time.monotonic() + _SECONDS_TO_START
         self._ready = False
 
@@ -53,17 +54,17 @@ class ServiceStart:
     def _check_answerer(self) -> None:
         """Raises a DemeError if another stack, started at the same moment, has the port and answers in our place."""
         port = urlsplit(self._service.url).port if "://" in self._service.url else None
-        found = listener(port) if port and self._process else None
-        if found is None or self._process is None:
+        found = listener(port) if port and self.process else None
+        if found is None or self.process is None:
             return
-        if self._process.pid not in (found.pid, *(parent.pid for parent in found.parents())):
+        if self.process.pid not in (found.pid, *(parent.pid for parent in found.parents())):
             raise DemeError(
                 f"{self._service.name} cannot have port {port}, which {found.name()} (pid {found.pid}) took meanwhile; "
                 "run `deme up` again."
             )
 
     def _give_up_on(self, error: Exception) -> None:
-        if self._process is not None and self._process.poll() is not None:
+        if self.process is not None and self.process.poll() is not None:
             raise DemeError(f"{self._service.name} stopped at its start: {last_words(self._log)}") from error
         if time.monotonic() > self._deadline:
             raise DemeError(
@@ -86,7 +87,7 @@ class DeployStart:
         self._log = log
         command = [sys.executable, "-m", "flows.cli", "deploy", "--wait", f"{_SECONDS_TO_START:.0f}"]
         with local_errors(log):
-            _, self._process = start_detached(command, environment=environment, folder=log.parent, log=log)
+            _, self.process = start_detached(command, environment=environment, folder=log.parent, log=log)
 
     def __enter__(self) -> Self:
         """Runs already."""
@@ -94,12 +95,12 @@ class DeployStart:
 
     def __exit__(self, *_: object) -> None:
         """Ends the process if it still runs: the start failed."""
-        self._process.kill()
-        self._process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def is_ready(self) -> bool:
         """Whether everything is registered."""
-        status = self._process.poll()
+        status = self.process.poll()
         if status:
             raise DemeError(f"The deployments could not be registered: {last_words(self._log).removeprefix('deme: ')}")
         return status == 0

@@ -1,5 +1,6 @@
 import json
 import mmap
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, claim_cell, conditioning_cache, features, finetune_step, merge_child, search
+from benchmarks import claim, claim_cell, conditioning_cache, demo, features, finetune_step, merge_child, search
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.model_folder import write_model_folder
 from deme_core.recipe_file import load_recipe
@@ -126,3 +127,24 @@ def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together()
         in_all = changed.finetune.num_steps * changed.segments.num_segments
         assert in_all == recipe.finetune.num_steps * recipe.segments.num_segments, name
     assert load_recipe("digits", claim_cell.ablation_overrides(recipe, "N=8")).segments.num_segments == 8
+
+
+def test_the_demo_benchmark_runs_what_the_makefile_runs() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    (recipe,) = re.findall(r"^demo: install\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
+    assert tuple(re.findall(r"\$\(BIN\)/([a-z]+(?: [a-z/]+)*)", recipe)) == demo.COMMANDS
+
+
+def test_the_parts_of_the_demo_add_up(capsys: pytest.CaptureFixture[str]) -> None:
+    ends = {"begin": 100.0, demo.UP: 110.0, demo.ENV: 110.5, demo.RUN: 112.0, demo.FOLLOW: 271.0, demo.STATUS: 272.0}
+    moments = {name: demo.Moment(epoch, 2 * (epoch - 100)) for name, epoch in ends.items()}
+    report = {"seconds": {"finetune": 150.0, "idle": 4.0, "storage": 1.0, "total": 154.0}}
+    run = demo.Demo(Path(), moments, report, flow_began=115.0, first_task_began=116.0)
+    parts = demo.split(run)
+    assert parts == {"stack": 10, "until_first_task": 6, "work": 149, "idle": 3, "storage": 1, "end": 3}
+    demo.print_demo(run, peak_gb=2.0)
+    result = last_line(capsys.readouterr().out)
+    assert result["seconds"]["total"] == 172
+    assert result["ratio"] == pytest.approx(23 / 172)
+    assert result["cpu_seconds"][demo.UP] == 20
+    assert not result["holds"]

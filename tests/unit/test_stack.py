@@ -4,8 +4,10 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,8 @@ from flows.stack.ports import NAMES, choose_ports, is_free
 from flows.stack.processes import STACK_VARIABLE, find_started_by, start_detached, stop_tree, who_listens
 from flows.stack.services import Service
 from flows.stack.stack import Stack
-from flows.stack.startup import ServiceStart
+from flows.stack.startup import DeployStart, ServiceStart, wait_for
+from tasks.health import check_health
 
 
 @pytest.fixture
@@ -142,3 +145,71 @@ def test_a_damaged_state_is_said(tmp_path: Path) -> None:
     (tmp_path / "stack" / "state.json").write_text("{")
     with pytest.raises(DemeError, match=r"state\.json is damaged"):
         Stack(tmp_path).status()
+
+
+def start_service(folder: Path, script: str, ready: Path) -> ServiceStart:
+    """Starts Python with a script; the service is ready when it has written the file ``ready``."""
+    service = Service("toy", "nowhere", (sys.executable, "-c", script), os.environ, lambda: ready.read_text() and None)
+    log = folder / "toy.log"
+    _, process = start_detached(service.command, environment=service.environment, folder=folder, log=log)
+    return ServiceStart(service, process, log)
+
+
+def test_what_is_starting_is_waited_for(tmp_path: Path) -> None:
+    script = "import pathlib, time; time.sleep(0.5); pathlib.Path('ready').write_text('yes'); time.sleep(60)"
+    start = start_service(tmp_path, script, tmp_path / "ready")
+    assert not start.is_ready()
+    wait_for([start])
+    assert start.is_ready()
+    start.process.kill()
+    start.process.wait()
+    assert start.is_ready(), "asked again, a service that was ready once is not waited for"
+
+
+def test_whatever_fails_beside_ends_the_waiting(tmp_path: Path) -> None:
+    slow = start_service(tmp_path, "import time; time.sleep(60)", tmp_path / "never")
+    failing = start_service(tmp_path, "raise SystemExit('no space left')", tmp_path / "never")
+    try:
+        with pytest.raises(DemeError, match="toy stopped at its start: no space left"):
+            wait_for([slow], beside=[failing])
+    finally:
+        slow.process.kill()
+        slow.process.wait()
+
+
+def test_a_registration_that_fails_is_told_and_one_that_waits_is_ended(tmp_path: Path, taken_port: int) -> None:
+    environment = os.environ | {"DEME_HOME": str(tmp_path)}
+    environment.pop("PREFECT_API_URL", None)
+    with DeployStart(environment, tmp_path / "log") as start, pytest.raises(DemeError, match="no PREFECT_API_URL"):
+        wait_for([start])
+    # Nothing answers on this port: it would wait for minutes.
+    address = {"PREFECT_API_URL": f"http://127.0.0.1:{taken_port}/api"}
+    with DeployStart(environment | address, tmp_path / "log") as start:
+        assert not start.is_ready()
+    assert start.process.poll() is not None
+
+
+class _Healthy(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_server_that_is_starting_is_waited_for_if_asked() -> None:
+    address = f"http://127.0.0.1:{choose_ports({}, {})['mlflow']}"
+    with pytest.raises(InputError, match="does not answer"):
+        check_health("PREFECT_API_URL", address)
+    servers: list[HTTPServer] = []
+
+    def serve() -> None:
+        servers.append(HTTPServer(("127.0.0.1", int(address.rpartition(":")[2])), _Healthy))
+        servers[0].serve_forever()
+
+    starting = threading.Timer(0.5, serve)
+    starting.start()
+    check_health("PREFECT_API_URL", address, patience=30)
+    servers[0].shutdown()
+    servers[0].server_close()
+    starting.join()
