@@ -15,6 +15,12 @@ _SMALLEST_TILE = 32  # Pixels; smaller images are enlarged by a whole factor so 
 _MARGIN = 2
 
 
+def import_matplotlib() -> None:
+    """Imports what drawing takes, half a second's worth, before somebody waits for a figure."""
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+
+
 def save_image_grid(images: "torch.Tensor", path: Path) -> None:
     """Writes uint8 images (B, C, H, W), C = 1 or 3, as one PNG, about as wide as high."""
     from PIL import Image

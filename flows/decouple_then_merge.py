@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from deme_core.binned_losses import bin_edges
+from deme_core.figures import import_matplotlib
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
@@ -61,6 +62,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     for_report = first_real_features(recipe, "report")
     for_search = first_real_features(recipe, "search") if recipe.merge.search else None
 
+    import_matplotlib()  # For the report, beside which nothing else goes on.
     control_result, *copy_results = _results([control, *copies])
     copy_refs = tuple(copy.ref for copy in copy_results)
     copy_losses = [heldout_loss.submit(ref, bins, f"segment {i}") for i, ref in enumerate(copy_refs)]

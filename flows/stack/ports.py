@@ -3,6 +3,7 @@
 import random
 import socket
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from deme_core.errors import InputError
 from flows.stack.processes import who_listens
@@ -15,13 +16,19 @@ _SEAWEEDFS = ("s3", "s3_master", "s3_volume", "s3_filer", "s3_admin")
 NAMES = ("prefect", "mlflow", *_SEAWEEDFS)
 
 
-def choose_ports(given: Mapping[str, int], kept: Mapping[str, int], running: Iterable[str] = ()) -> dict[str, int]:
+def choose_ports(
+    given: Mapping[str, int],
+    kept: Mapping[str, int],
+    running: Iterable[str] = (),
+    foreign: Mapping[int, str] = MappingProxyType({}),
+) -> dict[str, int]:
     """Returns a port for every name: as given, else as it was before, else the usual one, else any that is free.
 
     Args:
         given: ports the user asks for.
         kept: ports of the last start.
         running: services that run already and keep their ports.
+        foreign: ports that are not ours though nothing may listen there, and whose they are.
 
     Raises:
         InputError: a port that was asked for is taken by another program; says by which.
@@ -33,13 +40,14 @@ def choose_ports(given: Mapping[str, int], kept: Mapping[str, int], running: Ite
                 raise InputError(f"{name} runs already, on port {ports[name]}; `deme down` first to move it.")
             continue
         if name in given:
-            if not is_free(given[name], name):
-                raise InputError(f"Port {given[name]} for {name} is taken by {_owner(given[name])}; choose another.")
+            if given[name] in foreign or not is_free(given[name], name):
+                owner = foreign.get(given[name]) or _owner(given[name])
+                raise InputError(f"Port {given[name]} for {name} is taken by {owner}; choose another.")
             ports[name] = given[name]
             continue
         preferred = [port for port in (kept.get(name), _USUAL.get(name)) if port]
         candidates = [*preferred, *random.SystemRandom().sample(range(11_000, 20_000), 200)]
-        ports[name] = next(p for p in candidates if p not in ports.values() and is_free(p, name))
+        ports[name] = next(p for p in candidates if p not in {*ports.values(), *foreign} and is_free(p, name))
     return ports
 
 

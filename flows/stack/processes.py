@@ -7,11 +7,14 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
 # In the environment of all that a stack starts, and so of what those processes start in turn.
 STACK_VARIABLE = "DEME_STACK"
+# Of the same environments: the servers that those processes talk to.
+_ADDRESSES = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL")
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,21 @@ def find_started_by(stack: str) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and process.environ().get(STACK_VARIABLE) == stack:
                 found.append(process)
+    return found
+
+
+def ports_of_other_stacks(stack: str) -> dict[int, str]:
+    """Returns the ports that processes of other stacks talk to, and which processes: nothing need listen there.
+
+    A worker outlives servers that were killed, and would take the flow runs of any server that gets their port.
+    """
+    found: dict[int, str] = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environment = process.environ()
+            if environment.get(STACK_VARIABLE, stack) != stack:
+                ports = {urlsplit(environment.get(name, "")).port for name in _ADDRESSES}
+                found |= {port: f"{process.name()} (pid {process.pid})" for port in ports if port}
     return found
 
 

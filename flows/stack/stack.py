@@ -20,6 +20,7 @@ from flows.stack.ports import choose_ports
 from flows.stack.processes import (
     ProcessRecord,
     find_started_by,
+    ports_of_other_stacks,
     start_detached,
     stop_all,
     stop_tree,
@@ -79,7 +80,8 @@ class Stack:
         with self._locked():
             state = self._read()
             alive = [name for name in state["services"] if self._process(state, name)]
-            layout = Layout(self.home, choose_ports(ports, state["ports"], alive))
+            foreign = ports_of_other_stacks(str(self.home))
+            layout = Layout(self.home, choose_ports(ports, state["ports"], alive, foreign))
             self._write({**state, "ports": dict(layout.ports)})
             started: list[str] = []
             try:

@@ -16,7 +16,14 @@ import pytest
 from deme_core.errors import DemeError, InputError
 from flows.stack.credentials import load_credentials
 from flows.stack.ports import NAMES, choose_ports, is_free
-from flows.stack.processes import STACK_VARIABLE, find_started_by, start_detached, stop_tree, who_listens
+from flows.stack.processes import (
+    STACK_VARIABLE,
+    find_started_by,
+    ports_of_other_stacks,
+    start_detached,
+    stop_tree,
+    who_listens,
+)
 from flows.stack.services import Service
 from flows.stack.stack import Stack
 from flows.stack.startup import DeployStart, ServiceStart, wait_for
@@ -56,6 +63,27 @@ def test_a_service_that_runs_keeps_its_port(taken_port: int) -> None:
     assert choose_ports({}, {"mlflow": taken_port}, ["mlflow"])["mlflow"] == taken_port
     with pytest.raises(InputError, match="`deme down` first"):
         choose_ports({"mlflow": taken_port + 1}, {"mlflow": taken_port}, ["mlflow"])
+
+
+def test_a_port_that_a_worker_of_a_killed_stack_still_asks_is_not_taken(tmp_path: Path) -> None:
+    port = choose_ports({}, {})["s3_master"]  # Any free one, not one of the usual.
+    environment = os.environ | {STACK_VARIABLE: "killed", "PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    _, left = start_detached(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        environment=environment,
+        folder=tmp_path,
+        log=tmp_path / "log",
+    )
+    try:
+        foreign = ports_of_other_stacks(str(tmp_path))
+        assert str(left.pid) in foreign[port]
+        assert port not in ports_of_other_stacks("killed")
+        assert choose_ports({}, {"prefect": port}, (), foreign)["prefect"] != port
+        with pytest.raises(InputError, match=rf"Port {port} for prefect is taken by .*{left.pid}"):
+            choose_ports({"prefect": port}, {}, (), foreign)
+    finally:
+        left.kill()
+        left.wait()
 
 
 def test_an_s3_port_needs_its_grpc_port_too(taken_port: int) -> None:
