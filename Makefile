@@ -18,6 +18,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV)
 	$(UV) pip install --quiet --python $(BIN)/python --compile-bytecode --require-hashes -r requirements.lock
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@# What a first start would do: compile our own modules, and migrate empty databases to copy.
+	$(BIN)/python -m compileall -q deme_core tasks flows
+	$(BIN)/python -m tasks.databases
 	@touch $@
 
 .uv/bin/uv:
@@ -56,9 +59,10 @@ types: install
 
 check: test lint types
 
+# Without bitsandbytes: where it is installed diffusers imports it whether it is needed or not, which takes seconds.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --all-extras --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+		--no-emit-find-links --extra stack --extra server --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv

@@ -1,20 +1,21 @@
-"""Does the claim hold: is the merged model better than the pretrained one, and than the control of equal steps?
+"""Does the claim hold: is a merged model better than the pretrained one, and than the control of equal steps?
 
-The whole flow runs once per training seed, which seeds the pretraining and every finetuning. The training seed moves
-a score more than the sampling seed does (METHOD section 5.2), so the claim is judged by a t interval over the
-training seeds' mean paired differences. Stages are kept in the store: to resume, run the same command.
+A small laboratory. A cell is one training seed under one setting, with a row for each way to merge; every stage of it
+is an artifact, so that to resume, or to add cells, the same command does only what is missing. The training seed moves
+a score more than the sampling seed does (METHOD section 5.2), so a row is judged by a t interval over the training
+seeds' mean paired differences. A training seed seeds every finetuning and, unless all share one, the pretraining.
 """
 
 import argparse
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict
+from statistics import fmean
 from typing import Any
 
+from benchmarks.claim_cell import ABLATIONS, MERGES, Cell, ablation_overrides, run_cell
 from benchmarks.measurement import print_result, print_table
 from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe_file import load_recipe
@@ -24,7 +25,7 @@ BASELINES = ("pretrained", "finetuned")
 _QUICK_OVERRIDES = (
     "dataset.num_images=96",
     "pretrained.training.num_steps=10",
-    "finetune.num_steps=3",
+    "finetune.num_steps=4",
     "merge.search.max_candidates=5",
     "merge.search.num_images=8",
     "merge.search.num_reference_images=32",
@@ -36,113 +37,97 @@ _QUICK_OVERRIDES = (
 )
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Merged against one baseline; a difference is merged minus baseline, below zero where merging helped.
+def run_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
+    """Returns the cells of each setting, one per training seed, and prints each setting's table as it is done."""
+    cells = {}
+    for name in options.ablations:
+        cells[name] = [run_cell(_recipe(options, name, seed), options.merges) for seed in options.seeds]
+        print_setting(name, cells[name], options.seeds)
+    return cells
 
-    Attributes:
-        by_training_seed: of each training seed, the mean over its sampling seeds and its t interval.
-        over_training_seeds: mean of those means and its t interval: what the claim is judged by.
-        over_all_seeds: t interval as if every training seed x sampling seed were drawn by itself; too narrow.
-        verdicts: how many training seeds were judged better, worse, too close to call.
+
+def _recipe(options: argparse.Namespace, ablation: str, seed: int) -> Any:
+    plain = load_recipe(options.recipe, options.overrides)
+    seeds = [f"finetune.seed={seed}"]
+    if plain.pretrained.source == "pretrain" and not options.same_pretrained:
+        seeds.append(f"pretrained.training.seed={seed}")
+    if plain.distill:
+        seeds.append(f"distill.seed={seed}")
+    return load_recipe(options.recipe, [*options.overrides, *ablation_overrides(plain, ablation), *seeds])
+
+
+def over_training_seeds(cells: Sequence[Cell], row: str, baseline: str) -> Interval:
+    """Returns row minus baseline: the mean over training seeds of each one's mean paired difference, and its interval.
+
+    With a single training seed the interval is that over its sampling seeds, which leaves out what training moves.
     """
-
-    by_training_seed: list[Interval]
-    over_training_seeds: Interval
-    over_all_seeds: Interval
-    verdicts: dict[str, int]
+    differences = [paired_difference(cell.scores[row], cell.scores[baseline]) for cell in cells]
+    return interval([difference.mean for difference in differences]) if len(cells) > 1 else differences[0]
 
 
-def compare_rows(reports: Sequence[dict[str, Any]], baseline: str, metric: str) -> Comparison:
-    """Compares merged with ``baseline`` in the reports of the training seeds."""
-    merged, other = ([report["scores"][row][metric] for report in reports] for row in ("merged", baseline))
-    by_training_seed = [paired_difference(*scores) for scores in zip(merged, other, strict=True)]
-    return Comparison(
-        by_training_seed=by_training_seed,
-        over_training_seeds=interval([difference.mean for difference in by_training_seed]),
-        over_all_seeds=paired_difference(list(chain(*merged)), list(chain(*other))),
-        verdicts=dict(Counter(report["verdict"][f"vs_{baseline}"] for report in reports)),
-    )
-
-
-def run_flows(recipe: str, training_seeds: Sequence[int], overrides: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs the flow once per training seed and returns the reports."""
-    from flows.decouple_then_merge import deme  # Reads DEME_HOME.
-
-    pretrains = load_recipe(recipe, overrides).pretrained.source == "pretrain"
-    reports = []
-    for seed in training_seeds:
-        seeds = [f"finetune.seed={seed}", *([f"pretrained.training.seed={seed}"] if pretrains else [])]
-        reports.append(deme(recipe=recipe, overrides=[*overrides, *seeds]))
-    return reports
-
-
-def print_claim(reports: Sequence[dict[str, Any]], training_seeds: Sequence[int]) -> None:
-    """Prints a table per metric, and the result for the first metric, which decides."""
-    metrics = list(reports[0]["rows"]["merged"])
-    for metric in metrics:
-        _print_metric(reports, training_seeds, metric)
-    primary = metrics[0]
-    means = {row: [report["rows"][row][primary]["mean"] for report in reports] for row in reports[0]["rows"]}
-    comparisons = {row: compare_rows(reports, row, primary) for row in BASELINES}
-    ratio = sum(means["merged"]) / sum(means["finetuned"])
-    print_result(
-        "claim",
-        ratio=1 / ratio if higher_is_better(primary) else ratio,
-        goal=1.0,
-        holds=all(_is_better(comparison.over_training_seeds, primary) for comparison in comparisons.values()),
-        recipe=reports[0]["recipe"],
-        metric=primary,
-        training_seeds=list(training_seeds),
-        sampling_seeds=reports[0]["seeds"],
-        num_images=reports[0]["num_images"],
-        means=means,
-        **{f"vs_{row}": asdict(comparison) for row, comparison in comparisons.items()},
-    )
-
-
-def _print_metric(reports: Sequence[dict[str, Any]], training_seeds: Sequence[int], metric: str) -> None:
-    rows = list(reports[0]["rows"])
-    comparisons = [compare_rows(reports, row, metric) for row in BASELINES]
+def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int]) -> None:
+    """Prints what every row scored, against both baselines, and with which weights."""
+    rows = sorted(cells[0].scores, key=lambda row: (row not in (*BASELINES, "ensemble"), row.startswith("merged")))
     lines = []
-    for index, (seed, report) in enumerate(zip(training_seeds, reports, strict=True)):
-        means = [f"{report['rows'][row][metric]['mean']:.4g}" for row in rows]
-        lines.append((str(seed), *means, *(_text(c.by_training_seed[index]) for c in comparisons)))
-    averages = [sum(report["rows"][row][metric]["mean"] for report in reports) / len(reports) for row in rows]
-    over_training_seeds = [_text(c.over_training_seeds) for c in comparisons]
-    lines.append(("over training seeds", *(f"{average:.4g}" for average in averages), *over_training_seeds))
-    lines.append(("over all seeds", *([""] * len(rows)), *(_text(c.over_all_seeds) for c in comparisons)))
-    if metric == next(iter(reports[0]["rows"]["merged"])):
-        verdicts = [", ".join(f"{count} {verdict}" for verdict, count in c.verdicts.items()) for c in comparisons]
-        lines.append(("verdicts", *([""] * len(rows)), *verdicts))
-    title = f"{reports[0]['recipe']}: {metric}, {direction([metric])}; differences with 95 % intervals"
-    print_table(title, ("training seed", *rows, *(f"merged - {row}" for row in BASELINES)), lines)
-
-
-def _is_better(difference: Interval, metric: str) -> bool:
-    return difference.low > 0 if higher_is_better(metric) else difference.high < 0
+    for row in rows:
+        differences = ["" if row == base else _text(over_training_seeds(cells, row, base)) for base in BASELINES]
+        means = [f"{fmean(cell.scores[row]):.4g}" for cell in cells]
+        losses = [cell.heldout[row] for cell in cells if row in cell.heldout]
+        weights = "; ".join(", ".join(f"{w:.3g}" for w in cell.weights.get(row, ())[:8]) for cell in cells)
+        lines.append((row, *means, *differences, f"{fmean(losses):.6f}" if losses else "", weights))
+    metric = cells[0].metric
+    columns = ("row", *(f"seed {seed}" for seed in training_seeds), *(f"- {base}" for base in BASELINES))
+    title = f"{name}: {metric}, {direction([metric])}; differences with 95 % intervals over training seeds"
+    print_table(title, (*columns, "held-out loss", "weights"), lines)
 
 
 def _text(difference: Interval) -> str:
     return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
 
 
+def print_claim(cells: Mapping[str, Sequence[Cell]], options: Mapping[str, Any]) -> None:
+    """Prints the result: the first way to merge under the first setting is the one that the claim is about."""
+    name, first = next(iter(cells.items()))
+    row = next(row for row in first[0].scores if row.startswith("merged"))
+    sign = -1.0 if higher_is_better(first[0].metric) else 1.0
+    decisive = {base: over_training_seeds(first, row, base) for base in BASELINES}
+    means = {row: [fmean(cell.scores[row]) for cell in first] for row in first[0].scores}
+    print_result(
+        "claim",
+        ratio=sum(means[row]) / sum(means["finetuned"]),
+        goal=1.0,
+        holds=all(max(sign * found.low, sign * found.high) < 0 for found in decisive.values()),
+        row=row,
+        setting=name,
+        metric=first[0].metric,
+        means=means,
+        differences={
+            setting: {
+                row: {base: asdict(over_training_seeds(found, row, base)) for base in BASELINES if base != row}
+                for row in found[0].scores
+            }
+            for setting, found in cells.items()
+        },
+        **options,
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the flows, prints the tables and the result."""
+    """Does the cells, prints the tables and the result."""
     options = _options(arguments)
     if options.quick:
         with _temporary_home():
-            reports = run_flows(options.recipe, options.seeds, [*_QUICK_OVERRIDES, *options.overrides])
+            options.overrides = [*_QUICK_OVERRIDES, *options.overrides]
+            cells = run_cells(options)
     else:
-        reports = run_flows(options.recipe, options.seeds, options.overrides)
-    print_claim(reports, options.seeds)
+        cells = run_cells(options)
+    print_claim(cells, {"recipe": options.recipe, "training_seeds": options.seeds})
 
 
 @contextmanager
 def _temporary_home() -> Iterator[None]:
-    """Keeps toy numbers out of the user's store and tracking; works once, before flows is imported."""
-    for name in ("DEME_STORE_URI", "MLFLOW_TRACKING_URI", "PREFECT_HOME"):
-        os.environ.pop(name, None)
+    """Keeps toy numbers out of the user's store; works once, before any settings are read."""
+    os.environ.pop("DEME_STORE_URI", None)
     with tempfile.TemporaryDirectory(prefix="deme-claim-", ignore_cleanup_errors=True) as home:
         os.environ["DEME_HOME"] = home
         yield
@@ -153,13 +138,17 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", default="digits", help="a recipe's name or file (default digits)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds (default 0 1 2)")
     parser.add_argument(
+        "--merges", nargs="+", default=["cma_es"], choices=MERGES, help="ways to merge; the claim is about the first"
+    )
+    parser.add_argument(
+        "--ablations", nargs="+", default=["none"], choices=ABLATIONS, help="settings; the claim is about the first"
+    )
+    parser.add_argument("--same-pretrained", action="store_true", help="training seeds share one pretrained model")
+    parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
     )
     parser.add_argument("--quick", action="store_true", help="toy steps in a temporary home: shows that it runs")
-    options = parser.parse_args(arguments)
-    if len(set(options.seeds)) < 2:
-        parser.error("an interval over training seeds needs at least two of them")
-    return options
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch import nn
 
 from benchmarks.measurement import Duration, median_ratio, print_result, print_table, take_turns, timed
+from deme_core.families import EncodedBatch, Unconditional
 from deme_core.model_digest import model_digest
 from deme_core.projection import attach_projections
 from deme_core.recipe import FinetuneSpec
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan
 
@@ -64,11 +66,11 @@ def build_training(pretrained: nn.Module, clean_images: torch.Tensor, *, channel
         attach_projections(model)
     return Training(
         model,
-        DDPMScheduler(),
-        lambda _first_batch: itertools.repeat(clean_images),
+        Unconditional(denoiser_config=dict(pretrained.config), scheduler_config={}),
+        lambda _first_batch: itertools.repeat(EncodedBatch(clean_images, {})),
         spec=FinetuneSpec(num_steps=_NEVER, batch_size=len(clean_images), checkpoint_every=_NEVER),
         plan=TrainingPlan("benchmark", TimestepSampler(TimestepSegment(0, 250), 1000, 0.3), _NEVER, 1.0),
-        pretrained=copy.deepcopy(pretrained),
+        teacher=Teacher([copy.deepcopy(pretrained)]),
         device=clean_images.device,
         record_every=1,
     )
@@ -76,7 +78,8 @@ def build_training(pretrained: nn.Module, clean_images: torch.Tensor, *, channel
 
 def parts(training: Training, clean_images: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Returns what DeMe adds to a step, and what it adds to a run, each as a call."""
-    model, frozen = training.model, training.pretrained
+    assert training.teacher is not None
+    model, frozen = training.model, training.teacher.models[0]
     assert frozen is not None
     timesteps = torch.zeros(len(clean_images), dtype=torch.int64, device=clean_images.device)
     for parameter in model.parameters():

@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import bin_edges
-from deme_core.recipe import MethodSpec, Recipe, SearchSpec
+from deme_core.recipe import DistillSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from tasks.jobs import (
+    ConfineJob,
+    DistillJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
     GeneratedImages,
+    GramsJob,
     HeldoutJob,
     ImportJob,
     Job,
@@ -26,6 +29,7 @@ from tasks.jobs import (
     ReferenceJob,
     SearchJob,
 )
+from tasks.weight_search import search_artifact
 
 
 class Laboratory:
@@ -68,8 +72,9 @@ class Laboratory:
         return tuple(self.finetuned(low, high, self.recipe.finetune.num_steps) for low, high in pairs)
 
     def control(self) -> ArtifactRef:
-        """Returns the copy finetuned on all timesteps with the steps of all experts together."""
-        return self.finetuned(0, self.edges[-1], self.recipe.finetune.num_steps * (len(self.edges) - 1))
+        """Returns the copy finetuned on all timesteps with the steps of all experts, and a distillation, together."""
+        more = self.recipe.distill.num_steps if self.recipe.distill else 0
+        return self.finetuned(0, self.edges[-1], self.recipe.finetune.num_steps * (len(self.edges) - 1) + more)
 
     def finetuned(self, low: int, high: int, num_steps: int) -> ArtifactRef:
         """Returns the copy finetuned on [low, high)."""
@@ -98,6 +103,11 @@ class Laboratory:
         losses: list[float] = self.do(job).metrics["bins"]
         return losses
 
+    def mean_heldout(self, model: ArtifactRef) -> float:
+        """Returns the denoising loss on images that no training saw, over all timesteps."""
+        job = HeldoutJob(model=model, dataset=self.recipe.dataset, edges=bin_edges(self.edges[-1], self.edges))
+        return float(self.do(job).metrics["mean"])
+
     def reference(self, part: Literal["search", "report"]) -> JobResult:
         """Returns what scores need of the real images of the search, or of the report."""
         recipe = self.recipe
@@ -121,6 +131,34 @@ class Laboratory:
             job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
             found.append(next(iter(self.do(job).metrics["scores"].values())))
         return found
+
+    def found_weights(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> dict[str, Any]:
+        """Returns what a search found, candidate by candidate from the store where they are there."""
+        job = self.search_job(experts, search, method)
+        return search_artifact(job, self.context.artifacts, lambda jobs: map(self.do, jobs), lambda _: None).metrics
+
+    def confined(self, experts: tuple[ArtifactRef, ...], spec: RegMeanSpec) -> tuple[ArtifactRef, ...]:
+        """Returns the experts, each confined to the inputs of its own segment."""
+        segments = zip(experts, self.edges, self.edges[1:], strict=False)
+        jobs = [GramsJob(expert=e, dataset=self.recipe.dataset, low=a, high=b, spec=spec) for e, a, b in segments]
+        grams = tuple(self.do(job).ref for job in jobs)
+        return tuple(
+            self.do(ConfineJob(pretrained=self.pretrained.ref, expert=e, grams=grams, index=i, spec=spec)).ref
+            for i, e in enumerate(experts)
+        )
+
+    def distilled(self, merged: ArtifactRef, experts: tuple[ArtifactRef, ...], spec: DistillSpec) -> ArtifactRef:
+        """Returns the merge, trained to predict what the experts predict."""
+        job = DistillJob(
+            label="the ensemble into the merge",
+            pretrained=self.pretrained.ref,
+            merged=merged,
+            experts=experts,
+            segment_edges=self.edges,
+            dataset=self.recipe.dataset,
+            distill=spec,
+        )
+        return self.do(job).ref
 
     def search_job(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> SearchJob:
         """Returns the search for the weights of experts, or for the scale of the control if it is the only one."""

@@ -44,13 +44,13 @@ def write_models(folder: Path, model: UNet2DModel, *, channel_projection: bool) 
     """Writes the pretrained model as ``folder``/0 and its copies, slightly off, as ``folder``/1 to 4."""
     config = {"_class_name": "UNet2DModel", **model.config}
     tensors = dict(model.state_dict())
-    write_model_folder(folder / "0", unet_config=config, scheduler_config={}, tensors=tensors)
+    write_model_folder(folder / "0", denoiser_config=config, scheduler_config={}, tensors=tensors)
     if channel_projection:
         attach_projections(model)
         tensors = dict(model.state_dict())
     for index in range(len(MERGE_WEIGHTS)):
         expert = {name: torch.add(tensor, torch.randn_like(tensor), alpha=1e-3) for name, tensor in tensors.items()}
-        write_model_folder(folder / str(index + 1), unet_config=config, scheduler_config={}, tensors=expert)
+        write_model_folder(folder / str(index + 1), denoiser_config=config, scheduler_config={}, tensors=expert)
 
 
 def merge_in_child(method: str, quantity: str, folder: Path) -> float:

@@ -21,7 +21,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from deme_core.digests import sha256_file
 from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, DemeError, InputError
-from deme_core.store import FileStore, ObjectStore, check_key, local_errors, temporary_beside
+from deme_core.store import FileStore, ObjectStore, check_key, local_errors, sync, temporary_beside
 
 _HEX = "[0-9a-f]"
 # A word, then digests: only so can the stage be told from the store's own path in the URI of an artifact.
@@ -173,6 +173,7 @@ class ArtifactStore:
         inputs: Mapping[str, str],
         dataset: str | None = None,
         metrics: Mapping[str, Any] | None = None,
+        take_folder: bool = False,
     ) -> ArtifactRef:
         """Upload all files of a folder as an artifact; of several writers of one digest the first wins.
 
@@ -184,6 +185,8 @@ class ArtifactStore:
             inputs: digests of the input artifacts, by role.
             dataset: fingerprint of the data set.
             metrics: what was measured.
+            take_folder: move the folder into the cache, if that is on the same disk: what was made here need not be
+                downloaded here.
 
         Returns:
             The artifact: this one, or the one that was there first.
@@ -208,6 +211,8 @@ class ArtifactStore:
         # A retry after a lost answer finds our own manifest: then we have won all the same.
         if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
             self._delete_files(files)
+        elif take_folder:
+            _move(folder, self.cache / stage / digest)
         return self._ref(stage, digest)
 
     def fetch(self, ref: ArtifactRef) -> Path:
@@ -331,6 +336,16 @@ def _describe(folder: Path, prefix: str) -> tuple[StoredFile, ...]:
         StoredFile(name, f"{prefix}/{name}", path.stat().st_size, sha256_file(path))
         for name, path in zip(names, paths, strict=True)
     )
+
+
+def _move(folder: Path, place: Path) -> None:
+    """Moves a folder into the cache; where that cannot be, it stays, and a fetch downloads what it held."""
+    with suppress(OSError):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                sync(path)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        folder.rename(place)
 
 
 def _malformed(uri: str, problem: str) -> ChecksumMismatchError:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -126,6 +126,21 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
         infos: shape and dtype of every tensor, in the order in which ``tensors`` yields them.
         tensors: names and values; values are cast to the announced dtype.
     """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            write_header(file, infos)
+            for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
+                assert name == expected, (name, expected)
+                assert tensor.shape == info.shape, (name, tensor.shape, info.shape)
+                write_tensor(file, tensor.to("cpu", info.dtype))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_header(file: BinaryIO, infos: Mapping[str, TensorInfo]) -> None:
+    """Writes the beginning of a safetensors file, whose tensors follow in the order of ``infos``."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, info in infos.items():
@@ -138,21 +153,15 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
         offset = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little"))
-            file.write(encoded)
-            for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
-                assert name == expected, (name, expected)
-                assert tensor.shape == info.shape, (name, tensor.shape, info.shape)
-                flat = tensor.to("cpu", info.dtype).contiguous().view(-1)
-                data = flat.view(torch.uint8).numpy().data
-                for start in range(0, len(data), _BYTES_PER_WRITE):
-                    file.write(data[start : start + _BYTES_PER_WRITE])
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    file.write(len(encoded).to_bytes(8, "little"))
+    file.write(encoded)
+
+
+def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
+    """Writes the values of a tensor on the CPU."""
+    data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), _BYTES_PER_WRITE):
+        file.write(data[start : start + _BYTES_PER_WRITE])
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

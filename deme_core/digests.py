@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,15 @@ def canonical_json(value: Any) -> str:
     # Through JSON once: only then are integer keys strings, which sort alike before and after storage.
     plain = json.loads(json.dumps(value, allow_nan=False))
     return json.dumps(plain, sort_keys=True, separators=(",", ":"))
+
+
+def spell_infinities(value: Any) -> Any:
+    """Return a JSON value with infinities and NaN as text: some configs of schedulers hold them."""
+    if isinstance(value, dict):
+        return {key: spell_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [spell_infinities(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -1,15 +1,17 @@
 """Evaluation: one denoiser's images, scored against a reference, under settings all rows share."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from deme_core.digests import spell_infinities
 from deme_core.errors import NonFiniteImagesError
 from deme_core.extractors import FeatureArray, FeatureExtractor
 from deme_core.extractors.clip import ClipScore
+from deme_core.families import Adapter
 from deme_core.feature_statistics import Features, check_features
 from deme_core.generate import Denoiser, Sampling, generate
 from deme_core.metrics import Comparison, MetricName, score
@@ -38,18 +40,16 @@ class FeatureSource:
     """Features of generated images, made in memory: what every row shares before anything is scored.
 
     Attributes:
-        scheduler_config: the model's scheduler_config.json.
+        adapter: all about the model but its denoiser.
         sampling: sampler and its settings.
-        shape: (C, H, W) of an image.
         extractor: turns images into features.
         device: where the denoiser is.
-        prompts: the texts that images belong to, in turn; None without.
+        prompts: the texts that images belong to, and that a model which takes text makes them from, in turn.
         clip: scores images against their prompts; None where that is not asked for.
     """
 
-    scheduler_config: Mapping[str, Any]
+    adapter: Adapter
     sampling: Sampling
-    shape: Sequence[int]
     extractor: FeatureExtractor
     device: torch.device | str
     prompts: Prompts | None = None
@@ -57,15 +57,17 @@ class FeatureSource:
 
     def source_conditions(self) -> dict[str, Any]:
         """Returns all that features must share to be compared, by name; the batch size is not among it."""
-        scheduler = self.sampling.build_scheduler(self.scheduler_config)
+        scheduler = self.sampling.build_scheduler(self.adapter)
+        config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
         return {
             "sampler": self.sampling.sampler,
             "num_inference_steps": self.sampling.num_inference_steps,
             "eta": self.sampling.eta,
-            "scheduler": {k: v for k, v in scheduler.config.items() if not k.startswith("_")},
+            "scheduler": spell_infinities(config),
             "dtype": "float32",
-            "shape": list(self.shape),
+            "shape": list(self.adapter.image_shape),
             "extractor": self.extractor.digest,
+            **({"guidance_scale": self.sampling.guidance_scale} if self.sampling.guidance_scale != 1.0 else {}),
             **({"prompts": self.prompts.digest} if self.prompts else {}),
             **({"clip": self.clip.digest} if self.clip else {}),
         }
@@ -84,11 +86,11 @@ class FeatureSource:
         done = 0
         for images in generate(
             denoiser,
-            self.scheduler_config,
+            self.adapter,
             self.sampling,
-            shape=self.shape,
             seed=seed,
             indices=indices,
+            prompts=self.prompts,
             device=self.device,
         ):
             features = check_features(self.extractor(images), at_least=1)

@@ -34,6 +34,28 @@ def save_image_grid(images: "torch.Tensor", path: Path) -> None:
     grid.save(path)
 
 
+def cut_tiles(path: Path, *, side: int, count: int) -> list[Any]:
+    """Returns the first images of a grid that `save_image_grid` wrote, as it shows them.
+
+    Args:
+        path: the PNG.
+        side: of the square images, in pixels, before they were enlarged.
+        count: how many, at most.
+
+    Returns:
+        PIL images; beyond the last image of the grid they are white.
+    """
+    from PIL import Image
+
+    tile = side * max(1, math.ceil(_SMALLEST_TILE / side))
+    with Image.open(path) as grid:
+        columns = (grid.width - _MARGIN) // (tile + _MARGIN)
+        rows = (grid.height - _MARGIN) // (tile + _MARGIN)
+        places = [divmod(index, columns) for index in range(min(count, rows * columns))]
+        corners = [(_MARGIN + x * (tile + _MARGIN), _MARGIN + y * (tile + _MARGIN)) for y, x in places]
+        return [grid.crop((left, top, left + tile, top + tile)) for left, top in corners]
+
+
 def save_sample_comparison(grids: Mapping[str, Path], path: Path, *, title: str) -> None:
     """Writes the grids of all rows beside one another, each under its row's name.
 

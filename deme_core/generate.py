@@ -1,22 +1,32 @@
 """Generation: images from initial noise that depends on (seed, image index) and on nothing else."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from deme_core.errors import NonFiniteImagesError
+from deme_core.errors import InputError, NonFiniteImagesError
+from deme_core.families import Adapter
+from deme_core.guidance import image_guidance
+from deme_core.prompts import Prompts
+from deme_core.recipe import Sampler
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 
+_SCHEDULERS: dict[Sampler, str] = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "flow_match_euler": "FlowMatchEulerDiscreteScheduler",
+}
+
 
 class Denoiser(Protocol):
-    """Anything that predicts from noisy images (B, C, H, W) at one timestep, in the same shape."""
+    """Which model denoises at which timestep."""
 
-    def __call__(self, noisy_images: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Returns the prediction."""
+    def model_at(self, timestep: int) -> nn.Module:
+        """Returns the model that denoises at ``timestep``, in [0, T)."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +35,9 @@ class SingleModel:
 
     model: nn.Module
 
-    def __call__(self, noisy_images: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Returns the model's prediction."""
-        return self.model(noisy_images, timestep).sample
+    def model_at(self, timestep: int) -> nn.Module:
+        """Returns the model."""
+        return self.model
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,11 @@ class Ensemble:
     segments: Sequence[TimestepSegment]
     experts: Sequence[nn.Module]
 
-    def __call__(self, noisy_images: torch.Tensor, timestep: int) -> torch.Tensor:
-        """Returns the prediction of the expert of ``timestep``'s segment."""
+    def model_at(self, timestep: int) -> nn.Module:
+        """Returns the expert of ``timestep``'s segment."""
         for segment, expert in zip(self.segments, self.experts, strict=True):
             if timestep in segment:
-                return expert(noisy_images, timestep).sample
+                return expert
         raise ValueError(f"timestep {timestep} is in none of the segments {[str(s) for s in self.segments]}")
 
 
@@ -50,35 +60,51 @@ class Sampling:
     """How images are sampled: the part of the evaluation that every row shares.
 
     Attributes:
-        sampler: ddim or ddpm.
+        sampler: ddim or ddpm for diffusion, flow_match_euler for flow matching.
         num_inference_steps: sampling steps.
         eta: noise of DDIM; 0 is deterministic.
         timestep_spacing: None keeps the scheduler config's.
+        guidance_scale: of classifier-free guidance; 1 is none.
         batch_size: images per batch; changes the speed only.
     """
 
-    sampler: Literal["ddim", "ddpm"] = "ddim"
+    sampler: Sampler = "ddim"
     num_inference_steps: int = 50
     eta: float = 0.0
     timestep_spacing: str | None = None
+    guidance_scale: float = 1.0
     batch_size: int = 64
 
-    def build_scheduler(self, scheduler_config: Mapping[str, Any]) -> Any:
-        """Returns the diffusers scheduler, its timesteps set."""
-        from diffusers import DDIMScheduler, DDPMScheduler
+    def build_scheduler(self, adapter: Adapter) -> Any:
+        """Returns the diffusers scheduler, its timesteps set.
 
+        Raises:
+            InputError: the sampler is not for such models, or takes no timestep spacing.
+        """
+        import diffusers
+
+        if self.sampler not in (known := adapter.noise_process.samplers):
+            raise InputError(
+                f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler, or --sampler on "
+                f"the command line, to {' or '.join(known)}."
+            )
+        if self.sampler == "flow_match_euler" and self.timestep_spacing:
+            raise InputError("The sampler flow_match_euler has one spacing only; leave evaluate.timestep_spacing out.")
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
-        scheduler_class = DDIMScheduler if self.sampler == "ddim" else DDPMScheduler
-        scheduler = scheduler_class.from_config(dict(scheduler_config), **overrides)
-        scheduler.set_timesteps(self.num_inference_steps)
+        scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
+        scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)
+        scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings())
         return scheduler
 
-
-def image_shape(unet_config: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Returns (C, H, W) of the images a denoiser makes."""
-    size = unet_config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return unet_config["in_channels"], height, width
+    def step_settings(self, generators: list[torch.Generator]) -> dict[str, Any]:
+        """Returns what the scheduler's ``step`` takes besides prediction, timestep and latents."""
+        match self.sampler:
+            case "ddim":
+                return {"generator": generators, "eta": self.eta}
+            case "ddpm":
+                return {"generator": generators}
+            case "flow_match_euler":
+                return {}
 
 
 def initial_noise(
@@ -92,41 +118,49 @@ def initial_noise(
 @torch.inference_mode()
 def generate(
     denoiser: Denoiser,
-    scheduler_config: Mapping[str, Any],
+    adapter: Adapter,
     sampling: Sampling,
     *,
-    shape: Sequence[int],
     seed: int,
     indices: Sequence[int],
+    prompts: Prompts | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[torch.Tensor]:
     """Yields the images ``indices`` of the set that ``seed`` names, batch by batch.
 
     Args:
         denoiser: what predicts.
-        scheduler_config: the model's scheduler_config.json.
+        adapter: all else about the model.
         sampling: sampler and its settings.
-        shape: (C, H, W) of an image.
         seed: names the set of images.
         indices: which images of the set.
+        prompts: for a model that takes text.
         device: where the denoiser is.
 
     Yields:
         uint8 (B, C, H, W), on the CPU, quantised as diffusers' pipelines do.
 
     Raises:
+        InputError: the sampler does not fit the model, or it needs prompts.
         NonFiniteImagesError: an image is NaN or infinite.
     """
-    scheduler = sampling.build_scheduler(scheduler_config)
-    extra = {"eta": sampling.eta} if sampling.sampler == "ddim" else {}
     for start in range(0, len(indices), sampling.batch_size):
-        images, generators = initial_noise(seed, indices[start : start + sampling.batch_size], shape)
-        images = images.to(device) * scheduler.init_noise_sigma
-        finite = images.new_ones(len(images), dtype=torch.bool)
+        batch = indices[start : start + sampling.batch_size]
+        scheduler = sampling.build_scheduler(adapter)  # Anew: some count their steps.
+        guidance = image_guidance(adapter, batch, prompts=prompts, scale=sampling.guidance_scale)
+        adapter.rest()
+        latents, generators = initial_noise(seed, batch, adapter.latent_shape)
+        latents = latents.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+        finite = latents.new_ones(len(latents), dtype=torch.bool)
         for timestep in scheduler.timesteps.tolist():
-            prediction = denoiser(images, timestep)
+            model = denoiser.model_at(adapter.noise_process.training_timestep(timestep))
+            timesteps = torch.full((len(latents),), timestep, device=device)
+            prediction = guidance.predict(adapter, model, latents, timesteps)
             finite &= _are_finite(prediction)  # A scheduler that clips would hide it.
-            images = scheduler.step(prediction, timestep, images, generator=generators, **extra).prev_sample
+            step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
+            latents = step.prev_sample
+        images = adapter.decode_latents(latents)
+        adapter.rest()
         _check_finite(finite & _are_finite(images), seed)
         yield quantize(images)
 

@@ -1,10 +1,13 @@
 """Model folders in the diffusers layout: found, checked, loaded and written.
 
-Both layouts of the hub are read: ``unet/`` and ``scheduler/`` beside ``model_index.json``, and everything in one
-folder. What is written is always the first, and loads in stock diffusers.
+Both layouts of the hub are read: ``unet/`` or ``transformer/`` and ``scheduler/`` beside ``model_index.json``, and, for
+models on pixels, everything in one folder. What is written is always the first and loads in stock diffusers; the frozen
+parts of a pipeline are copied byte for byte. Only a finetuned copy of such a pipeline is written without them, with the
+digest of the pretrained artifact that holds them.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,14 @@ from torch import nn
 
 from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, save_tensors
 from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
+from deme_core.families import Adapter
+from deme_core.model_json import INDEX_NAME, read_json
+from deme_core.needed_files import needed_files
+from deme_core.pipeline_index import COPY_NAME, PipelineIndex, read_index
 from deme_core.projection import attach_projections, fold_projections, is_projection
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _PICKLE_NAME = "diffusion_pytorch_model.bin"
-_MODEL_CLASSES = ("UNet2DModel",)
 # Attention layers were renamed in diffusers 0.17; google/ddpm-* were saved before.
 _RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -29,15 +35,19 @@ class ModelFolder:
 
     Attributes:
         path: the folder as it was given.
+        index: pipeline, family and frozen parts.
         weights: the safetensors files, or the one pickled file.
-        unet_config: config.json of the denoiser.
+        denoiser_config: config.json of the denoiser.
         scheduler_config: scheduler_config.json.
+        frozen: folder that holds the frozen parts; None if it is not known, as for a finetuned copy by itself.
     """
 
     path: Path
+    index: PipelineIndex
     weights: tuple[Path, ...]
-    unet_config: dict[str, Any]
+    denoiser_config: dict[str, Any]
     scheduler_config: dict[str, Any]
+    frozen: Path | None
 
     @property
     def num_train_timesteps(self) -> int:
@@ -48,46 +58,67 @@ class ModelFolder:
         """Opens the weights as they are stored."""
         return Checkpoint(*self.weights)
 
+    def adapter(self, device: torch.device | str = "cpu") -> Adapter:
+        """Returns all that DeMe knows of the model besides its denoiser's weights."""
+        return self.index.family(
+            denoiser_config=self.denoiser_config,
+            scheduler_config=self.scheduler_config,
+            pipeline=self.index.pipeline,
+            frozen=self.frozen,
+            device=device,
+        )
 
-def open_model_folder(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
+    def frozen_files(self, *, allow_pickle: bool = False) -> list[Path]:
+        """Returns the files of the frozen parts, and the pipeline's index.
+
+        Raises:
+            ModelFolderError: the only weights of a part are pickled, and that was not allowed.
+        """
+        parts = self.index.frozen_parts
+        present = [file.relative_to(self.path) for part in parts for file in (self.path / part).rglob("*")]
+        files = [self.path / name for name in needed_files(name.as_posix() for name in present)]
+        pickled = [file for file in files if file.suffix == ".bin"]
+        if pickled and not allow_pickle:
+            raise _pickled(pickled[0])
+        return [self.path / INDEX_NAME, *files] if parts else []
+
+
+def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: bool = False) -> ModelFolder:
     """Finds the parts of the model in ``path``.
 
+    Args:
+        path: the folder.
+        frozen: for a finetuned copy, folder of its pretrained model.
+        allow_pickle: accept pickled weights.
+
     Raises:
-        ModelFolderError: a file is missing or damaged, weights are pickled and that was not allowed, or the
-            denoiser is of a class DeMe does not know.
+        ModelFolderError: a file is missing or damaged, weights are pickled and that was not allowed, or the model is
+            of a family or class that DeMe does not know.
     """
     if not path.is_dir():
         raise ModelFolderError(f"There is no model folder {path}.")
-    unet = path / "unet" if (path / "unet").is_dir() else path
-    scheduler = path / "scheduler" if (path / "scheduler").is_dir() else path
-    config = _read_json(unet / "config.json")
-    if config.get("_class_name") not in _MODEL_CLASSES:
-        raise ModelFolderError(
-            f"{unet / 'config.json'} describes a {config.get('_class_name')}; known are {', '.join(_MODEL_CLASSES)}."
-        )
+    index = read_index(path)
+    denoiser, scheduler = _part(path, index.family.denoiser_part), _part(path, "scheduler")
+    config = read_json(denoiser / "config.json")
+    if (found := config.get("_class_name")) not in (known := index.family.denoiser_classes):
+        raise ModelFolderError(f"{denoiser / 'config.json'} describes a {found}; known are {', '.join(known)}.")
     return ModelFolder(
         path=path,
-        weights=_find_weights(unet, allow_pickle=allow_pickle),
-        unet_config=config,
-        scheduler_config=_read_json(scheduler / "scheduler_config.json"),
+        index=index,
+        weights=_find_weights(denoiser, allow_pickle=allow_pickle),
+        denoiser_config=config,
+        scheduler_config=read_json(scheduler / "scheduler_config.json"),
+        frozen=frozen if index.pretrained else path,
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ModelFolderError(f"{path} is missing; a model folder needs it.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"{path} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{path} does not hold a JSON object.")
-    return content
+def _part(path: Path, name: str) -> Path:
+    return path / name if (path / name).is_dir() else path
 
 
 def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
     if (index := folder / f"{WEIGHTS_NAME}.index.json").is_file():
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelFolderError(f"{index} has no weight_map, which names the files of the weights.")
         files = tuple(folder / name for name in sorted(set(weight_map.values())))
@@ -99,11 +130,14 @@ def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
     if not (folder / _PICKLE_NAME).is_file():
         raise ModelFolderError(f"{folder / WEIGHTS_NAME} is missing; a model folder needs it.")
     if not allow_pickle:
-        raise ModelFolderError(
-            f"{folder / _PICKLE_NAME} is pickled, which can run code; convert it to safetensors or set "
-            "pretrained.allow_pickle: true."
-        )
+        raise _pickled(folder / _PICKLE_NAME)
     return (folder / _PICKLE_NAME,)
+
+
+def _pickled(file: Path) -> ModelFolderError:
+    return ModelFolderError(
+        f"{file} is pickled, which can run code; convert it to safetensors or set pretrained.allow_pickle: true."
+    )
 
 
 def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
@@ -127,7 +161,7 @@ def _current_name(name: str) -> str:
     return ".".join(parts)
 
 
-def build_unet(config: dict[str, Any], *, materialize: bool = True) -> nn.Module:
+def build_denoiser(config: dict[str, Any], *, materialize: bool = True) -> nn.Module:
     """Builds the denoiser that ``config`` describes, with random weights or (not materialized) without any."""
     import diffusers
     from accelerate import init_empty_weights
@@ -139,7 +173,7 @@ def build_unet(config: dict[str, Any], *, materialize: bool = True) -> nn.Module
         return model_class.from_config(config)
 
 
-def load_unet(folder: ModelFolder, *, keep_projections: bool = False) -> nn.Module:
+def load_denoiser(folder: ModelFolder, *, keep_projections: bool = False) -> nn.Module:
     """Loads the denoiser in float32, every tensor accounted for.
 
     Args:
@@ -150,7 +184,7 @@ def load_unet(folder: ModelFolder, *, keep_projections: bool = False) -> nn.Modu
         ModelFolderError: the weights do not have the names and shapes that the config gives.
     """
     tensors = load_tensors(folder)
-    model = build_unet(folder.unet_config, materialize=False)
+    model = build_denoiser(folder.denoiser_config, materialize=False)
     if keep_projections:
         attach_projections(model)
     elif any(is_projection(name) for name in tensors):
@@ -173,15 +207,15 @@ def tensor_infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
 def write_model_folder(
     path: Path,
     *,
-    unet_config: dict[str, Any],
+    denoiser_config: dict[str, Any],
     scheduler_config: dict[str, Any],
     tensors: dict[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes a folder that ``DDPMPipeline.from_pretrained`` of stock diffusers loads.
+    """Writes a model on pixels as a folder that ``DDPMPipeline.from_pretrained`` of stock diffusers loads.
 
     Args:
         path: the folder, made if need be.
-        unet_config: config.json of the denoiser.
+        denoiser_config: config.json of the denoiser.
         scheduler_config: scheduler_config.json.
         tensors: the weights; without them the caller writes to the path that is returned.
 
@@ -191,19 +225,68 @@ def write_model_folder(
     scheduler_class = scheduler_config.get("_class_name", "DDPMScheduler")
     index = {
         "_class_name": "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline",
-        "_diffusers_version": unet_config.get("_diffusers_version", "0.0.0"),
+        "_diffusers_version": denoiser_config.get("_diffusers_version", "0.0.0"),
         "scheduler": ["diffusers", scheduler_class],
-        "unet": ["diffusers", unet_config["_class_name"]],
+        "unet": ["diffusers", denoiser_config["_class_name"]],
     }
     weights = path / "unet" / WEIGHTS_NAME
     weights.parent.mkdir(parents=True, exist_ok=True)
     (path / "scheduler").mkdir(exist_ok=True)
-    _write_json(path / "model_index.json", index)
-    _write_json(path / "unet" / "config.json", {k: v for k, v in unet_config.items() if k != "_name_or_path"})
+    _write_json(path / INDEX_NAME, index)
+    _write_json(path / "unet" / "config.json", {k: v for k, v in denoiser_config.items() if k != "_name_or_path"})
     _write_json(path / "scheduler" / "scheduler_config.json", scheduler_config)
     if tensors is not None:
         save_tensors(weights, tensors)
     return weights
+
+
+def write_like(
+    path: Path,
+    model: ModelFolder,
+    *,
+    tensors: dict[str, torch.Tensor] | None = None,
+    copy_of: str | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """Writes a folder like that of ``model``, with other weights.
+
+    Args:
+        path: the folder, made if need be.
+        model: what it is like; its frozen parts and configs are copied byte for byte.
+        tensors: weights of the denoiser; without them the caller writes to the path that is returned.
+        copy_of: digest of the pretrained artifact: leave the frozen parts out, for they are there.
+        allow_pickle: copy frozen parts with pickled weights.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        ModelFolderError: ``model`` is a finetuned copy without frozen parts, and a whole folder was asked for.
+    """
+    if model.index.pretrained and copy_of is None:
+        raise ModelFolderError(
+            f"{model.path} holds the denoiser of a finetuned copy alone; give a whole {model.index.pipeline}."
+        )
+    if not model.index.frozen_parts and not model.index.pretrained:
+        return write_model_folder(
+            path, denoiser_config=model.denoiser_config, scheduler_config=model.scheduler_config, tensors=tensors
+        )
+    part = model.index.family.denoiser_part
+    for name in (f"{part}/config.json", "scheduler/scheduler_config.json"):
+        _copy_file(model.path / name, path / name)
+    if copy_of is not None:
+        _write_json(path / COPY_NAME, {"pipeline": model.index.pipeline, "pretrained": copy_of})
+    else:
+        for file in model.frozen_files(allow_pickle=allow_pickle):
+            _copy_file(file, path / file.relative_to(model.path))
+    if tensors is not None:
+        save_tensors(path / part / WEIGHTS_NAME, tensors)
+    return path / part / WEIGHTS_NAME
+
+
+def _copy_file(source: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

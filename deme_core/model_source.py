@@ -5,10 +5,10 @@ from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import ModelFolderError
+from deme_core.needed_files import needed_files
 from deme_core.store import open_store
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_MODEL_FILES = ("*.json", "*.safetensors", "*.bin")
 
 
 def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
@@ -34,17 +34,19 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
 
 def _fetch_uri(uri: str, cache: Path) -> Path:
     store = open_store(uri)
-    objects = [item for item in store.list("") if Path(item.key).suffix in (".json", ".safetensors", ".bin")]
+    listed = {item.key: item for item in store.list("")}
+    objects = [listed[name] for name in needed_files(listed)]
     if not objects:
         raise ModelFolderError(f"There is no model under {uri}.")
     return download_once(store, objects, cache / "sources" / listing_version(uri, objects))
 
 
 def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_MODEL_FILES)))
+        files = needed_files(list_repo_files(repo_id, revision=revision))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client raises HTTP, cache, validation and OS errors of many kinds
         reason = str(error).splitlines()[0]
         raise ModelFolderError(

@@ -17,7 +17,7 @@ _PROJECTED_LAYERS: Mapping[str, tuple[str, ...]] = {
     "ResnetBlockCondNorm2D": ("conv2",),
     "Downsample2D": ("conv",),
     "Upsample2D": ("conv", "Conv2d_0"),
-    "Attention": ("to_out.0",),
+    "Attention": ("to_out.0", "to_add_out"),
     "FeedForward": ("net.2",),
     "Transformer2DModel": ("proj_out",),
 }

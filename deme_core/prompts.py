@@ -1,6 +1,7 @@
 """Prompts: the texts that images are generated from or scored against, one for each image in turn."""
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
@@ -14,6 +15,8 @@ from deme_core.store import open_store
 # Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
 _PROMPT_COLUMNS = ("prompt", "caption")
 _MEND = "set evaluate.prompts to a text file with one prompt per line, or a .tsv or .csv file with a header"
+# Not a file: prompts made of the names of ImageNet's classes.
+IMAGENET_1K = "imagenet1k"
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
 
     Args:
         path_or_uri: path or object-store URI; ``.tsv`` and ``.csv`` files are tables, all others plain text, of which
-            empty lines are left out. A quotation mark in a TSV stands for itself, as PartiPrompts has it.
+            empty lines are left out. A quotation mark in a TSV stands for itself, as PartiPrompts has it. Or
+            ``imagenet1k``, for "a photo of a …" with each of ImageNet's 1,000 classes, in their usual order.
         cache: what a URI names is fetched into this folder, once for each version of it.
 
     Returns:
@@ -49,6 +53,8 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
     Raises:
         PromptsError: there is no such file, it is no UTF-8 text, its table is damaged, or it holds no prompts.
     """
+    if path_or_uri == IMAGENET_1K:
+        return _prompts(_imagenet_prompts(), {})
     path = _fetched(path_or_uri, cache) if "://" in path_or_uri else Path(path_or_uri).expanduser()
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -62,7 +68,22 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
         texts, columns = tuple(line.strip() for line in text.split("\n") if line.strip()), {}
     if not texts:
         raise PromptsError(f"There are no prompts in {path_or_uri}; {_MEND}.")
+    return _prompts(texts, columns)
+
+
+def _prompts(texts: tuple[str, ...], columns: dict[str, tuple[str, ...]]) -> Prompts:
     return Prompts(texts, columns, sha256_bytes(canonical_json([texts, columns]).encode()))
+
+
+def _imagenet_prompts() -> tuple[str, ...]:
+    """Returns a prompt for each class: its first name, or all of them where another class has the same first one."""
+    from timm.data import ImageNetInfo
+
+    descriptions = ImageNetInfo("imagenet-1k").label_descriptions()
+    first_names = [names.split(",")[0] for names in descriptions]
+    count = Counter(first_names)
+    names = [first if count[first] == 1 else every for first, every in zip(first_names, descriptions, strict=True)]
+    return tuple(f"a photo of a {name}" for name in names)
 
 
 def _read_table(text: str, where: str, *, is_tsv: bool) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:

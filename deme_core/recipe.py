@@ -5,6 +5,7 @@ environment (`deme_core.settings`).
 """
 
 from collections.abc import Sequence
+from string import Formatter
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,6 +14,8 @@ from deme_core.metrics import METRICS, MetricName, deciding_metric, needs_prompt
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Precision = Literal["fp32", "bf16", "fp16"]
+Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
+DEFAULT_IMAGE_COLUMN = "image"
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 
 
@@ -27,6 +30,17 @@ class TrainingSpec(_Spec):
     batch_size: int = Field(16, ge=1, description="Images per forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
+    # Left out of a dump where they are the default: digests made before there was a choice stay.
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        "adamw",
+        exclude_if=lambda optimizer: bool(optimizer == "adamw"),
+        description="AdamW, or bitsandbytes' with moments of 8 bits, which take a quarter of the memory.",
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        exclude_if=lambda checkpointing: not checkpointing,
+        description="Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+    )
     lr_scheduler: LrScheduler = Field("constant", description="Learning rate over the steps, by diffusers' names.")
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW.")
@@ -60,6 +74,10 @@ class FinetuneSpec(TrainingSpec):
     channel_projection: bool = Field(True, description="Train channel-wise projections and fold them after merging.")
 
 
+class DistillSpec(TrainingSpec):
+    """How the merged model is trained to predict what the ensemble predicts: an extra row, not the paper's method."""
+
+
 class PretrainedSpec(_Spec):
     """Where the pretrained model comes from."""
 
@@ -86,19 +104,42 @@ class PretrainedSpec(_Spec):
 class DatasetSpec(_Spec):
     """Which images, and how they are brought to one size."""
 
-    source: Literal["digits", "imagefolder", "hub"] = Field(description="Where the images come from.")
+    source: Literal["digits", "imagefolder", "webdataset", "hub"] = Field(description="Where the images come from.")
     path: str | None = Field(
-        None, description="A folder, a zip, an object-store prefix (imagefolder), or a datasets name."
+        None,
+        description="A folder, a zip (imagefolder) or tar (webdataset), an object-store prefix, or a datasets name.",
     )
     name: str | None = Field(None, description="Configuration of a datasets name.")
     split: str = Field("train", description="Split of a datasets name.")
-    image_column: str = Field("image", description="Column of a datasets name that holds the images.")
-    caption_column: str | None = Field(None, description="Column that holds captions, for text-conditional models.")
-    label_column: str | None = Field(None, description="Column that holds class labels.")
+    image_column: str = Field(
+        DEFAULT_IMAGE_COLUMN,
+        description="Column of a datasets name that holds the images; or their extension, in tars with several.",
+    )
+    caption_column: str | None = Field(
+        None,
+        description="What holds captions, for text-conditional models: a column of a datasets name, a key of "
+        "metadata.jsonl, an extension or a JSON key in tars.",
+    )
+    caption_template: str | None = Field(
+        None, description="Captions made from columns instead, e.g. 'a photo of a {label}'."
+    )
+    caption_dropout: Probability = Field(
+        0.0,
+        description="Chance that training sees the empty caption, or no label, instead: for classifier-free guidance.",
+    )
+    label_column: str | None = Field(
+        None, description="What holds class labels; without a column 'label' that is the sub-folder of each image."
+    )
     resolution: int | None = Field(None, ge=4, description="Side of the square images, in pixels; digits are 8.")
     channels: Literal[1, 3] | None = Field(None, description="Grey (1) or RGB (3); default 3, digits 1.")
     crop: Literal["center", "random"] = Field("center", description="Which square is cut out after resizing.")
     random_flip: bool = Field(False, description="Mirror half of the training images left to right.")
+    cache_latents: bool | None = Field(
+        None,
+        description="Encode images and captions once and train on that, for models on latents; default yes, unless "
+        "crop is random.",
+    )
+    cache_precision: Precision = Field("fp32", description="How the cache stores numbers: half of them take half.")
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
@@ -113,6 +154,26 @@ class DatasetSpec(_Spec):
             raise ValueError(f"source '{self.source}' needs a path")
         if self.source != "digits" and self.resolution is None:
             raise ValueError(f"source '{self.source}' needs a resolution")
+        return self
+
+    @model_validator(mode="after")
+    def _cache(self) -> Self:
+        if self.cache_latents and self.crop == "random":
+            raise ValueError("cache_latents needs crop: center, since every random crop has latents of its own")
+        return self
+
+    @model_validator(mode="after")
+    def _captions(self) -> Self:
+        if self.caption_column is not None and self.caption_template is not None:
+            raise ValueError("give either caption_column or caption_template")
+        if self.caption_dropout and not (self.caption_column or self.caption_template or self.label_column):
+            raise ValueError("caption_dropout needs caption_column, caption_template or label_column")
+        try:
+            fields = [parsed[1:] for parsed in Formatter().parse(self.caption_template or "")]
+        except ValueError as error:
+            raise ValueError(f"caption_template '{self.caption_template}' is malformed ({error})") from error
+        if any(field != (None, None, None) and (not field[0] or field[1] or field[2]) for field in fields):
+            raise ValueError("caption_template takes names of columns in braces and nothing else, as in '{label}'")
         return self
 
 
@@ -173,14 +234,29 @@ class SearchSpec(_Spec):
         return self.strategy == "grid" or self.max_candidates > num_segments  # A grid has no budget but its values.
 
 
+class RegMeanSpec(_Spec):
+    """How the inputs of a copy's linear maps are measured, and used."""
+
+    num_images: int = Field(1024, ge=1, description="Noisy training images that pass through each copy.")
+    max_features: int = Field(
+        4608,
+        ge=1,
+        description="Maps from more features than that are averaged: their matrices, of features x features, would be "
+        "too large. A 3x3 convolution of 512 channels has 4,608.",
+    )
+    shrinkage: float = Field(0.9, ge=0, le=1, description="Share of the matrices' off-diagonal entries that is kept.")
+
+
 class MethodSpec(_Spec):
     """How task vectors are combined (METHOD section 2)."""
 
-    method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average"] = Field(
+    method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average", "regmean"] = Field(
         "task_arithmetic",
-        description="theta_0 + sum of w_i tau_i; with one weight per segment and UNet level; trimmed and with elected "
+        description="theta_0 + sum of w_i tau_i; with a weight per segment and UNet level; with task vectors that act "
+        "on the inputs of their own segments alone (RegMean, whose natural weights are 1); trimmed and with elected "
         "signs (TIES); with random entries dropped (DARE); or the plain mean of the copies.",
     )
+    regmean: RegMeanSpec = Field(RegMeanSpec(), description="regmean: how inputs are measured.")
     density: float = Field(0.2, gt=0, le=1, description="ties: share of each task vector's entries that is kept.")
     drop_rate: float = Field(0.5, ge=0, lt=1, description="dare: share of each task vector's entries that is dropped.")
     seed: int = Field(0, ge=0, description="dare: decides which entries are dropped.")
@@ -219,11 +295,20 @@ class EvaluateSpec(_Spec):
     seeds: tuple[int, ...] = Field(
         (1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval."
     )
-    sampler: Literal["ddim", "ddpm"] = Field("ddim", description="Sampler of the reverse process.")
+    sampler: Sampler = Field(
+        "ddim", description="Sampler of the reverse process; flow_match_euler for flow-matching models, and only those."
+    )
     num_inference_steps: int = Field(50, ge=1, description="Sampling steps.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
         None, description="Spacing of the sampling timesteps; default the model's own scheduler config."
+    )
+    # Left out of a dump where it is the default, as are others below: digests made before there was a choice stay.
+    guidance_scale: float = Field(
+        1.0,
+        ge=1,
+        exclude_if=lambda scale: bool(scale == 1.0),
+        description="Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is none.",
     )
     batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
@@ -248,7 +333,7 @@ class EvaluateSpec(_Spec):
         None,
         exclude_if=lambda prompts: prompts is None,
         description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
-        "caption; image i belongs to prompt i modulo their number.",
+        "caption; or imagenet1k, a photo of each of its classes. Image i belongs to prompt i modulo their number.",
     )
     clip_weights: str | None = Field(
         None,
@@ -261,6 +346,11 @@ class EvaluateSpec(_Spec):
     kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images in the reference; default all that the search does not set aside."
+    )
+    reference_dataset: DatasetSpec | None = Field(
+        None,
+        exclude_if=lambda dataset: dataset is None,
+        description="Real images of the reference, and of the search's, where they are not those of the training.",
     )
     num_bootstrap: int = Field(
         100, ge=0, description="Resamples of the generated images for the verdict's second interval; 0 for none."
@@ -298,14 +388,31 @@ class ExecutionSpec(_Spec):
         "on whatever machine serves the work pool deme-gpu or deme-cpu.",
     )
     gpu_stages: tuple[
-        Literal["pretrained", "finetune", "features", "reference", "heldout", "search", "merged", "evaluate"], ...
+        Literal[
+            "pretrained",
+            "latents",
+            "embeddings",
+            "finetune",
+            "features",
+            "reference",
+            "heldout",
+            "grams",
+            "confined",
+            "search",
+            "merged",
+            "distilled",
+            "evaluate",
+        ],
+        ...,
     ] = Field(
-        ("pretrained", "finetune", "heldout", "search", "features"),
+        ("pretrained", "latents", "embeddings", "finetune", "heldout", "grams", "search", "distilled", "features"),
         description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     images_per_task: int = Field(
-        5000, ge=1, description="Images, generated or real, that one task turns into features, in whole batches."
+        5000,
+        ge=1,
+        description="Images that one task generates, turns into features or encodes, in whole batches; or captions.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")
 
@@ -319,6 +426,11 @@ class Recipe(_Spec):
     segments: SegmentsSpec
     finetune: FinetuneSpec
     merge: MergeSpec
+    distill: DistillSpec | None = Field(
+        None,
+        description="Train the merged model to predict, at every timestep, what its segment's copy predicts: the row "
+        "distilled. The control takes as many optimizer steps more.",
+    )
     evaluate: EvaluateSpec
     execution: ExecutionSpec = ExecutionSpec()
 
@@ -335,6 +447,11 @@ class Recipe(_Spec):
                 f"segments: theta_0 and a change of each weight take {num_segments + 1}"
             )
         return self
+
+    @property
+    def reference_dataset(self) -> DatasetSpec:
+        """Where the real images of reference and search come from."""
+        return self.evaluate.reference_dataset or self.dataset
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> list[int]:

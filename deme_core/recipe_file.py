@@ -1,7 +1,7 @@
 """Recipe files: found by name or path, overridden from the command line, checked, and written out resolved."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,9 +83,17 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def flatten(recipe: Recipe) -> dict[str, Any]:
-    """Returns every setting under its dotted name, e.g. ``finetune.num_steps``."""
-    return dict(_leaves("", recipe.model_dump(mode="json")))
+def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns every setting of a dumped recipe under its dotted name, e.g. ``finetune.num_steps``."""
+    return dict(_leaves("", content))
+
+
+def differing_settings(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Returns what differs among dumped recipes: by dotted name the value in each, None where it is not set."""
+    flat = [flatten(recipe) for recipe in recipes]
+    names = dict.fromkeys(name for settings in flat for name in settings)
+    values = {name: [settings.get(name) for settings in flat] for name in names}
+    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

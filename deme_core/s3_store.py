@@ -1,6 +1,6 @@
 """The object store on an S3-compatible server: the only module that knows boto3."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -168,11 +168,11 @@ def connect(bucket: str, prefix: str) -> S3Store:
     return S3Store(bucket, prefix, client)
 
 
-def make_bucket(name: str, *, endpoint_url: str, access_key: str, secret_key: str) -> None:
-    """Makes a bucket unless it is there, and writes to it, in one attempt: for a server that is just starting.
+def make_buckets(names: Iterable[str], *, endpoint_url: str, access_key: str, secret_key: str) -> None:
+    """Makes buckets unless they are there, and writes to each, in one attempt: for a server that is just starting.
 
     Raises:
-        StoreUnavailableError: the server does not take it (yet).
+        StoreUnavailableError: the server does not take them (yet).
     """
     client = Session().client(
         "s3",
@@ -182,13 +182,18 @@ def make_bucket(name: str, *, endpoint_url: str, access_key: str, secret_key: st
         region_name="us-east-1",
         config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
     )
-    try:
+    for name in names:
         try:
-            client.head_bucket(Bucket=name)
-        except ClientError as error:
-            if _status(error) != 404:
-                raise
-            client.create_bucket(Bucket=name)
-        client.put_object(Bucket=name, Key=".ready", Body=b"")
-    except (BotoCoreError, ClientError) as error:
-        raise NoAnswerError(f"{endpoint_url} takes no bucket {name} yet ({type(error).__name__}).") from error
+            _make_bucket(client, name)
+        except (BotoCoreError, ClientError) as error:
+            raise NoAnswerError(f"{endpoint_url} takes no bucket {name} yet ({type(error).__name__}).") from error
+
+
+def _make_bucket(client: "S3Client", name: str) -> None:
+    try:
+        client.head_bucket(Bucket=name)
+    except ClientError as error:
+        if _status(error) != 404:
+            raise
+        client.create_bucket(Bucket=name)
+    client.put_object(Bucket=name, Key=".ready", Body=b"")

@@ -1,6 +1,7 @@
 """Slices of an image set, for tasks of their own. No torch here: the flow makes them."""
 
 REAL_BATCH_SIZE = 64  # Real images per call of the extractor.
+ENCODED_AT_ONCE = 16  # Images, or captions, per call of an encoder.
 
 
 def slices(num_images: int, *, batch_size: int, images_per_task: int) -> list[tuple[int, int]]:

@@ -7,7 +7,7 @@ Pretraining, the N copies and the control are all this, with other settings. Eve
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -17,13 +17,18 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
-from deme_core.model_digest import model_digest
-from deme_core.objectives import consistency_loss, diffusion_loss, training_target
+from deme_core.families import Adapter, EncodedBatch
+from deme_core.objectives import consistency_loss, diffusion_loss
+from deme_core.optimizer import build_optimizer
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import derive_seed, generator
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler, check_histogram
 
-BatchSource = Callable[[int], Iterable[torch.Tensor]]
+# Tensors while training, floats in a record.
+T = TypeVar("T", torch.Tensor, float)
+
+BatchSource = Callable[[int], Iterable[EncodedBatch]]
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,9 @@ class TrainingProgress:
     Attributes:
         global_step: optimizer steps done.
         num_steps: optimizer steps in all.
-        loss: diffusion loss + consistency_weight * consistency loss.
+        loss: diffusion_weight * diffusion loss + consistency_weight * consistency loss.
         diffusion_loss: mean squared error against the training target.
-        consistency_loss: mean squared error against the pretrained model's prediction; 0 without one.
+        consistency_loss: mean squared error against the teacher's prediction; 0 without one.
         learning_rate: of the last step.
         grad_norm: L2 norm before clipping.
         images_per_sec: training images per second.
@@ -63,6 +68,7 @@ class TrainingPlan:
         num_steps: optimizer steps.
         consistency_weight: lambda; 0 switches the consistency loss off.
         seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
+        diffusion_weight: of the diffusion loss; 0 for a distillation, which learns from its teacher alone.
     """
 
     label: str
@@ -70,6 +76,7 @@ class TrainingPlan:
     num_steps: int
     consistency_weight: float = 0.0
     seed: int = 0
+    diffusion_weight: float = 1.0
 
 
 @dataclass
@@ -98,11 +105,11 @@ class Training:
 
     Args:
         model: the model to train, on the CPU or already on ``device``; it is changed.
-        noise_scheduler: adds the noise and names the prediction type.
-        batches: from the number of the first batch, an endless stream of float32 (B, C, H, W) in [-1, 1].
+        adapter: says how the model is noised and called, and what its target is.
+        batches: from the number of the first batch, an endless stream of what the denoiser is trained on.
         spec: optimizer, precision, EMA and the like.
-        plan: timesteps, number of steps, consistency.
-        pretrained: frozen theta_0; needed if the plan has a consistency weight.
+        plan: timesteps, number of steps, weights of the losses.
+        teacher: frozen theta_0, or frozen experts; needed if the plan has a consistency weight.
         device: where to train.
         record_every: optimizer steps between progress records.
     """
@@ -110,17 +117,17 @@ class Training:
     def __init__(
         self,
         model: nn.Module,
-        noise_scheduler: Any,
+        adapter: Adapter,
         batches: BatchSource,
         *,
         spec: TrainingSpec,
         plan: TrainingPlan,
-        pretrained: nn.Module | None = None,
+        teacher: Teacher | None = None,
         device: torch.device | str = "cpu",
         record_every: int = 10,
     ) -> None:
-        if (pretrained is None) == (plan.consistency_weight > 0):
-            raise ValueError("the frozen pretrained model and a consistency weight go together")
+        if (teacher is None) == (plan.consistency_weight > 0):
+            raise ValueError("a teacher and a consistency weight go together")
         AcceleratorState._reset_state(reset_partial_state=True)  # A worker process trains several models in turn.
         self.accelerator = Accelerator(
             mixed_precision="no" if spec.mixed_precision == "fp32" else spec.mixed_precision,
@@ -128,16 +135,13 @@ class Training:
             cpu=torch.device(device).type == "cpu",
         )
         self.spec, self.plan, self.batches, self.record_every = spec, plan, batches, record_every
-        self.noise_scheduler = noise_scheduler
+        self.adapter = adapter
+        adapter.prepare_training(model)
         self.device = self.accelerator.device
-        self.pretrained = pretrained.eval().requires_grad_(False).to(self.device) if pretrained is not None else None
-        optimizer = torch.optim.AdamW(
-            model.to(self.device).train().parameters(),
-            lr=spec.learning_rate,
-            betas=spec.adam_betas,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
+        self.teacher = teacher.to(self.device) if teacher is not None else None
+        if spec.gradient_checkpointing:
+            cast(Any, model).enable_gradient_checkpointing()  # diffusers' own, which torch does not declare.
+        optimizer = build_optimizer(model.to(self.device).train().parameters(), spec)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.lr_scheduler = get_scheduler(
             spec.lr_scheduler,
@@ -161,9 +165,9 @@ class Training:
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; raised before such a state could be saved.
             TimestepHistogramError: the timesteps drawn contradict the sampler.
-            FrozenModelChangedError: the pretrained model is not what it was at the start.
+            FrozenModelChangedError: the teacher is not what it was at the start.
         """
-        frozen_digest = model_digest(self.pretrained) if self.pretrained is not None else None
+        frozen_digests = self.teacher.digests() if self.teacher is not None else None
         first_batch = self.global_step * self.spec.gradient_accumulation_steps
         batches = enumerate(self.batches(first_batch), start=first_batch)
         sums = _Sums()
@@ -175,49 +179,53 @@ class Training:
                 sums = _Sums()
         draws_per_decision = self.spec.batch_size if self.plan.sampler.per_batch_mirrored else 1
         check_histogram(self.timestep_counts, self.plan.sampler, draws_per_decision=draws_per_decision)
-        if self.pretrained is not None and model_digest(self.pretrained) != frozen_digest:
-            raise FrozenModelChangedError(f"The frozen pretrained model changed while {self.plan.label} was trained.")
+        if self.teacher is not None and self.teacher.digests() != frozen_digests:
+            raise FrozenModelChangedError(f"A frozen model changed while {self.plan.label} was trained.")
 
     def _record_is_due(self) -> bool:
         step = self.global_step
         return step % self.record_every == 0 or step % self.spec.checkpoint_every == 0 or step == self.plan.num_steps
 
-    def _optimizer_step(self, batches: Iterator[tuple[int, torch.Tensor]], sums: _Sums) -> torch.Tensor:
+    def _optimizer_step(self, batches: Iterator[tuple[int, EncodedBatch]], sums: _Sums) -> torch.Tensor:
         """Returns diffusion loss, consistency loss and gradient norm, float32 (3,), on the device."""
         losses = torch.zeros(2, device=self.device)
         grad_norm = torch.zeros((), device=self.device)
         accumulation = self.spec.gradient_accumulation_steps
         for _ in range(accumulation):
-            number, clean_images = next(batches)
+            number, batch = next(batches)
             with self.accelerator.accumulate(self.model):
-                diffusion, consistency = self._losses(number, clean_images.to(self.device))
-                self.accelerator.backward(diffusion + self.plan.consistency_weight * consistency)
+                diffusion, consistency = self._losses(number, batch.to(self.device))
+                self.accelerator.backward(self._weighted(diffusion, consistency))
                 if self.accelerator.sync_gradients:
                     grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
-            sums.num_images += len(clean_images)
+            sums.num_images += len(batch)
         sums.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         self.ema.step(self.model.parameters())
         return torch.cat([losses, grad_norm[None]])
 
-    def _losses(self, number: int, clean_images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _losses(self, number: int, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        clean, process = batch.latents, self.adapter.noise_process
         rng = generator("training", self.plan.seed, number, device=self.device)
         torch.manual_seed(derive_seed("dropout", self.plan.seed, number))
-        noise = torch.randn(clean_images.shape, generator=rng, device=self.device)
-        timesteps = self.plan.sampler(len(clean_images), rng)
+        noise = torch.randn(clean.shape, generator=rng, device=self.device)
+        timesteps = self.plan.sampler(len(batch), rng)
         self.timestep_counts += torch.bincount(timesteps.cpu(), minlength=len(self.timestep_counts))
-        noisy_images = self.noise_scheduler.add_noise(clean_images, noise, timesteps)
-        target = training_target(self.noise_scheduler, clean_images, noise, timesteps)
-        prediction = self.model(noisy_images, timesteps).sample
+        noisy, target = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
+        told = process.model_timesteps(timesteps)
+        prediction = self.adapter.predict(self.model, noisy, told, batch.conditioning)
         diffusion = diffusion_loss(prediction, target)
-        if self.pretrained is None:
+        if self.teacher is None:
             return diffusion, torch.zeros_like(diffusion)
-        with torch.no_grad(), self.accelerator.autocast():
-            pretrained_prediction = self.pretrained(noisy_images, timesteps).sample
-        return diffusion, consistency_loss(prediction, pretrained_prediction)
+        with self.accelerator.autocast():
+            taught = self.teacher.predict(self.adapter, noisy, timesteps, batch.conditioning)
+        return diffusion, consistency_loss(prediction, taught)
+
+    def _weighted(self, diffusion: T, consistency: T) -> T:
+        return self.plan.diffusion_weight * diffusion + self.plan.consistency_weight * consistency
 
     def _record(self, sums: _Sums) -> TrainingProgress:
         values = torch.stack(sums.steps).cpu()
@@ -230,7 +238,7 @@ class Training:
         return TrainingProgress(
             global_step=self.global_step,
             num_steps=self.plan.num_steps,
-            loss=diffusion + self.plan.consistency_weight * consistency,
+            loss=self._weighted(diffusion, consistency),
             diffusion_loss=diffusion,
             consistency_loss=consistency,
             learning_rate=sums.learning_rate,

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deme_core.checkpoint import Checkpoint, save_tensors
 from deme_core.training import Training
 
@@ -18,8 +20,8 @@ def save_checkpoint(training: Training, folder: Path) -> None:
     for name, shadow in zip(names, training.ema.shadow_params, strict=True):
         tensors[f"ema.{name}"] = shadow
     for index, moments in training.optimizer.state_dict()["state"].items():
-        for moment, value in moments.items():
-            tensors[f"optimizer.{moment}.{names[index]}"] = value
+        for moment, value in _flat(moments).items():
+            tensors[f"optimizer.{moment}.{names[index]}"] = torch.as_tensor(value)
     tensors["timestep_counts"] = training.timestep_counts
     scaler = training.accelerator.scaler
     state: dict[str, Any] = {
@@ -47,7 +49,9 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
     moments = sorted({key.split(".")[1] for key in checkpoint if key.startswith("optimizer.")})
     optimizer_state["state"] = {
         index: {
-            moment: checkpoint[key].clone() for moment in moments if (key := f"optimizer.{moment}.{name}") in checkpoint
+            moment: _restored(checkpoint[key])
+            for moment in moments
+            if (key := f"optimizer.{moment}.{name}") in checkpoint
         }
         for index, name in enumerate(names)
     }
@@ -59,3 +63,16 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
         training.accelerator.scaler.load_state_dict(state["scaler"])
     training.timestep_counts = checkpoint["timestep_counts"].clone()
     training.global_step = state["global_step"]
+
+
+def _flat(moments: dict[str, Any]) -> dict[str, Any]:
+    """Returns the moments of one parameter; bitsandbytes wraps some in a dict of their own, and reads either."""
+    flat: dict[str, Any] = {}
+    for name, value in moments.items():
+        flat |= value if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _restored(moment: torch.Tensor) -> torch.Tensor | int:
+    """Returns a moment as its optimizer holds it: torch counts steps in a float32 tensor, bitsandbytes in an int."""
+    return int(moment) if moment.dtype == torch.int64 else moment.clone()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 Verdict = Literal["better", "worse", "too close to call"]
 
@@ -105,14 +106,32 @@ def image_difference(candidate: RowScores, baseline: RowScores, confidence: floa
             draws the same, however many are asked for.
         confidence: the interval's coverage, in (0, 1).
     """
-    from scipy.special import ndtri
-
     mean = paired_difference(candidate.by_seed, baseline.by_seed, confidence).mean
     num_shared = _num_shared_resamples(candidate, baseline)
     ours, theirs = ([seed[:num_shared] for seed in row.replicates] for row in (candidate, baseline))
     shifts = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    half_width = float(ndtri((1 + confidence) / 2)) * float(shifts.mean(axis=0).std(ddof=1))
+    return _bootstrap_interval(mean, shifts, confidence)
+
+
+def _bootstrap_interval(mean: float, replicates: npt.NDArray[np.float64], confidence: float) -> Interval:
+    """Returns mean ± z · s*, with s* the standard deviation over the resamples of the mean over seeds of (S, B)."""
+    from scipy.special import ndtri
+
+    half_width = float(ndtri((1 + confidence) / 2)) * float(replicates.mean(axis=0).std(ddof=1))
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
+
+
+def row_intervals(row: RowScores, confidence: float = 0.95) -> dict[str, Interval]:
+    """Returns the intervals of one row's score: over ``seeds``, and over ``images`` where they were resampled.
+
+    They say how far the score itself depends on seeds and images. What two rows differ by varies less, since they
+    share both: whether one is better is for `compare` to say.
+    """
+    found = {"seeds": interval(row.by_seed, confidence)}
+    if (num_resamples := _num_shared_resamples(row)) >= 2:
+        replicates = np.asarray([seed[:num_resamples] for seed in row.replicates], dtype=np.float64)
+        found["images"] = _bootstrap_interval(found["seeds"].mean, replicates, confidence)
+    return found
 
 
 def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> dict[str, Interval]:

@@ -3,14 +3,15 @@
 import json
 import os
 import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from deme_core.errors import DemeError
+from deme_core.errors import DemeError, InputError
 from flows.stack.commands import app as stack_app
 
 app = typer.Typer(
@@ -76,17 +77,39 @@ def evaluate(
 @app.command(epilog="Example: deme compare 3f2a9c41 b07d5512")
 def compare(
     runs: Annotated[list[str], typer.Argument(help="MLflow run ids or their beginnings; the first is the baseline.")],
+    out: Annotated[Path | None, typer.Option(help="Page to write; default one under DEME_HOME/reports.")] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Put several runs in one table, if they were evaluated alike."""
+    """Put several runs in one table and on one page, if they were evaluated alike."""
     from flows.environment import make_folders
 
     make_folders()
     from flows.report_text import print_comparison
-    from tasks.comparison import compare_reports
+    from tasks.comparison import comparable_reports, comparison_table
+    from tasks.comparison_page import write_comparison
 
-    table = compare_reports(runs)
-    _show(table, print_comparison, as_json=json_)
+    reports = comparable_reports(runs)
+    page = write_comparison(reports, out)
+    _show(comparison_table(reports), print_comparison, as_json=json_)
+    # Beside the JSON object, which is the last line of stdout.
+    Console(stderr=json_).print(f"page  {page}", highlight=False, soft_wrap=True)
+
+
+@app.command(epilog="Example: deme report 3f2a9c41 --open")
+def report(
+    run: Annotated[str | None, typer.Argument(help="MLflow run id or its beginning; default the newest run.")] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in a browser.")] = False,
+) -> None:
+    """Print the path of a run's page, fetching the page if the run was done elsewhere."""
+    from flows.environment import make_folders
+
+    make_folders()
+    from tasks.run_page import fetch_page
+
+    path = fetch_page(run)
+    Console().print(str(path), highlight=False, soft_wrap=True)
+    if open_ and not webbrowser.open(path.as_uri()):
+        raise InputError(f"There is no browser here; open {path} in one.")
 
 
 def _show(content: dict[str, Any], show: Callable[[dict[str, Any], Console], None], *, as_json: bool) -> None:
@@ -126,11 +149,14 @@ def _run_flow(
 def export(
     out: OutOption,
     run: Annotated[str | None, typer.Argument(help="MLflow run id or its beginning; default the newest run.")] = None,
+    row: Annotated[
+        Literal["merged", "distilled"], typer.Option(help="Which model; distilled where the recipe distills.")
+    ] = "merged",
 ) -> None:
     """Write the merged model of a run as a folder that stock diffusers loads."""
     from flows.model_commands import export_model
 
-    Console().print(f"wrote {export_model(run, out)}", highlight=False, soft_wrap=True)
+    Console().print(f"wrote {export_model(run, out, row)}", highlight=False, soft_wrap=True)
 
 
 @app.command(
@@ -154,8 +180,14 @@ def generate(
     out: OutOption,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="Names the set of images.")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim or ddpm.")] = "ddim",
+    sampler: Annotated[
+        str | None, typer.Option(help="ddim or ddpm; flow_match_euler for flow-matching models.", show_default="ddim")
+    ] = None,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
+    prompts: Annotated[
+        str | None, typer.Option(help="Path or URI of prompts, for a model that takes text; image i has prompt i.")
+    ] = None,
+    guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change the images.")] = 64,
 ) -> None:
     """Generate images as PNG files, the same for any batch size and machine count."""
@@ -168,6 +200,8 @@ def generate(
         seed=seed,
         sampler=sampler,
         num_inference_steps=num_inference_steps,
+        prompts=prompts,
+        guidance_scale=guidance_scale,
         batch_size=batch_size,
         console=Console(stderr=True),
     )
@@ -194,12 +228,21 @@ def show_recipe(recipe: RecipeArgument, set_: SetOption = None) -> None:
     print(dump_recipe(load_recipe(recipe, set_ or [])), end="")  # noqa: T201
 
 
-@app.command(epilog="Example: deme doctor")
-def doctor() -> None:
-    """Check that this machine and its settings are fit for a run."""
+@app.command(epilog="Example: deme doctor sd14_coco30k --set dataset.path=/data/coco/train2014")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(help="Name of a recipe, or path of a YAML file: also look for all that it needs.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Check that this machine and its settings are fit for a run, and estimate what a recipe takes."""
+    from deme_core.recipe_file import load_recipe
     from flows.doctor import examine
 
-    raise typer.Exit(0 if examine(Console()) else 1)
+    if recipe is None and set_:
+        raise InputError("--set changes a recipe; name one.")
+    found = load_recipe(recipe, set_ or []) if recipe else None
+    raise typer.Exit(examine(Console(), found))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from prefect.artifacts import create_table_artifact
 from pydantic import Field
 
 from deme_core.metrics import direction
-from tasks.comparison import compare_reports
+from tasks.comparison import comparable_reports, comparison_table
 
 Runs = Annotated[
     list[str],
@@ -25,7 +25,7 @@ def compare_runs(runs: Runs) -> dict[str, Any]:
     Returns:
         Per run: its scores, and the verdict on its model against the first run's.
     """
-    table = compare_reports(runs)
+    table = comparison_table(comparable_reports(runs))
     create_table_artifact(
         key="comparison",
         table=[{"run": run, **row} for run, row in table.items()],

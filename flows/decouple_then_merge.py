@@ -12,16 +12,20 @@ from deme_core.binned_losses import bin_edges
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import recipe_segments
+from flows.confinement import confined_copies
+from flows.encodings import encode_dataset
 from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
+from flows.trainings import Trainings
 from tasks.experts import judge_experts
-from tasks.jobs import FinetuneJob, JobResult
+from tasks.jobs import JobResult
 from tasks.report import write_report
-from tasks.stages import finetune, heldout_loss, obtain_pretrained
+from tasks.run_results import RunResults
+from tasks.stages import heldout_loss, obtain_pretrained
 
-ROWS = ("pretrained", "finetuned", "ensemble", "merged")
+ROWS = ("pretrained", "finetuned", "ensemble", "merged", "distilled")
 
 
 # Threads only wait for worker processes; how many jobs run at once is the worker pool's to say. The two searches wait
@@ -51,11 +55,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 
-    control = _finetune(recipe, pretrained, (edges[0], edges[-1]), "all timesteps", "finetune/all", len(segments))
-    copies = [
-        _finetune(recipe, pretrained, (segment.low, segment.high), f"segment {i} {segment}", f"finetune/segment-{i}")
-        for i, segment in enumerate(segments)
-    ]
+    trainings = Trainings(recipe, pretrained.ref, encode_dataset(recipe, pretrained), segments)
+    control, copies = trainings.control(), trainings.copies()
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
     for_report = first_real_features(recipe, "report")
     for_search = first_real_features(recipe, "search") if recipe.merge.search else None
@@ -72,47 +73,34 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     experts = judge_experts(segments, copy_refs, _results(copy_losses), losses["pretrained"].result())
 
     plan = MergePlan(recipe, pretrained.ref, edges, search_reference.result().ref if search_reference else None)
-    weights = plan.find_weights(tuple(expert.ref for expert in experts if expert.merged), "merge weights")
+    chosen = tuple(expert for expert in experts if expert.merged)
+    refs = tuple(expert.ref for expert in chosen)
+    if recipe.merge.method == "regmean":
+        refs = confined_copies(recipe, pretrained.ref, chosen)
+    weights = plan.find_weights(refs, "merge weights")
     scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
-    merged = plan.merge(tuple(expert.ref for expert in experts if expert.merged), weights, experts, "experts")
+    merged = plan.merge(refs, weights, experts, "experts")
     scaled = plan.merge((control_result.ref,), scale, None, "control")
-    for row, model in {"merged": merged, "finetuned": scaled}.items():
-        rows[row] = submit_row(recipe, row, (model.ref,), None, reference)
-        losses[row] = heldout_loss.submit(model.ref, bins, row)
+    models = {"pretrained": pretrained, "finetuned": scaled, "merged": merged}
+    if recipe.distill:
+        models["distilled"] = trainings.distillation(recipe.distill, merged.ref, copy_refs)
+    for row in ROWS:
+        if row in models and row not in rows:
+            rows[row] = submit_row(recipe, row, (models[row].ref,), None, reference)
+            losses[row] = heldout_loss.submit(models[row].ref, bins, row)
 
-    names = ["all timesteps", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
-    return write_report(
-        rows={row: rows[row].result() for row in ROWS},
-        trainings=dict(zip(names, [control_result, *copy_results], strict=True)),
+    names = ["finetuned", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
+    trained = dict(zip(names, [control_result, *copy_results], strict=True))
+    results = RunResults(
+        rows={row: rows[row].result() for row in ROWS if row in rows},
+        models=models,
+        trainings=trained | {row: model for row, model in models.items() if row == "distilled"},
         losses={row: future.result() for row, future in losses.items()},
         expert_losses=_results(copy_losses),
         experts=experts,
-        merged=merged,
-        scale=scaled.metrics["weights"][0],
         searches={what: found.metrics for what, found in plan.searches.items()},
-        flow_run_id=str(flow_run.id),
     )
-
-
-def _finetune(
-    recipe: Recipe,
-    pretrained: JobResult,
-    bounds: tuple[int, int],
-    label: str,
-    child_name: str,
-    num_shares: int = 1,
-) -> PrefectFuture[JobResult]:
-    """Submits the finetuning of one copy, for ``num_shares`` times the steps of a segment."""
-    job = FinetuneJob(
-        label=label,
-        pretrained=pretrained.ref,
-        dataset=recipe.dataset,
-        finetune=recipe.finetune,
-        low=bounds[0],
-        high=bounds[1],
-        num_steps=recipe.finetune.num_steps * num_shares,
-    )
-    return finetune.submit(job, child_name)
+    return write_report(results, flow_run_id=str(flow_run.id))
 
 
 def _results(futures: Sequence[PrefectFuture[JobResult]]) -> list[JobResult]:

@@ -1,12 +1,16 @@
 """Registers work pools, deployments and automations with a Prefect server; again and again, it changes nothing."""
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from prefect.cli import app as prefect_command
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
@@ -20,6 +24,12 @@ POOLS = {
     "deme-gpu": "Machines with GPUs.",
 }
 PoolType = Literal["process", "docker", "kubernetes"]
+
+
+def import_flows() -> None:
+    """Imports every flow that is deployed; `deploy` would do it later."""
+    for deployment in _read("prefect.yaml")["deployments"]:
+        import_module(deployment["entrypoint"].rpartition(".")[0])
 
 
 def deploy(pool_type: PoolType = "process") -> list[str]:
@@ -65,13 +75,26 @@ def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type
 
 
 def _register_deployments() -> None:
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file"]
-    done = subprocess.run(
-        [*command, str(DEPLOYMENTS_FOLDER / "prefect.yaml")], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        last = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()][-5:]
-        raise DemeError(f"prefect deploy failed: {' '.join(last)}")
+    """Does what `prefect deploy` does, in this process: another one would import Prefect and all flows once more."""
+    arguments = ["--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS_FOLDER / "prefect.yaml")]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), _command_line("prefect", *arguments):
+        try:
+            prefect_command()
+        except SystemExit as end:
+            if end.code:
+                last = [line.strip() for line in said.getvalue().splitlines() if line.strip()][-5:]
+                raise DemeError(f"prefect deploy failed: {' '.join(last)}") from None
+
+
+@contextlib.contextmanager
+def _command_line(*words: str) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = list(words)
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def _make_automation(client: SyncPrefectClient, content: dict[str, Any]) -> None:

@@ -1,14 +1,15 @@
-"""``deme doctor``: is this machine, with these settings, fit for a run?"""
+"""``deme doctor``: is this machine, with these settings, fit for a run, and is all at hand that a recipe needs?"""
 
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 
 from rich.console import Console
 
 from deme_core.errors import DemeError, InputError
+from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from tasks.worker_pool import visible_gpus
@@ -17,8 +18,16 @@ _PACKAGES = ("torch", "diffusers", "accelerate", "prefect", "mlflow", "clean-fid
 _GB = 10**9
 
 
-def examine(console: Console) -> bool:
-    """Prints one line per check; returns whether all passed."""
+def examine(console: Console, recipe: Recipe | None = None) -> int:
+    """Prints one line per check.
+
+    Args:
+        console: where to.
+        recipe: also look for all that it needs, and estimate what it takes.
+
+    Returns:
+        The exit code: 0 if all passed, otherwise that of the worst failure, 2 for what the user can mend.
+    """
     settings = Settings()
     checks: list[tuple[str, Callable[[], str]]] = [
         ("python", platform.python_version),
@@ -29,18 +38,27 @@ def examine(console: Console) -> bool:
         ("MLflow", lambda: _mlflow(settings)),
         ("Prefect", _prefect),
     ]
-    passed = [_passes(console, name, check) for name, check in checks]
-    return all(passed)
+    code = run_checks(console, checks)
+    if recipe is None:
+        return code
+    from flows.recipe_checks import RecipeChecks
+
+    return max(code, run_checks(console, RecipeChecks(recipe, settings)))
 
 
-def _passes(console: Console, name: str, check: Callable[[], str]) -> bool:
+def run_checks(console: Console, checks: Iterable[tuple[str, Callable[[], str]]]) -> int:
+    """Prints one line per check, each done before the next is asked for; returns the exit code of the worst failure."""
+    return max([_exit_code(console, name, check) for name, check in checks], default=0)
+
+
+def _exit_code(console: Console, name: str, check: Callable[[], str]) -> int:
     try:
-        mark, finding = "[green]ok[/]  ", check()
+        mark, finding, code = "[green]ok[/]  ", check(), 0
     except DemeError as error:
-        mark, finding = "[red]FAIL[/]", str(error)
+        mark, finding, code = "[red]FAIL[/]", str(error), error.exit_code
     console.print(f"{mark} {name:<13}", end="", highlight=False)
     console.print(finding, markup=False, highlight=False, soft_wrap=True)
-    return mark.startswith("[green]")
+    return code
 
 
 def _devices() -> str:
@@ -63,7 +81,7 @@ def _store(settings: Settings) -> str:
 
 
 def _mlflow(settings: Settings) -> str:
-    from tasks.tracking import check_tracking
+    from tasks.tracked_runs import check_tracking
 
     check_tracking(settings)
     return settings.tracking_uri

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deme_core.settings import Settings
 from deme_core.store import local_errors
+from tasks.databases import start_from_copy
 
 QUIET = {
     "DO_NOT_TRACK": "1",
@@ -30,6 +31,9 @@ def set_defaults() -> None:
 
 
 def make_folders() -> None:
-    """Makes the folders whose absence would stop a local Prefect server."""
+    """Makes the folder whose absence would stop a local Prefect server, and its database where it will need one."""
+    home = Path(os.environ["PREFECT_HOME"])
     with local_errors(Settings().state_folder):
-        Path(os.environ["PREFECT_HOME"]).mkdir(parents=True, exist_ok=True)
+        home.mkdir(parents=True, exist_ok=True)
+    if not any(os.environ.get(name) for name in ("PREFECT_API_URL", "PREFECT_API_DATABASE_CONNECTION_URL")):
+        start_from_copy("prefect", home / "prefect.db")

@@ -14,8 +14,10 @@ from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from flows.environment import make_folders
 from tasks.remote_pool import RemotePool
-from tasks.runtime import Pool, Runtime, Timing, use_runtime
-from tasks.tracking import Tracker, check_tracking
+from tasks.runtime import Pool, Runtime, use_runtime
+from tasks.timing import Timing
+from tasks.tracked_runs import check_tracking
+from tasks.tracking import Tracker
 from tasks.worker_pool import WorkerPool, plan_slots
 
 # Before any flow starts: a local Prefect server cannot make its own folder's parents.
@@ -43,8 +45,8 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         check_tracking(settings)
         if recipe.evaluate.prompts and recipe.execution.runner == "local":  # Else the path is one of the workers'.
             load_prompts(recipe.evaluate.prompts, settings.cache_folder)
-        tracker = Tracker(settings, experiment=recipe.name, run_name=f"{recipe.name}-{str(flow_run.id)[:8]}")
-        tracker.log_params(tracker.run_id, flatten(recipe))
+        tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
+        tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
         tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})
         artifacts = ArtifactStore(store, settings.cache_folder)

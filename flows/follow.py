@@ -11,7 +11,7 @@ from rich.console import Console
 
 from deme_core.errors import DemeError, InputError
 from deme_core.settings import Settings
-from tasks.tracking import find_report
+from tasks.tracked_runs import find_report
 
 _POLL_SECONDS = 1.0
 

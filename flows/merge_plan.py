@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from prefect.futures import PrefectFuture
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import MethodSpec, Recipe
+from deme_core.recipe import MethodSpec, Recipe, SearchSpec
 from tasks.experts import Expert
 from tasks.jobs import JobResult, MergeJob, SearchJob
 from tasks.stages import merge, search
@@ -45,7 +45,7 @@ class MergePlan:
             method=_SCALE if is_control else self._method(),
             segment_edges=self.segment_edges,
             is_control=is_control,
-            search=self.recipe.merge.search,
+            search=self._search(self.recipe.merge.search),
             evaluate=self.recipe.evaluate,
             dataset=self.recipe.dataset,
             reference=self.reference,
@@ -71,6 +71,14 @@ class MergePlan:
         method = _SCALE if experts is None else self._method()
         return merge(MergeJob(pretrained=self.pretrained, experts=refs, method=method, weights=weights), what)
 
+    def _search(self, spec: SearchSpec) -> SearchSpec:
+        """Returns the search; confined copies add up to RegMean's merge at weights of 1, so there it starts."""
+        if self.recipe.merge.method == "regmean" and spec.initial_weight is None:
+            return spec.model_copy(update={"initial_weight": 1.0})
+        return spec
+
     def _method(self) -> MethodSpec:
-        """Returns the method without weights and search."""
+        """Returns the method without weights and search; what RegMean does beyond task arithmetic is done before."""
+        if self.recipe.merge.method == "regmean":
+            return _SCALE
         return MethodSpec(**self.recipe.merge.model_dump(include=set(MethodSpec.model_fields)))

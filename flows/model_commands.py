@@ -6,23 +6,24 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast, get_args
 
 from rich.console import Console
 from rich.progress import track
 
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.errors import InputError
+from deme_core.recipe import Sampler
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
 
 
-def export_model(run: str | None, out: Path) -> Path:
-    """Writes the merged model of a run, the newest by default, into the folder ``out``."""
-    from tasks.tracking import find_tag
+def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
+    """Writes the merged or distilled model of a run, by default the newest that has one, into ``out``."""
+    from tasks.tracked_runs import find_tag
 
     settings = Settings()
-    uri = find_tag(settings, "deme.merged.uri", run)
+    uri = find_tag(settings, f"deme.{row}.uri", run)
     prefix, digest = uri.rsplit("/", 1)
     store_uri = prefix.rsplit("/", 1)[0]
     with new_folder(out) as folder:
@@ -51,31 +52,45 @@ def generate_images(
     *,
     num_images: int,
     seed: int,
-    sampler: str,
     num_inference_steps: int,
-    batch_size: int,
     console: Console,
+    batch_size: int = 64,
+    sampler: str | None = None,
+    prompts: str | None = None,
+    guidance_scale: float = 1.0,
 ) -> None:
-    """Writes ``num_images`` PNG files named by image index into the folder ``out``."""
-    if sampler not in ("ddim", "ddpm"):
-        raise InputError(f"--sampler '{sampler}' is neither ddim nor ddpm.")
+    """Writes ``num_images`` PNG files named by image index into the folder ``out``.
+
+    Raises:
+        InputError: the sampler does not fit the model, or it needs prompts.
+    """
+    if sampler not in (None, *get_args(Sampler)):
+        raise InputError(f"--sampler '{sampler}' is none of {', '.join(get_args(Sampler))}.")
     import torch
     from PIL import Image
 
-    from deme_core.generate import Sampling, SingleModel, generate, image_shape
-    from deme_core.model_folder import load_unet, open_model_folder
+    from deme_core.generate import Sampling, SingleModel, generate
+    from deme_core.model_folder import load_denoiser, open_model_folder
     from deme_core.model_source import fetch_source
+    from deme_core.prompts import load_prompts
 
-    folder = open_model_folder(fetch_source(model, revision=None, cache=Settings().cache_folder))
-    sampling = Sampling(cast(Literal["ddim", "ddpm"], sampler), num_inference_steps, batch_size=batch_size)
+    cache = Settings().cache_folder
+    folder = open_model_folder(fetch_source(model, revision=None, cache=cache))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    adapter = folder.adapter(device)
+    sampling = Sampling(
+        cast(Sampler, sampler or adapter.noise_process.samplers[0]),
+        num_inference_steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+    )
     batches = generate(
-        SingleModel(load_unet(folder).eval().to(device)),
-        folder.scheduler_config,
+        SingleModel(load_denoiser(folder).eval().to(device)),
+        adapter,
         sampling,
-        shape=image_shape(folder.unet_config),
         seed=seed,
         indices=range(num_images),
+        prompts=load_prompts(prompts, cache) if prompts else None,
         device=device,
     )
     with new_folder(out) as partial:

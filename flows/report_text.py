@@ -9,29 +9,23 @@ from rich.table import Table
 from deme_core.metrics import direction
 from deme_core.settings import Settings
 
-_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "model")
+_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "distilled", "model")
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
     """Prints what a run found."""
     console.print(_table(report))
-    for baseline in ("pretrained", "finetuned"):
-        verdict = report["verdict"][f"vs_{baseline}"]
-        metric = report["metric"]
-        gain = report["gain"][f"vs_{baseline}"][metric]
-        console.print(
-            f"merged is [bold]{verdict}[/] than {baseline}"
-            if verdict != "too close to call"
-            else f"merged against {baseline}: [bold]{verdict}[/]",
-            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
-            highlight=False,
-        )
+    _print_verdicts("merged", report, report["metric"], console)
+    if "distilled" in report:
+        _print_verdicts("distilled", report["distilled"], report["metric"], console)
     weights = ", ".join(f"{weight:g}" for weight in report["merged"]["weights"])
     lines = [
         f"merge weights  {weights}  (scale of the control: {report['finetuned']['scale']:g})",
         f"merged model   {report['merged']['uri']}",
+        *([f"distilled      {report['distilled']['uri']}"] if "distilled" in report else []),
         f"registry       {_registration(report['registry'])}",
         f"take it out    deme export {report['mlflow_run_id'][:8]} --out merged-model",
+        f"page           {_page(report)}",
         *_pictures(report),
         f"compare runs   {mlflow_command(Settings())}",
         f"took           {_duration(report['seconds'])}",
@@ -39,10 +33,26 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
+def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
+    for baseline in ("pretrained", "finetuned"):
+        verdict, gain = comparison["verdict"][f"vs_{baseline}"], comparison["gain"][f"vs_{baseline}"][metric]
+        console.print(
+            f"{row} is [bold]{verdict}[/] than {baseline}"
+            if verdict != "too close to call"
+            else f"{row} against {baseline}: [bold]{verdict}[/]",
+            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
+            highlight=False,
+        )
+
+
 def print_scores(report: dict[str, Any], console: Console) -> None:
     """Prints the scores of one model."""
     console.print(_table(report))
-    lines = [f"run            {report['mlflow_run_id']}", f"fingerprint    {report['fingerprint']}"]
+    lines = [
+        f"run            {report['mlflow_run_id']}",
+        f"fingerprint    {report['fingerprint']}",
+        f"page           {_page(report)}",
+    ]
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
@@ -58,6 +68,12 @@ def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     for run, row in rows.items():
         table.add_row(run[:8], *row.values())
     console.print(table)
+
+
+def _page(report: dict[str, Any]) -> str:
+    """Returns where the page is, or the command that fetches it from another machine."""
+    path: str = report["page"]["path"]
+    return path if Path(path).exists() else f"deme report {report['mlflow_run_id'][:8]}"
 
 
 def _pictures(report: dict[str, Any]) -> list[str]:

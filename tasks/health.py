@@ -1,13 +1,34 @@
 """Whether a server answers."""
 
+import time
+
 import httpx
 
 from deme_core.errors import InputError
 
+_POLL_SECONDS = 0.2
 
-def check_health(variable: str, address: str) -> None:
-    """Raises InputError, within ten seconds, unless the server at ``address``, named by ``variable``, is healthy."""
-    try:
-        httpx.get(f"{address.rstrip('/')}/health", timeout=10).raise_for_status()
-    except httpx.HTTPError as error:
-        raise InputError(f"{variable} {address} does not answer ({error}); start that server or unset it.") from error
+
+def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
+    """Returns once the server at ``address`` is healthy.
+
+    Args:
+        variable: what names the server.
+        address: its URL.
+        patience: seconds to wait for a server that is starting.
+
+    Raises:
+        InputError: it is not healthy, said within ten seconds and ``patience``.
+    """
+    deadline = time.monotonic() + patience
+    with httpx.Client(timeout=10) as client:
+        while True:
+            try:
+                client.get(f"{address.rstrip('/')}/health").raise_for_status()
+                return
+            except httpx.HTTPError as error:
+                if time.monotonic() >= deadline:
+                    raise InputError(
+                        f"{variable} {address} does not answer ({error}); start that server or unset it."
+                    ) from error
+            time.sleep(_POLL_SECONDS)

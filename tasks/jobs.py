@@ -9,7 +9,18 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec, SearchSpec, TrainingSpec
+from deme_core.recipe import (
+    DatasetSpec,
+    DistillSpec,
+    EvaluateSpec,
+    FinetuneSpec,
+    MethodSpec,
+    RegMeanSpec,
+    SearchSpec,
+    TrainingSpec,
+)
+
+PRETRAINED_STAGE = "pretrained"
 
 
 class Job(BaseModel):
@@ -19,6 +30,7 @@ class Job(BaseModel):
         stage: first part of the artifact's key.
         work: module of `tasks.work` that does the job.
         version: part of the digest; raised when the work starts to give another result.
+        leaves_checkpoints: whether the work can be resumed, and so leaves checkpoints in the store until it is done.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,13 +38,20 @@ class Job(BaseModel):
     stage: ClassVar[str]
     work: ClassVar[str]
     version: ClassVar[int] = 1
+    leaves_checkpoints: ClassVar[bool] = False
+
+    @property
+    def num_generated_images(self) -> int:
+        """How many images the work generates."""
+        return 0
 
 
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
 
-    stage: ClassVar[str] = "pretrained"
+    stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "pretrain"
+    leaves_checkpoints: ClassVar[bool] = True
     dataset: DatasetSpec
     unet: dict[str, Any]
     noise_scheduler: dict[str, Any]
@@ -42,11 +61,45 @@ class PretrainJob(Job):
 class ImportJob(Job):
     """Bring a pretrained diffusers folder into the store, checked, as safetensors."""
 
-    stage: ClassVar[str] = "pretrained"
+    stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "import_model"
     source: str
     revision: str | None = None
     allow_pickle: bool = False
+
+
+class LatentsJob(Job):
+    """Encode a slice of the data set's images by the autoencoder of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first image of the slice, among those of the whole data set.
+        high: end of the slice; it may lie beyond the last image.
+    """
+
+    stage: ClassVar[str] = "latents"
+    work: ClassVar[str] = "latents"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+
+
+class EmbeddingsJob(Job):
+    """Encode a slice of the data set's distinct captions by the text encoders of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first caption of the slice.
+        high: end of the slice; it may lie beyond the last caption.
+    """
+
+    stage: ClassVar[str] = "embeddings"
+    work: ClassVar[str] = "embeddings"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
 
 
 class FinetuneJob(Job):
@@ -55,10 +108,13 @@ class FinetuneJob(Job):
     Attributes:
         label: name for messages; no part of the result.
         num_steps: optimizer steps; N times ``finetune.num_steps`` for the control.
+        latents: the whole data set encoded, slice by slice; without them images are encoded as they are trained on.
+        embeddings: its distinct captions encoded, slice by slice.
     """
 
     stage: ClassVar[str] = "finetune"
     work: ClassVar[str] = "finetune"
+    leaves_checkpoints: ClassVar[bool] = True
     label: str
     pretrained: ArtifactRef
     dataset: DatasetSpec
@@ -66,6 +122,8 @@ class FinetuneJob(Job):
     low: int
     high: int
     num_steps: int
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
 
 
 class RealFeaturesJob(Job):
@@ -161,6 +219,11 @@ class ScoreJob(CandidateJob):
     num_images: int
     reference: ArtifactRef
 
+    @property
+    def num_generated_images(self) -> int:
+        """All seeds' images."""
+        return self.num_images * len(self.seeds)
+
 
 class LossJob(CandidateJob):
     """Measure the denoising loss of one candidate in each segment, on images that no training saw.
@@ -188,6 +251,35 @@ class HeldoutJob(Job):
     edges: tuple[int, ...]
 
 
+class GramsJob(Job):
+    """Measure which inputs the linear maps of a finetuned copy see on its own segment [low, high)."""
+
+    stage: ClassVar[str] = "grams"
+    work: ClassVar[str] = "grams"
+    expert: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+    spec: RegMeanSpec
+
+
+class ConfineJob(Job):
+    """Confine the task vector of an expert to the inputs of its own segment.
+
+    Attributes:
+        grams: of all experts that are merged.
+        index: which of them are this expert's.
+    """
+
+    stage: ClassVar[str] = "confined"
+    work: ClassVar[str] = "confine"
+    pretrained: ArtifactRef
+    expert: ArtifactRef
+    grams: tuple[ArtifactRef, ...]
+    index: int
+    spec: RegMeanSpec
+
+
 class MergeJob(Job):
     """Merge experts into theta_0; with one expert, scale its task vector.
 
@@ -201,6 +293,33 @@ class MergeJob(Job):
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec
     weights: tuple[float, ...]
+
+
+class DistillJob(Job):
+    """Train the merged model on all timesteps to predict what each segment's expert predicts.
+
+    Attributes:
+        label: name for messages; no part of the result.
+        pretrained: theta_0, which holds the frozen parts.
+        merged: where the training starts.
+        experts: what it is taught by, lowest timesteps first.
+        segment_edges: 0, inner edges, T of the experts' segments.
+        latents: as in FinetuneJob.
+        embeddings: as in FinetuneJob.
+    """
+
+    stage: ClassVar[str] = "distilled"
+    work: ClassVar[str] = "distill"
+    leaves_checkpoints: ClassVar[bool] = True
+    label: str
+    pretrained: ArtifactRef
+    merged: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    segment_edges: tuple[int, ...]
+    dataset: DatasetSpec
+    distill: DistillSpec
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
 
 
 class GeneratedImages(BaseModel):
@@ -237,6 +356,11 @@ class GeneratedFeaturesJob(Job):
     low: int
     high: int
 
+    @property
+    def num_generated_images(self) -> int:
+        """The slice's images."""
+        return self.high - self.low
+
 
 class EvaluateJob(Job):
     """Score an image set.
@@ -255,8 +379,8 @@ class EvaluateJob(Job):
     reference: ArtifactRef
 
 
-_TRAINING = (PretrainJob, ImportJob, FinetuneJob)
-_MERGING = (SearchJob, ScoreJob, LossJob, MergeJob)
+_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, DistillJob)
+_MERGING = (GramsJob, ConfineJob, SearchJob, ScoreJob, LossJob, MergeJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}
 

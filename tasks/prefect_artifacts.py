@@ -71,7 +71,7 @@ def _verdict_text(report: Mapping[str, Any], tracker: Tracker) -> str:
         f"- merged model `{report['merged']['uri']}`",
     ]
     if url := tracker.run_url():
-        lines.append(f"- [this run in MLflow]({url})")
+        lines += [f"- [the whole report]({url}/artifacts/report.html)", f"- [this run in MLflow]({url})"]
     return "\n".join(lines) + "\n"
 
 

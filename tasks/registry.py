@@ -1,17 +1,21 @@
-"""The MLflow model registry: each merged model is a version, and the best one so far the champion."""
+"""The MLflow model registry: each merged model is a version, and the best one so far the champion.
+
+MLflow is imported late, as in `tasks.tracking`.
+"""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
-from mlflow.exceptions import MlflowException
+from typing import TYPE_CHECKING, Any, Literal
 
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores, compare, paired_difference
+from tasks.mlflow_client import mlflow_client
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 CHALLENGER, CHAMPION = "challenger", "champion"
 
@@ -45,7 +49,9 @@ def register(
         source: URI of the folder of the merged model, which stock diffusers loads.
         metric: name of the metric that decides.
     """
-    client = MlflowClient(settings.tracking_uri)
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow_client(settings)
     name = f"deme-{report['recipe']}"
     try:
         version = _find_version(client, name, report) or _create_version(
@@ -63,7 +69,7 @@ def register(
     return Registration(name, str(version.version), decision, reason)
 
 
-def _find_version(client: MlflowClient, name: str, report: Mapping[str, Any]) -> ModelVersion | None:
+def _find_version(client: "MlflowClient", name: str, report: Mapping[str, Any]) -> "ModelVersion | None":
     """Returns the version of the same model under the same evaluation: a run served from the store makes no new one."""
     for version in client.search_model_versions(f"name = '{name}'"):
         same_model = version.tags.get("deme.digest") == report["merged"]["digest"]
@@ -73,8 +79,10 @@ def _find_version(client: MlflowClient, name: str, report: Mapping[str, Any]) ->
 
 
 def _create_version(
-    client: MlflowClient, name: str, report: Mapping[str, Any], scores: RowScores, *, source: str, metric: str
-) -> ModelVersion:
+    client: "MlflowClient", name: str, report: Mapping[str, Any], scores: RowScores, *, source: str, metric: str
+) -> "ModelVersion":
+    from mlflow.exceptions import MlflowException
+
     try:
         client.create_registered_model(name, description=f"Merged models of the recipe {report['recipe']}.")
     except MlflowException as error:
@@ -93,7 +101,9 @@ def _create_version(
     return client.create_model_version(name, source=source, run_id=report["mlflow_run_id"], tags=tags)
 
 
-def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
+def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
+    from mlflow.exceptions import MlflowException
+
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
     except MlflowException:
@@ -101,7 +111,7 @@ def _champion(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def _decide(
-    champion: ModelVersion | None, version: ModelVersion, report: Mapping[str, Any], scores: RowScores, metric: str
+    champion: "ModelVersion | None", version: "ModelVersion", report: Mapping[str, Any], scores: RowScores, metric: str
 ) -> tuple[Literal["promoted", "kept"], str]:
     if champion is None:
         verdict = report["verdict"]["vs_pretrained"]

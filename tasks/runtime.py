@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deme_core.artifacts import ArtifactStore
@@ -12,46 +12,11 @@ from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
 from tasks.progress import Event, tell
+from tasks.timing import Timing
 from tasks.tracking import Tracker
 
 Record = dict[str, Any]
 Work = Callable[[Callable[[Record], None], Callable[[], None]], JobResult]
-
-
-@dataclass
-class Timing:
-    """When the jobs of each stage ran, in seconds since the flow run began."""
-
-    started: float = field(default_factory=time.perf_counter)
-    spans: list[tuple[str, float, float]] = field(default_factory=list)
-    storage: float = 0.0
-
-    def add(self, stage: str, began: float, storage_seconds: float) -> None:
-        """Notes that a job of ``stage`` ran from ``began`` (perf_counter) till now."""
-        self.spans.append((stage, began - self.started, time.perf_counter() - self.started))
-        self.storage += storage_seconds
-
-    def seconds(self) -> dict[str, float]:
-        """Returns wall time by stage, ``total``, and what was lost: ``idle`` (no job ran) and ``storage``.
-
-        Stages that run side by side both count their whole time. ``storage`` is spent inside of jobs.
-        """
-        stages = dict.fromkeys(stage for stage, _, _ in self.spans)
-        seconds = {
-            stage: _covered([(low, high) for name, low, high in self.spans if name == stage]) for stage in stages
-        }
-        total = time.perf_counter() - self.started
-        idle = total - _covered([(low, high) for _, low, high in self.spans])
-        return {k: round(v, 2) for k, v in {**seconds, "storage": self.storage, "idle": idle, "total": total}.items()}
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Returns the length of the union of intervals."""
-    covered, reached = 0.0, float("-inf")
-    for low, high in sorted(spans):
-        covered += max(high - max(low, reached), 0.0)
-        reached = max(reached, high)
-    return covered
 
 
 class Pool(Protocol):
@@ -90,7 +55,7 @@ class Runtime:
             on_start()
 
         result = self.pool.run(job, report, on_start=start)
-        self.timing.add(job.stage, began, result.storage_seconds)
+        self.timing.add(job, began, result)
         return result
 
     def run(

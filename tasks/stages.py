@@ -1,6 +1,6 @@
 """One Prefect task per stage. Each has its job done by a worker, records the outcome, returns a small reference."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from prefect import task
@@ -11,14 +11,19 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
+    ConfineJob,
+    DistillJob,
+    EmbeddingsJob,
     EvaluateJob,
     FinetuneJob,
     GeneratedFeaturesJob,
     GeneratedImages,
+    GramsJob,
     HeldoutJob,
     ImportJob,
     Job,
     JobResult,
+    LatentsJob,
     MergeJob,
     PretrainJob,
     RealFeaturesJob,
@@ -28,6 +33,7 @@ from tasks.jobs import (
 from tasks.prefect_artifacts import progress_artifact
 from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
+from tasks.tracking import TrainingLog
 from tasks.weight_search import search_artifact
 
 
@@ -81,30 +87,40 @@ def obtain_pretrained() -> JobResult:
     )
 
 
+@task(name="encode", task_run_name="{job.stage} from {job.low} to {job.high}", **_OPTIONS)
+def encode(job: LatentsJob | EmbeddingsJob) -> JobResult:
+    """Encodes a slice of the data set's images or captions, so that no training has to."""
+    return current_runtime().run(job, task=f"{job.stage} from {job.low}")
+
+
 @task(name="finetune", task_run_name="finetune {job.label}", **_OPTIONS)
 def finetune(job: FinetuneJob, child_name: str) -> JobResult:
     """Finetunes one copy of theta_0."""
     return _train(job, task_name=f"finetune {job.label}", child_name=child_name)
 
 
-def _train(job: PretrainJob | FinetuneJob, *, task_name: str, child_name: str) -> JobResult:
+@task(name="distill", task_run_name="distill {job.label}", **_OPTIONS)
+def distill(job: DistillJob) -> JobResult:
+    """Trains the merged model to predict what the ensemble predicts."""
+    return _train(job, task_name=f"distill {job.label}", child_name="distill")
+
+
+def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child_name: str) -> JobResult:
     runtime = current_runtime()
     tracker = runtime.tracker
     child = tracker.child(child_name)
-    logged: list[Record] = []
-    move_bar = progress_artifact(task_name)
+    training_log, move_bar = TrainingLog(tracker, child), progress_artifact(task_name)
 
-    def log(record: Record) -> None:
+    def on_record(record: Record) -> None:
         if "global_step" in record:
-            tracker.log_training(child, [record])
-            logged.append(record)
+            training_log.add(record)
             move_bar(record["global_step"] / record["num_steps"])
 
-    result = runtime.run(job, task=task_name, child=child, on_record=log)
-    history = result.metrics["history"]
-    if len(logged) < len(history):  # Served from the store, or resumed: the rest is in the manifest.
-        seen = {record["global_step"] for record in logged}
-        tracker.log_training(child, [record for record in history if record["global_step"] not in seen])
+    try:
+        result = runtime.run(job, task=task_name, child=child, on_record=on_record)
+    finally:
+        training_log.flush()
+    training_log.complete(result.metrics["history"])
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
     tracker.finish(child)
@@ -136,7 +152,7 @@ def build_reference(
     """
     runtime = current_runtime()
     job = ReferenceJob(
-        dataset=runtime.recipe.dataset,
+        dataset=runtime.recipe.reference_dataset,
         evaluate=runtime.recipe.evaluate,
         part=part,
         num_for_search=num_for_search,
@@ -156,8 +172,8 @@ def heldout_loss(model: ArtifactRef, edges: tuple[int, ...], what: str) -> JobRe
     child = runtime.tracker.child(f"heldout/{what}")
     job = HeldoutJob(model=model, dataset=runtime.recipe.dataset, edges=edges)
     result = runtime.run(job, task=f"held-out loss of {what}", child=child)
-    for low, loss in zip(edges, result.metrics["bins"], strict=False):
-        runtime.tracker.log_metrics(child, {"heldout_loss": loss}, step=low)
+    by_timestep = {low: {"heldout_loss": loss} for low, loss in zip(edges, result.metrics["bins"], strict=False)}
+    runtime.tracker.log_steps(child, by_timestep)
     runtime.tracker.finish(child)
     return result
 
@@ -180,15 +196,17 @@ def search(job: SearchJob, what: str) -> JobResult:
         return search_artifact(job, runtime.artifacts, lambda jobs: _do_all(jobs, what), report)
 
     result = runtime.follow(work, task=f"search {what}", child=child)
-    for step, candidate in enumerate(result.metrics["candidates"]):
-        weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
-        name = "rough_score" if candidate["rough"] else "score"
-        runtime.tracker.log_metrics(child, {name: candidate["score"], **weights}, step=step)
+    runtime.tracker.log_steps(child, dict(enumerate(map(_candidate_metrics, result.metrics["candidates"]))))
     correlations = {f"rank_correlation/{name}": rho for name, rho in result.metrics["rank_correlation"].items()}
     cost = {name: result.metrics[name] for name in ("num_images", "num_losses")}
     runtime.tracker.log_metrics(child, correlations | cost)
     runtime.tracker.finish(child)
     return result
+
+
+def _candidate_metrics(candidate: Mapping[str, Any]) -> dict[str, float]:
+    weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
+    return {"rough_score" if candidate["rough"] else "score": candidate["score"], **weights}
 
 
 def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:
@@ -200,6 +218,18 @@ def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:
         for future in futures:
             future.wait()
         raise
+
+
+@task(name="grams", task_run_name="inputs of {what}", **_OPTIONS)
+def measure_inputs(job: GramsJob, what: str) -> JobResult:
+    """Measures which inputs the linear maps of a copy see on its own segment."""
+    return current_runtime().run(job, task=f"inputs of {what}")
+
+
+@task(name="confine", task_run_name="confine {what}", **_OPTIONS)
+def confine(job: ConfineJob, what: str) -> JobResult:
+    """Confines the task vector of a copy to the inputs of its own segment."""
+    return current_runtime().run(job, task=f"confine {what}")
 
 
 @task(name="merge", task_run_name="merge {what}", **_OPTIONS)
@@ -242,7 +272,8 @@ def evaluate_row(
     for image_set, slices in zip(images, features, strict=True):
         job = EvaluateJob(images=image_set, features=_refs(slices), evaluate=spec, reference=reference)
         results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})", child=child))
-        runtime.tracker.log_metrics(child, results[-1].metrics["scores"], step=image_set.seed)
+    scores = {image_set.seed: result.metrics["scores"] for image_set, result in zip(images, results, strict=True)}
+    runtime.tracker.log_steps(child, scores)
     runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})
     runtime.tracker.finish(child)
     return results

@@ -1,31 +1,25 @@
-"""Tracking in MLflow: the only module that knows it.
+"""Tracking in MLflow: what a flow run writes there.
 
-Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store.
+Every call names its run explicitly, so parallel tasks never mix. Big weights stay in the object store. MLflow is
+imported where it is first used: that takes a second, in which a flow's workers can be at work already.
 """
 
-import json
-import logging
 import os
-import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlflow import Image, MlflowClient
-from mlflow.entities import Metric, Param, Run, RunTag
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME, MLFLOW_SOURCE_NAME
-
-from deme_core.errors import InputError
 from deme_core.settings import Settings
-from tasks.health import check_health
+from tasks.databases import start_from_copy
+from tasks.mlflow_client import mlflow_client
 
-# The migrations of a new SQLite database are of no interest to anyone.
-for _name in ("alembic", "mlflow"):
-    logging.getLogger(_name).setLevel(logging.WARNING)
+if TYPE_CHECKING:
+    from mlflow.entities import Run
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
+_SECONDS_BETWEEN_RECORDS = 3.0
 
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
@@ -44,11 +38,13 @@ class Tracker:
     def __init__(self, settings: Settings, *, experiment: str, run_name: str) -> None:
         # A run id in the environment would beat the explicit ones.
         os.environ.pop("MLFLOW_RUN_ID", None)
-        if settings.tracking_uri.startswith("sqlite:"):
-            settings.state_folder.mkdir(parents=True, exist_ok=True)
-        self._client, self._ui_url = MlflowClient(settings.tracking_uri), settings.mlflow_ui_url
+        if settings.tracking_uri_override is None:
+            start_from_copy("mlflow", settings.state_folder / "mlflow.db")
+        self._client, self._ui_url = mlflow_client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
+        # A person who sees the run in MLflow knows then what to give to `deme report`, `compare` and `export`.
+        self._client.update_run(self.run_id, name=f"{run_name}-{self.run_id[:8]}")
 
     def _find_experiment(self, settings: Settings, name: str) -> str:
         if found := self._client.get_experiment_by_name(name):
@@ -58,51 +54,68 @@ class Tracker:
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
-        named = {MLFLOW_RUN_NAME: name, MLFLOW_SOURCE_NAME: "deme", **tags}
+        named = {"mlflow.runName": name, "mlflow.source.name": "deme", **tags}
         run: Run = self._client.create_run(self._experiment_id, tags=named, run_name=name)
         return str(run.info.run_id)
 
     def child(self, name: str) -> str:
         """Starts a child run and returns its id."""
-        return self._create_run(name, {MLFLOW_PARENT_RUN_ID: self.run_id})
+        return self._create_run(name, {"mlflow.parentRunId": self.run_id})
 
     def log_params(self, run_id: str, params: Mapping[str, Any]) -> None:
         """Logs settings."""
+        from mlflow.entities import Param
+
         entries = [Param(key, str(value)[:_LONGEST_VALUE]) for key, value in params.items()]
         for start in range(0, len(entries), 100):
             self._client.log_batch(run_id, params=entries[start : start + 100])
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
         """Logs numbers at one step."""
-        now = int(time.time() * 1000)
-        self._log(run_id, [Metric(name, float(value), now, step) for name, value in metrics.items()])
+        self.log_steps(run_id, {step: metrics})
+
+    def log_steps(self, run_id: str, metrics: Mapping[int, Mapping[str, float]]) -> None:
+        """Logs numbers by step, all in one call."""
+        self._log(run_id, [(name, float(value), step) for step, at in metrics.items() for name, value in at.items()])
 
     def log_training(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Logs training progress records, each at its optimizer step."""
-        now = int(time.time() * 1000)
         self._log(
             run_id,
             [
-                Metric(name, float(record[key]), now, int(record["global_step"]))
+                (name, float(record[key]), int(record["global_step"]))
                 for record in records
                 for key, name in _TRAINING_METRICS.items()
             ],
         )
 
-    def _log(self, run_id: str, metrics: list[Metric]) -> None:
+    def _log(self, run_id: str, points: list[tuple[str, float, int]]) -> None:
+        """Logs (name, value, step)."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, step) for name, value, step in points]
         for start in range(0, len(metrics), _METRICS_PER_CALL):
             self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_CALL])
 
     def set_tags(self, run_id: str, tags: Mapping[str, Any]) -> None:
         """Sets tags, all in one call."""
+        from mlflow.entities import RunTag
+
         self._client.log_batch(run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
 
-    def log_file(self, run_id: str, path: Path, folder: str | None = None) -> None:
+    def describe(self, run_id: str, text: str) -> None:
+        """Sets what MLflow shows as the description of a run, on its page and as a column of the table of runs."""
+        self.set_tags(run_id, {"mlflow.note.content": text})
+
+    def log_file(self, run_id: str, path: Path) -> None:
         """Uploads a small file, e.g. a figure."""
-        self._client.log_artifact(run_id, str(path), folder)
+        self._client.log_artifact(run_id, str(path))
 
     def log_image(self, run_id: str, path: Path, key: str) -> None:
         """Uploads a picture so that MLflow's charts show it beside those of other runs."""
+        from mlflow import Image
+
         self._client.log_image(run_id, Image(str(path)), key=key, step=0)
 
     def log_text(self, run_id: str, text: str, name: str) -> None:
@@ -124,47 +137,34 @@ class Tracker:
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
 
-def find_tag(settings: Settings, tag: str, run: str | None) -> str:
-    """Returns a tag of the run whose id begins with ``run``; by default of the newest run that has the tag.
+class TrainingLog:
+    """The progress of one training run, passed on to MLflow some seconds' worth at a time.
 
-    Raises:
-        InputError: there is no such run, or more than one.
+    Args:
+        tracker: of the flow run.
+        run_id: the child run of the training.
     """
-    return str(_find_run(settings, f"tags.`{tag}` != ''", run).data.tags[tag])
 
+    def __init__(self, tracker: Tracker, run_id: str) -> None:
+        self._tracker, self._run_id = tracker, run_id
+        self._waiting: list[Mapping[str, Any]] = []
+        self._seen: set[int] = set()
+        self._flushed = time.monotonic()
 
-def find_report(settings: Settings, *, run: str | None = None, flow_run: str | None = None) -> dict[str, Any]:
-    """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest whole run.
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Takes a record, in the order of steps."""
+        self._waiting.append(record)
+        self._seen.add(record["global_step"])
+        if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_RECORDS:
+            self.flush()
 
-    Raises:
-        InputError: there is no such run, or more than one.
-    """
-    newest = "tags.`deme.merged.uri` != ''" if run is None else "tags.`deme.fingerprint` != ''"
-    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
-    found = _find_run(settings, query, run)
-    with tempfile.TemporaryDirectory() as folder:
-        path = MlflowClient(settings.tracking_uri).download_artifacts(found.info.run_id, "report.json", folder)
-        report: dict[str, Any] = json.loads(Path(path).read_text())
-    return report
+    def complete(self, history: Iterable[Mapping[str, Any]]) -> None:
+        """Adds what was not seen of a history, as that of a training that was resumed or served from the store."""
+        self._waiting += [record for record in history if record["global_step"] not in self._seen]
+        self.flush()
 
-
-def _find_run(settings: Settings, query: str, run: str | None) -> Run:
-    client = MlflowClient(settings.tracking_uri)
-    experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
-    if run is not None:
-        found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
-    if not found:
-        which = f"whose id begins with '{run}'" if run else "that has finished"
-        raise InputError(f"There is no run {which} in {settings.tracking_uri}; `deme run` makes one.")
-    if run is not None and len(found) > 1:
-        raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
-    first: Run = found[0]
-    return first
-
-
-def check_tracking(settings: Settings) -> None:
-    """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
-    if not settings.tracking_uri.startswith("http"):
-        return
-    check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)
+    def flush(self) -> None:
+        """Passes on all that was taken."""
+        if self._waiting:
+            self._tracker.log_training(self._run_id, self._waiting)
+        self._waiting, self._flushed = [], time.monotonic()

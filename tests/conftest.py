@@ -12,6 +12,7 @@ _SHARED = {
     "test_browser.py": "stack",
     "test_watch.py": "stack",
     "test_run.py": "run",
+    "test_report_page.py": "run",
     "test_faults.py": "run",
     "test_bad_input.py": "run",
 }

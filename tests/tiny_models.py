@@ -7,6 +7,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from deme_core.families import Adapter, Unconditional
 from deme_core.model_folder import write_model_folder
 from deme_core.projection import is_projection
 
@@ -124,11 +125,17 @@ def tiny_scheduler(**overrides: Any) -> DDPMScheduler:
     return DDPMScheduler.from_config({**SCHEDULER_CONFIG, **overrides})
 
 
-def write_tiny_folder(path: Path, model: nn.Module, **unet_config: Any) -> Path:
+def tiny_adapter(model: nn.Module | None = None, **scheduler_config: Any) -> Adapter:
+    """Returns the adapter of a UNet2DModel."""
+    config = UNET_CONFIG if model is None else dict(model.config)
+    return Unconditional(denoiser_config=config, scheduler_config={**SCHEDULER_CONFIG, **scheduler_config})
+
+
+def write_tiny_folder(path: Path, model: nn.Module, **denoiser_config: Any) -> Path:
     """Writes ``model``, projections included, as a model folder."""
     write_model_folder(
         path,
-        unet_config={**UNET_CONFIG, **unet_config},
+        denoiser_config={**UNET_CONFIG, **denoiser_config},
         scheduler_config=SCHEDULER_CONFIG,
         tensors=model.state_dict(),
     )

@@ -11,8 +11,11 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.store import StoredObject
 
 MODEL_INDEX = "model_index.json"
-_SUFFIXES = (".json", ".safetensors", ".bin")
-_PARTS = ("unet", "scheduler")
+_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model")
+DENOISERS = ("unet", "transformer")
+_FROZEN = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")
+_NUMBERED = tuple(f"{name}_{number}" for name in ("text_encoder", "tokenizer") for number in (2, 3))
+_PARTS = {*DENOISERS, "scheduler", *_FROZEN, *_NUMBERED}
 # DeMe's own artifacts: a merged model under the prefix must not be taken for a new checkpoint.
 _ARTIFACT = re.compile(r"(?:^|/)upload-[0-9a-f]{32}/")
 
@@ -30,15 +33,20 @@ class Candidate:
     files: Mapping[str, StoredObject]
 
     @property
-    def unet(self) -> str:
-        """Where the denoiser lies: ``unet/``, or empty for the flat layout."""
-        return self._part("unet", "config.json")
+    def denoiser(self) -> str:
+        """Where the denoiser lies: ``unet/``, ``transformer/``, or empty for the flat layout."""
+        transformer = any(file.startswith("transformer/") for file in self.files)
+        return "transformer/" if transformer else self._part("unet", "config.json")
 
     @property
     def configs(self) -> tuple[str, str]:
         """Names of the configs of denoiser and scheduler, whether they are there or not."""
         scheduler = self._part("scheduler", "scheduler_config.json")
-        return f"{self.unet}config.json", f"{scheduler}scheduler_config.json"
+        return f"{self.denoiser}config.json", f"{scheduler}scheduler_config.json"
+
+    def key(self, name: str) -> str:
+        """Key in the listing of one of its files, or, for the empty name, what all of them begin with."""
+        return f"{self.folder}/{name}" if self.folder else name
 
     @cached_property
     def fingerprint(self) -> str:

@@ -3,5 +3,14 @@
 from deme_core.images.batches import TrainingBatches, normalize
 from deme_core.images.dataset import ImageDataset, load_images
 from deme_core.images.subset import ImageSubset, split_heldout
+from deme_core.images.training_batch import TrainingBatch
 
-__all__ = ["ImageDataset", "ImageSubset", "TrainingBatches", "load_images", "normalize", "split_heldout"]
+__all__ = [
+    "ImageDataset",
+    "ImageSubset",
+    "TrainingBatch",
+    "TrainingBatches",
+    "load_images",
+    "normalize",
+    "split_heldout",
+]

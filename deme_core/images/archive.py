@@ -3,13 +3,15 @@
 import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from deme_core.errors import DatasetError
+from deme_core.images.metadata import is_metadata_name, read_columns
 from deme_core.images.pixels import BrokenImageError
-from deme_core.images.source import is_image_name, stat_listing
+from deme_core.images.source import Column, is_image_name, stat_listing
 
 
 class ZipSource:
@@ -39,10 +41,31 @@ class ZipSource:
 
     def read(self, index: int) -> bytes:
         """Read one member and check its CRC."""
+        return self._content(self._names[index])
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """Keys of the metadata, and the folder that an image lies in."""
+        return list(self._columns)
+
+    def column(self, name: str) -> Column | None:
+        """One key of the metadata, or the folders."""
+        return self._columns.get(name)
+
+    @cached_property
+    def _columns(self) -> dict[str, Column]:
+        names = filter(is_metadata_name, self._zip.namelist())
+        try:
+            files = {name: self._content(name) for name in names}
+            return read_columns(self._names, files, source=self.description)
+        except BrokenImageError as error:
+            raise DatasetError(f"The metadata in {self.description} is damaged; pack it anew.") from error
+
+    def _content(self, name: str) -> bytes:
         if self._process != os.getpid():
             self._open()  # Processes that share a file handle move each other's position.
         try:
-            return self._zip.read(self._names[index])
+            return self._zip.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise BrokenImageError("damaged in the zip") from error
         except OSError as error:

@@ -1,9 +1,10 @@
 """Image data sets: square uint8 images under a fingerprint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -11,20 +12,35 @@ import torch
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
 from deme_core.images.archive import ZipSource
+from deme_core.images.conditioning import Conditioning, read_conditioning
 from deme_core.images.digits import DigitsSource
 from deme_core.images.folder import FolderSource
 from deme_core.images.hub import HubSource
 from deme_core.images.inspection import Inspection, inspect
-from deme_core.images.pixels import PIXELS_VERSION, BrokenImageError, center_crop, decode, resize
-from deme_core.images.remote import fetch_images
+from deme_core.images.pixels import PIXELS_VERSION, BrokenImageError, center_corner, crop, decode, resize
+from deme_core.images.remote import IMAGES, TARS, FileKind, fetch_images
 from deme_core.images.source import ImageSource
-from deme_core.recipe import DatasetSpec
+from deme_core.images.tars import TarSource, find_tars
+from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
 
 DIGITS_RESOLUTION = 8
 
 
+@dataclass(frozen=True, eq=False)
+class ResizedImage:
+    """One image before it is cropped.
+
+    Attributes:
+        pixels: uint8 (C, H, W), 0..255, the shorter side the resolution of the data set.
+        original_size: height and width of the image as it is stored, upright.
+    """
+
+    pixels: torch.Tensor
+    original_size: tuple[int, int]
+
+
 class ImageDataset(Protocol):
-    """Square images, numbered from 0."""
+    """Square images, numbered from 0, with the captions and labels that the recipe asks for."""
 
     @property
     def resolution(self) -> int:
@@ -47,13 +63,33 @@ class ImageDataset(Protocol):
         ...
 
     @property
+    def captions(self) -> Sequence[str] | None:
+        """A text for each image; None where the recipe asks for none."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[int] | None:
+        """A class for each image, from 0; None where the recipe asks for none."""
+        ...
+
+    @property
+    def label_names(self) -> Sequence[str] | None:
+        """Names of the classes; None without labels, or where the source knows numbers only."""
+        ...
+
+    @property
     def fingerprint(self) -> str:
-        """Sha256 over all that decides what a model is trained on: the images, their order, and the augmentation."""
+        """Sha256 over all that decides what a model is trained on: images, captions, labels, order, augmentation."""
+        ...
+
+    @property
+    def example_fingerprint(self) -> str:
+        """Sha256 over images, captions and labels, without augmentation; the reference's where it has images only."""
         ...
 
     @property
     def reference_fingerprint(self) -> str:
-        """Sha256 over what ``image`` returns, in order: unlike ``fingerprint`` it leaves out the augmentation."""
+        """Sha256 over what ``image`` returns, in order; neither augmentation, captions nor labels are part of it."""
         ...
 
     def __len__(self) -> int:
@@ -64,8 +100,8 @@ class ImageDataset(Protocol):
         """One image, centre-cropped: uint8 (C, resolution, resolution), 0..255."""
         ...
 
-    def resized(self, index: int) -> torch.Tensor:
-        """One image before it is cropped: uint8 (C, H, W), 0..255, its shorter side ``resolution``."""
+    def resized(self, index: int) -> ResizedImage:
+        """One image before it is cropped."""
         ...
 
 
@@ -73,10 +109,19 @@ class SquareImages:
     """The inspected images of a source, decoded when they are asked for."""
 
     def __init__(
-        self, source: ImageSource, inspection: Inspection, spec: DatasetSpec, *, resolution: int, channels: int
+        self,
+        source: ImageSource,
+        inspection: Inspection,
+        conditioning: Conditioning,
+        spec: DatasetSpec,
+        *,
+        resolution: int,
+        channels: int,
     ):
         self.resolution, self.channels = resolution, channels
         self.num_images, self.num_skipped = len(inspection.indices), inspection.num_skipped
+        self.captions, self.labels = conditioning.captions, conditioning.labels
+        self.label_names = conditioning.label_names
         self._source, self._inspection, self._spec = source, inspection, spec
 
     def __len__(self) -> int:
@@ -84,9 +129,20 @@ class SquareImages:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the images and of their augmentation."""
-        augmentation = {"crop": self._spec.crop, "random_flip": self._spec.random_flip}
-        return sha256_bytes(canonical_json([self.reference_fingerprint, augmentation]).encode())
+        """Identity of the examples and of their augmentation."""
+        augmentation: dict[str, Any] = {"crop": self._spec.crop, "random_flip": self._spec.random_flip}
+        if self._spec.caption_dropout:
+            augmentation["caption_dropout"] = self._spec.caption_dropout
+        return sha256_bytes(canonical_json([self.example_fingerprint, augmentation]).encode())
+
+    @cached_property
+    def example_fingerprint(self) -> str:
+        """Identity of images, captions and labels."""
+        conditioning = {"captions": self.captions, "labels": self.labels}
+        given = {name: list(values) for name, values in conditioning.items() if values is not None}
+        if not given:
+            return self.reference_fingerprint
+        return sha256_bytes(canonical_json([self.reference_fingerprint, given]).encode())
 
     @cached_property
     def reference_fingerprint(self) -> str:
@@ -96,13 +152,15 @@ class SquareImages:
 
     def image(self, index: int) -> torch.Tensor:
         """One image, centre-cropped: uint8 (C, resolution, resolution)."""
-        return center_crop(self.resized(index), self.resolution)
+        pixels = self.resized(index).pixels
+        return crop(pixels, center_corner(pixels, self.resolution), self.resolution)
 
-    def resized(self, index: int) -> torch.Tensor:
-        """One image before it is cropped: uint8 (C, H, W)."""
+    def resized(self, index: int) -> ResizedImage:
+        """One image before it is cropped."""
         position = self._inspection.indices[index]
         try:
-            return resize(decode(self._source.read(position), channels=self.channels), self.resolution)
+            image = decode(self._source.read(position), channels=self.channels)
+            return ResizedImage(resize(image, self.resolution), (image.height, image.width))
         except BrokenImageError as error:
             raise DatasetError(
                 f"{self._source.name(position)} in {self._source.description} was sound and now is not ({error}); "
@@ -111,21 +169,22 @@ class SquareImages:
 
 
 def load_images(
-    spec: DatasetSpec, *, cache: Path, fetch_prefix: Callable[[str, Path], Path] | None = None
+    spec: DatasetSpec, *, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images
 ) -> ImageDataset:
     """Open a data set and verify that each of its images can be decoded.
 
     Args:
         spec: which images.
         cache: folder for downloads and for the results of the verification; may be deleted at any time.
-        fetch_prefix: brings an object-store URI to a local folder or zip below ``cache``; default ``fetch_images``.
+        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
 
     Raises:
-        DatasetError: the images are missing, broken, too few, or cannot be loaded.
+        DatasetError: the images are missing, broken, too few, or cannot be loaded, or have not all the captions or
+            labels that were asked for.
         StoreUnavailableError: their object store cannot be reached.
     """
     channels = spec.channels or (1 if spec.source == "digits" else 3)
-    source = _open_source(spec, cache / "images", fetch_prefix or fetch_images)
+    source = open_source(spec, cache / "images", fetch_prefix)
     inspection = inspect(
         source,
         num_images=spec.num_images,
@@ -134,15 +193,31 @@ def load_images(
         cache=cache / "images",
     )
     resolution = spec.resolution or DIGITS_RESOLUTION
-    return SquareImages(source, inspection, spec, resolution=resolution, channels=channels)
+    conditioning = read_conditioning(source, spec, inspection.indices)
+    return SquareImages(source, inspection, conditioning, spec, resolution=resolution, channels=channels)
 
 
-def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path], Path]) -> ImageSource:
+def open_source(
+    spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images
+) -> ImageSource:
+    """Open where encoded images lie, without reading them; see `load_images`.
+
+    Args:
+        spec: which images.
+        cache: folder for downloads.
+        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
+
+    Raises:
+        DatasetError: there are no such images.
+        StoreUnavailableError: their object store cannot be reached.
+    """
     if spec.source == "digits":
         return DigitsSource()
     if spec.source == "hub":
         return HubSource(spec)
-    path = _local_path(str(spec.path), cache, fetch_prefix)
+    if spec.source == "webdataset":
+        return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS)))
+    path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES))
     if path.is_dir():
         return FolderSource(path)
     if path.suffix.lower() == ".zip" and path.is_file():
@@ -152,11 +227,18 @@ def _open_source(spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Pa
     raise DatasetError(f"There is no folder or zip {path}; check dataset.path.")
 
 
-def _local_path(path: str, cache: Path, fetch_prefix: Callable[[str, Path], Path]) -> Path:
+def _open_tars(spec: DatasetSpec, path: Path) -> ImageSource:
+    if not path.exists():
+        raise DatasetError(f"There is no folder or tar {path}; check dataset.path.")
+    tars, root = find_tars(path)
+    return TarSource(tars, root, None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column)
+
+
+def _local_path(path: str, fetch: Callable[[str], Path]) -> Path:
     if path.startswith("file:///"):
         return Path(unquote(urlsplit(path).path))
     if path.startswith("s3://"):
-        return fetch_prefix(path, cache)
+        return fetch(path)
     if "://" in path:
-        raise DatasetError("dataset.path must be a folder, a zip, file:///PATH or s3://BUCKET/PREFIX.")
+        raise DatasetError("dataset.path must be a folder, a zip or tar, file:///PATH or s3://BUCKET/PREFIX.")
     return Path(path).expanduser()

@@ -1,11 +1,12 @@
 """A data set of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` understands."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deme_core.errors import DatasetError
 from deme_core.images.pixels import BrokenImageError
-from deme_core.images.source import stat_listing
+from deme_core.images.source import Column, stat_listing
 from deme_core.recipe import DatasetSpec
 
 
@@ -15,7 +16,8 @@ class HubSource:
     def __init__(self, spec: DatasetSpec) -> None:
         self.description = f"split '{spec.split}' of the data set {spec.path}"
         self._column = spec.image_column
-        self._images = _undecoded(_load(spec), self._column, self.description)
+        self._table = _load(spec)
+        self._images = _undecoded(self._table, self._column, self.description)
         self.listing = _listing(self._images, spec)
 
     def __len__(self) -> int:
@@ -41,6 +43,42 @@ class HubSource:
                 "load the data set anew."
             ) from error
 
+    @property
+    def columns(self) -> Sequence[str]:
+        """All columns but the images."""
+        return [name for name in self._table.column_names if name != self._column]
+
+    def column(self, name: str) -> Column | None:
+        """One column, with the names of its classes where it has them."""
+        if name not in self.columns:
+            return None
+        names = getattr(self._table.features[name], "names", None)
+        return Column(self._table.with_format(None)[name][:], names)
+
+
+def count_rows(spec: DatasetSpec) -> int | None:
+    """Return the number of rows of a split without fetching it; None where its description does not say.
+
+    Raises:
+        DatasetError: the data set cannot be reached, or is known not to have the split or one of the columns.
+    """
+    import datasets
+
+    folder = Path(str(spec.path)).expanduser()
+    try:
+        info = datasets.load_dataset_builder(str(folder) if folder.is_dir() else str(spec.path), name=spec.name).info
+    except Exception as error:  # As below.
+        raise _cannot_load(spec, error) from error
+    if info.splits and spec.split not in info.splits:
+        raise DatasetError(f"The data set {spec.path} has the splits {', '.join(info.splits)}; set dataset.split.")
+    wanted = [spec.image_column, *filter(None, [spec.caption_column, spec.label_column])]
+    if info.features and (absent := [name for name in wanted if name not in info.features]):
+        raise DatasetError(
+            f"Column '{absent[0]}' is not in the data set {spec.path}, which has {', '.join(info.features)}; check "
+            "dataset.image_column, caption_column and label_column."
+        )
+    return info.splits[spec.split].num_examples if info.splits else None
+
 
 def _load(spec: DatasetSpec) -> Any:
     import datasets
@@ -50,10 +88,14 @@ def _load(spec: DatasetSpec) -> Any:
     try:
         return datasets.load_dataset(str(folder) if folder.is_dir() else path, name=spec.name, split=spec.split)
     except Exception as error:  # Builders, file systems and HTTP clients each raise their own.
-        raise DatasetError(
-            f"Cannot load split '{spec.split}' of the data set {path} ({_first_line(error)}); check dataset.path, name "
-            "and split, and the network."
-        ) from error
+        raise _cannot_load(spec, error) from error
+
+
+def _cannot_load(spec: DatasetSpec, error: Exception) -> DatasetError:
+    return DatasetError(
+        f"Cannot load split '{spec.split}' of the data set {spec.path} ({_first_line(error)}); check dataset.path, "
+        "name and split, and the network."
+    )
 
 
 def _undecoded(table: Any, column: str, description: str) -> Any:

@@ -1,5 +1,6 @@
 """From encoded bytes to pixels, bit for bit as diffusers' unconditional training example does it."""
 
+from collections.abc import Sequence
 from io import BytesIO
 
 import numpy as np
@@ -62,7 +63,19 @@ def resize(image: Image.Image, resolution: int) -> torch.Tensor:
     return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def center_crop(pixels: torch.Tensor, resolution: int) -> torch.Tensor:
-    """Cut the middle square out of (C, H, W); returns (C, resolution, resolution)."""
+def center_corner(pixels: torch.Tensor, resolution: int) -> tuple[int, int]:
+    """Top and left of the middle square of (C, H, W)."""
     top, left = (round((side - resolution) / 2.0) for side in pixels.shape[-2:])
+    return top, left
+
+
+def random_corner(pixels: torch.Tensor, draws: Sequence[float], resolution: int) -> tuple[int, int]:
+    """Top and left of any square within (C, H, W), for two draws in [0, 1)."""
+    top, left = (int(draw * (side - resolution + 1)) for draw, side in zip(draws, pixels.shape[-2:], strict=True))
+    return top, left
+
+
+def crop(pixels: torch.Tensor, corner: tuple[int, int], resolution: int) -> torch.Tensor:
+    """Cut a square out of (C, H, W), from its top left corner on; returns (C, resolution, resolution)."""
+    top, left = corner
     return pixels[:, top : top + resolution, left : left + resolution].contiguous()

@@ -1,35 +1,62 @@
 """Image files in an object store, brought into the local cache."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import DatasetError, InputError, StoreUnavailableError
+from deme_core.images.metadata import is_metadata_name
 from deme_core.images.source import is_image_name
+from deme_core.images.tars import TAR_SUFFIX, is_tar_name
 from deme_core.store import ObjectStore, open_store
 
 
-def fetch_images(uri: str, cache: Path) -> Path:
-    """Download the images below an object-store prefix, or one zip.
+@dataclass(frozen=True)
+class FileKind:
+    """What is looked for below a prefix.
+
+    Attributes:
+        what: what messages call one such file.
+        packed_suffix: a URI with this ending is one file that holds all images.
+        is_wanted: whether a key below a prefix is needed.
+        is_enough: whether a key makes the prefix a data set.
+    """
+
+    what: str
+    packed_suffix: str
+    is_wanted: Callable[[str], bool]
+    is_enough: Callable[[str], bool]
+
+
+IMAGES = FileKind("image", ".zip", lambda key: is_image_name(key) or is_metadata_name(key), is_image_name)
+TARS = FileKind("tar", TAR_SUFFIX, is_tar_name, is_tar_name)
+
+
+def fetch_images(uri: str, cache: Path, kind: FileKind = IMAGES) -> Path:
+    """Download the images below an object-store prefix, or one file that holds them all.
 
     What an earlier call has already brought is kept, whole files only, also when that call was killed.
 
     Args:
-        uri: ``s3://bucket/prefix`` or ``s3://bucket/name.zip``.
+        uri: ``s3://bucket/prefix``, or ``s3://bucket/name.zip`` or ``.tar``.
         cache: where downloads are kept, each version of the prefix in a folder of its own.
+        kind: image files and their metadata, or tars.
 
     Returns:
-        The local folder, or the local zip.
+        The local folder, or the local zip or tar.
 
     Raises:
-        DatasetError: there is no image, or no such kind of URI.
+        DatasetError: there is no such file, or no such kind of URI.
         StoreUnavailableError: the store cannot be reached.
     """
-    is_zip = uri.lower().endswith(".zip")
-    parent, _, name = uri.rpartition("/") if is_zip else (uri, "", "")
+    is_packed = uri.lower().endswith(kind.packed_suffix)
+    parent, _, name = uri.rpartition("/") if is_packed else (uri, "", "")
     store = _open(parent)
-    objects = [o for o in store.list(name) if (o.key == name if is_zip else is_image_name(o.key))]
-    if not objects:
-        raise DatasetError(f"There is no {'such zip' if is_zip else 'image'} at {uri}; check dataset.path.")
+    objects = [o for o in store.list(name) if (o.key == name if is_packed else kind.is_wanted(o.key))]
+    if not any(is_packed or kind.is_enough(o.key) for o in objects):
+        what = f"such {kind.packed_suffix[1:]}" if is_packed else kind.what
+        raise DatasetError(f"There is no {what} at {uri}; check dataset.path.")
     return download_once(store, objects, cache / "downloads" / listing_version(uri, objects)) / name
 
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
-from deme_core.images.dataset import ImageDataset
+from deme_core.images.dataset import ImageDataset, ResizedImage
 from deme_core.seeds import derive_seed
+
+T = TypeVar("T")
 
 _MAX_HELDOUT = 500
 
@@ -19,28 +22,44 @@ class ImageSubset:
     def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
         self.resolution, self.channels = dataset.resolution, dataset.channels
         self.num_images, self.num_skipped = len(indices), dataset.num_skipped
-        self._dataset, self._indices = dataset, list(indices)
+        self.captions, self.labels = _picked(dataset.captions, indices), _picked(dataset.labels, indices)
+        self.label_names = dataset.label_names
+        self.dataset, self._indices = dataset, list(indices)
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Numbers of the images in the whole data set."""
+        return self._indices
 
     def __len__(self) -> int:
         return self.num_images
 
     @cached_property
     def fingerprint(self) -> str:
-        """Identity of the images and of their augmentation."""
-        return sha256_bytes(canonical_json([self._dataset.fingerprint, self._indices]).encode())
+        """Identity of the examples and of their augmentation."""
+        return sha256_bytes(canonical_json([self.dataset.fingerprint, self._indices]).encode())
+
+    @cached_property
+    def example_fingerprint(self) -> str:
+        """Identity of images, captions and labels."""
+        return sha256_bytes(canonical_json([self.dataset.example_fingerprint, self._indices]).encode())
 
     @cached_property
     def reference_fingerprint(self) -> str:
         """Identity of what ``image`` returns."""
-        return sha256_bytes(canonical_json([self._dataset.reference_fingerprint, self._indices]).encode())
+        return sha256_bytes(canonical_json([self.dataset.reference_fingerprint, self._indices]).encode())
 
     def image(self, index: int) -> torch.Tensor:
         """One image, centre-cropped: uint8 (C, resolution, resolution)."""
-        return self._dataset.image(self._indices[index])
+        return self.dataset.image(self._indices[index])
 
-    def resized(self, index: int) -> torch.Tensor:
-        """One image before it is cropped: uint8 (C, H, W)."""
-        return self._dataset.resized(self._indices[index])
+    def resized(self, index: int) -> ResizedImage:
+        """One image before it is cropped."""
+        return self.dataset.resized(self._indices[index])
+
+
+def _picked(values: Sequence[T] | None, indices: Sequence[int]) -> list[T] | None:
+    return None if values is None else [values[index] for index in indices]
 
 
 def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[ImageSubset, ImageSubset]:

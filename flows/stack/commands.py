@@ -3,9 +3,6 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import typer
@@ -30,7 +27,7 @@ def up(
     """Start Prefect, MLflow, an S3 server and a worker on this machine, and register the deployments."""
     given = {"prefect": prefect_port, "mlflow": mlflow_port, "s3": s3_port}
     console = Console()
-    layout = _stack(console).up({k: v for k, v in given.items() if v}, _deploy_in, gpu=gpu)
+    layout = _stack(console).up({k: v for k, v in given.items() if v}, gpu=gpu)
     console.print(
         f"Prefect  {layout.url('prefect')}\nMLflow   {layout.url('mlflow')}\n"
         'this shell: eval "$(deme env)", then: prefect deployment run deme/full',
@@ -77,6 +74,7 @@ def deploy(
     pool_type: Annotated[
         Literal["process", "docker", "kubernetes"], typer.Option(help="What the work pools start flow runs in.")
     ] = "process",
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that is starting.")] = 0.0,
 ) -> None:
     """Register work pools, deployments and automations with the Prefect server of PREFECT_API_URL."""
     from flows.environment import make_folders
@@ -85,10 +83,12 @@ def deploy(
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         raise DemeError('There is no PREFECT_API_URL; `deme up` starts a server, eval "$(deme env)" names it.')
-    check_health("PREFECT_API_URL", address)
     make_folders()
     from flows.deploy import deploy as register
+    from flows.deploy import import_flows
 
+    import_flows()  # Seconds, in which a server may start.
+    check_health("PREFECT_API_URL", address, patience=wait)
     for name in register(pool_type):
         Console().print(name, highlight=False)
 
@@ -115,16 +115,3 @@ def _stack(console: Console) -> Any:
     from flows.stack.stack import Stack
 
     return Stack(Settings().state_folder, lambda line: console.print(line, style="dim", highlight=False))
-
-
-def _deploy_in(environment: Mapping[str, str]) -> None:
-    # In a process of its own: Prefect reads its settings once, when it is imported.
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "deploy"],
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise DemeError(f"The deployments could not be registered: {done.stderr.strip().removeprefix('deme: ')}")

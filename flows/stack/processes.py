@@ -88,8 +88,16 @@ def find_started_by(stack: str) -> list[psutil.Process]:
 def who_listens(port: int) -> str | None:
     """Returns the name and pid of what listens on a loopback ``port``; None if nothing does, or it is hidden."""
     with contextlib.suppress(psutil.Error):
+        if found := listener(port):
+            return f"{found.name()} (pid {found.pid})"
+    return None
+
+
+def listener(port: int) -> psutil.Process | None:
+    """Returns what listens on a loopback ``port``; None if nothing does, or it is hidden."""
+    with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             listens = connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port
             if listens and connection.pid:
-                return f"{psutil.Process(connection.pid).name()} (pid {connection.pid})"
+                return psutil.Process(connection.pid)
     return None

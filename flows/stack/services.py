@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 import httpx
@@ -18,6 +19,7 @@ from deme_core.errors import InputError, StoreUnavailableError
 from flows.environment import QUIET
 from flows.stack.credentials import Credentials, load_credentials, write_private
 from flows.stack.processes import STACK_VARIABLE
+from tasks.databases import start_from_copy
 
 HOST = "127.0.0.1"
 CPU_POOL, GPU_POOL = "deme-cpu", "deme-gpu"
@@ -38,6 +40,7 @@ class Service:
         command: its command line; no secret is in it.
         environment: all of its environment.
         check: raises unless the service is ready; called again and again while it starts.
+        prepare: makes the files that it needs; called before it is started.
         seconds_to_stop: how long it may take to leave.
     """
 
@@ -46,6 +49,7 @@ class Service:
     command: tuple[str, ...]
     environment: Mapping[str, str]
     check: Callable[[], None]
+    prepare: Callable[[], None] = lambda: None
     seconds_to_stop: float = 15.0
 
 
@@ -100,12 +104,7 @@ class Layout:
 
 def s3(layout: Layout) -> Service:
     """The object store, with its buckets."""
-    data = layout.folder / "s3"
-    data.mkdir(parents=True, exist_ok=True)
-    keys = {"accessKey": layout.credentials.access_key, "secretKey": layout.credentials.secret_key}
-    identity = {"name": "deme", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
-    config = layout.folder / "s3.json"
-    write_private(config, json.dumps({"identities": [identity]}))
+    data, config = layout.folder / "s3", layout.folder / "s3.json"
     ports = {"s3": "s3", "master": "s3_master", "volume": "s3_volume", "filer": "s3_filer", "admin": "s3_admin"}
     return Service(
         name="s3",
@@ -129,25 +128,32 @@ def s3(layout: Layout) -> Service:
             "-s3.allowDeleteBucketNotEmpty=false",
         ),
         environment=layout.environment(),
-        check=lambda: _make_buckets(layout),
+        check=lambda: _check_store(layout),
+        prepare=lambda: _prepare_store(layout, data, config),
     )
 
 
-def _make_buckets(layout: Layout) -> None:
-    from deme_core.s3_store import make_bucket
+def _prepare_store(layout: Layout, data: Path, config: Path) -> None:
+    data.mkdir(parents=True, exist_ok=True)
+    keys = {"accessKey": layout.credentials.access_key, "secretKey": layout.credentials.secret_key}
+    identity = {"name": "deme", "credentials": [keys], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}
+    write_private(config, json.dumps({"identities": [identity]}))
 
-    for name in ("deme", _MLFLOW_BUCKET):
-        make_bucket(
-            name,
-            endpoint_url=layout.url("s3"),
-            access_key=layout.credentials.access_key,
-            secret_key=layout.credentials.secret_key,
-        )
+
+def _check_store(layout: Layout) -> None:
+    from deme_core.s3_store import make_buckets
+
+    _get(f"{layout.url('s3')}/healthz")  # First, since it costs next to nothing while the server is not up.
+    make_buckets(
+        ("deme", _MLFLOW_BUCKET),
+        endpoint_url=layout.url("s3"),
+        access_key=layout.credentials.access_key,
+        secret_key=layout.credentials.secret_key,
+    )
 
 
 def prefect(layout: Layout) -> Service:
     """The Prefect server, on SQLite."""
-    (layout.folder / "prefect").mkdir(parents=True, exist_ok=True)
     command = ("server", "start", "--host", HOST, "--port", str(layout.ports["prefect"]))
     return Service(
         name="prefect",
@@ -155,12 +161,14 @@ def prefect(layout: Layout) -> Service:
         command=(_binary("prefect", layout), *command),
         environment=layout.environment(),
         check=lambda: _get(f"{layout.url('prefect')}/api/health"),
+        prepare=lambda: start_from_copy("prefect", layout.folder / "prefect" / "prefect.db"),
     )
 
 
 def mlflow(layout: Layout) -> Service:
     """The MLflow server: SQLite, artifacts in S3."""
     command = ("server", "--host", HOST, "--port", str(layout.ports["mlflow"]), "--workers", "1")
+    database = layout.folder / "mlflow.db"
     return Service(
         name="mlflow",
         url=layout.url("mlflow"),
@@ -168,13 +176,14 @@ def mlflow(layout: Layout) -> Service:
             _binary("mlflow", layout),
             *command,
             "--backend-store-uri",
-            f"sqlite:///{layout.folder / 'mlflow.db'}",
+            f"sqlite:///{database}",
             "--artifacts-destination",
             f"s3://{_MLFLOW_BUCKET}/artifacts",
         ),
         # The job runners are nine processes of 2 GB in all, for features that DeMe does not use.
         environment=layout.environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
         check=lambda: _get(f"{layout.url('mlflow')}/health"),
+        prepare=lambda: start_from_copy("mlflow", database),
     )
 
 
@@ -190,7 +199,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
     return Service(
         name="worker" if pool == CPU_POOL else "worker-gpu",
         url=f"work pool {pool}",
-        command=(_binary("prefect", layout), "worker", "start", "--pool", pool, "--type", "process", "--name", name),
+        command=(_binary("prefect", layout), "worker", "start", "--name", name, "--pool", pool, "--type", "process"),
         # The default of ten seconds is felt at every start of a run.
         environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "3"},
         check=lambda: _find_worker(layout, pool, name, since),
@@ -201,7 +210,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
 
 def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
     url = f"{layout.url('prefect')}/api/work_pools/{pool}/workers/filter"
-    answer = httpx.post(url, json={}, timeout=5).raise_for_status().json()
+    answer = _http().post(url, json={}).raise_for_status().json()
     for found in answer:
         beat = found.get("last_heartbeat_time")
         is_ours = found["name"] == name and found["status"] == "ONLINE"
@@ -211,7 +220,13 @@ def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
 
 
 def _get(url: str) -> None:
-    httpx.get(url, timeout=5).raise_for_status()
+    _http().get(url).raise_for_status()
+
+
+@cache
+def _http() -> httpx.Client:
+    """One for all: each makes a TLS context, which takes longer than the requests. No proxy leads to loopback."""
+    return httpx.Client(timeout=5, trust_env=False)
 
 
 def _binary(name: str, layout: Layout) -> str:

@@ -3,10 +3,9 @@
 import contextlib
 import fcntl
 import json
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -26,10 +25,9 @@ from flows.stack.processes import (
     stop_tree,
 )
 from flows.stack.services import Layout, Service
+from flows.stack.startup import DeployStart, ServiceStart, Starting, last_words, wait_for
 
 State = Literal["ready", "not answering", "died", "stopped"]
-_SECONDS_TO_START = 120.0
-_POLL_SECONDS = 0.3
 # What is stopped first depends on what is stopped last.
 _STOP_ORDER = ("worker", "mlflow", "prefect", "s3")
 
@@ -68,16 +66,15 @@ class Stack:
         self._folder = home / "stack"
         self._state_path = self._folder / "state.json"
 
-    def up(self, ports: Mapping[str, int], deploy: Callable[[Mapping[str, str]], None], *, gpu: bool) -> Layout:
-        """Starts what does not run, waits until all is ready, and registers the deployments.
+    def up(self, ports: Mapping[str, int], *, gpu: bool) -> Layout:
+        """Starts what does not run, all at once, registers the deployments, and waits until everything is ready.
 
         Args:
             ports: ports the user asks for, by service.
-            deploy: registers pools and deployments with the Prefect server of an environment.
             gpu: also start a worker for the GPU pool.
 
         Raises:
-            DemeError: a service does not start; what this call started is stopped again.
+            DemeError: something does not start; what this call started is stopped again.
         """
         with self._locked():
             state = self._read()
@@ -86,62 +83,45 @@ class Stack:
             self._write({**state, "ports": dict(layout.ports)})
             started: list[str] = []
             try:
-                self._start(layout, deploy, started, gpu=gpu)
+                self._start(layout, started, gpu=gpu)
             except BaseException:
                 self._stop(started)
                 raise
         return layout
 
-    def _start(
-        self, layout: Layout, deploy: Callable[[Mapping[str, str]], None], started: list[str], *, gpu: bool
-    ) -> None:
-        store, prefect, mlflow = services.s3(layout), services.prefect(layout), services.mlflow(layout)
-        waiting = [self._launch(service, started) for service in (store, prefect)]
-        waiting[0]()  # MLflow needs its bucket.
-        waiting.append(self._launch(mlflow, started))
-        waiting[1]()
-        if "prefect" in started or not self._read().get("deployed"):
-            self._say("registering work pools and deployments")
-            deploy(layout.environment())
-            self._write({**self._read(), "deployed": True})
-        for pool in (services.CPU_POOL, *([services.GPU_POOL] if gpu else [])):
-            waiting.append(self._launch(services.worker(layout, pool, since=time.time() - 1.0), started))
-        for wait in waiting:
-            wait()
+    def _start(self, layout: Layout, started: list[str], *, gpu: bool) -> None:
+        with contextlib.ExitStack() as cleanup:
+            prefect = self._launch(services.prefect(layout), started)
+            others: list[Starting] = [
+                self._launch(service, started) for service in (services.mlflow(layout), services.s3(layout))
+            ]
+            if "prefect" in started or not self._read().get("deployed"):
+                self._say("registering work pools and deployments")
+                others.append(cleanup.enter_context(DeployStart(layout.environment(), self._log("deploy"))))
+            wait_for([prefect], beside=others)
+            for pool in (services.CPU_POOL, *([services.GPU_POOL] if gpu else [])):
+                others.append(self._launch(services.worker(layout, pool, since=time.time() - 1.0), started))
+            wait_for(others)
+        self._write({**self._read(), "deployed": True})
 
-    def _launch(self, service: Service, started: list[str]) -> Callable[[], None]:
-        """Starts a service unless it runs; returns what waits until it is ready."""
-        state = self._read()
-        process: subprocess.Popen[bytes] | None = None
-        if self._process(state, service.name) is None:
-            log = self._log(service.name)
-            with local_errors(log):
-                record, process = start_detached(
-                    service.command, environment=service.environment, folder=self._folder, log=log
-                )
-            since = datetime.now(UTC).isoformat(timespec="seconds")
-            entry = {**asdict(record), "since": since, "url": service.url}
-            self._write({**state, "services": {**state["services"], service.name: entry}})
-            started.append(service.name)
-            self._say(f"starting {service.name}")
-        elif service.name.startswith("worker"):
-            return lambda: None  # It was ready when it was started; its heartbeat is older than this call.
-        return lambda: self._wait(service, process)
-
-    def _wait(self, service: Service, process: "subprocess.Popen[bytes] | None") -> None:
-        deadline = time.monotonic() + _SECONDS_TO_START
-        while True:
-            try:
-                return service.check()
-            except Exception as error:  # Whatever a server that is starting answers.
-                if process is not None and process.poll() is not None:
-                    raise DemeError(f"{service.name} stopped at its start: {self._last_words(service.name)}") from error
-                if time.monotonic() > deadline:
-                    raise DemeError(
-                        f"{service.name} at {service.url} was not ready in {_SECONDS_TO_START:.0f} s ({error}); see "
-                        f"{self._log(service.name)}."
-                    ) from error
-            time.sleep(_POLL_SECONDS)
+    def _launch(self, service: Service, started: list[str]) -> Starting:
+        """Starts a service unless it runs."""
+        state, log = self._read(), self._log(service.name)
+        if self._process(state, service.name) is not None:
+            # A worker was ready when it was started; its heartbeat is older than this call.
+            known = replace(service, check=lambda: None) if service.name.startswith("worker") else service
+            return ServiceStart(known, None, log)
+        with local_errors(log):
+            service.prepare()
+            record, process = start_detached(
+                service.command, environment=service.environment, folder=self._folder, log=log
+            )
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        entry = {**asdict(record), "since": since, "url": service.url}
+        self._write({**state, "services": {**state["services"], service.name: entry}})
+        started.append(service.name)
+        self._say(f"starting {service.name}")
+        return ServiceStart(service, process, log)
 
     def down(self) -> list[str]:
         """Stops everything, the worker first; returns the names of what ran."""
@@ -198,7 +178,7 @@ class Stack:
             return ServiceStatus(name, "stopped")
         process = self._process(state, name)
         if process is None:
-            problem = f"pid {entry['pid']} is gone; {self._last_words(name)} `deme up` starts it again."
+            problem = f"pid {entry['pid']} is gone; {last_words(self._log(name))} `deme up` starts it again."
             return ServiceStatus(name, "died", url=entry["url"], problem=problem)
         known = {"url": entry["url"], "pid": entry["pid"], "since": entry["since"]}
         try:
@@ -213,12 +193,6 @@ class Stack:
 
     def _log(self, name: str) -> Path:
         return self._folder / "logs" / f"{name}.log"
-
-    def _last_words(self, name: str) -> str:
-        log = self._log(name)
-        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        return f"{last[:200]} (all of it is in {log})."
 
     def _read(self) -> dict[str, Any]:
         empty: dict[str, Any] = {"ports": {}, "services": {}}

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +20,13 @@ from filelock import FileLock, Timeout
 
 from deme_core.artifacts import ArtifactRef, ArtifactStore
 from deme_core.digests import stage_digest
-from deme_core.images import ImageDataset, load_images, split_heldout
+from deme_core.errors import ArtifactNotFoundError
+from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
+from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
-from tasks.jobs import Job, JobResult
+from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
 from tasks.progress import exhaust
 
 T = TypeVar("T")
@@ -85,10 +87,27 @@ class JobContext:
         with self.storing() as artifacts:
             return artifacts.fetch(ref)
 
+    def open_model(self, ref: ArtifactRef) -> ModelFolder:
+        """Opens the model in an artifact; for a finetuned copy, with the frozen parts of its pretrained model.
+
+        Raises:
+            ArtifactNotFoundError: the pretrained model is not in the store any more.
+        """
+        folder = open_model_folder(self.fetch(ref))
+        if folder.index.pretrained is None:
+            return folder
+        pretrained = self.find(PRETRAINED_STAGE, folder.index.pretrained)
+        if pretrained is None:
+            raise ArtifactNotFoundError(
+                f"The pretrained model {folder.index.pretrained}, which holds the frozen parts of {ref.uri}, is not in "
+                "the store."
+            )
+        return replace(folder, frozen=self.fetch(pretrained))
+
     def publish(
         self, stage: str, digest: str, folder: Path, identity: Identity, metrics: dict[str, Any]
     ) -> ArtifactRef:
-        """Stores the files in ``folder`` as an artifact."""
+        """Stores the files in ``folder`` as an artifact; the folder is gone then."""
         with self.storing() as artifacts:
             return artifacts.publish(
                 stage,
@@ -98,6 +117,7 @@ class JobContext:
                 inputs=identity.inputs,
                 dataset=identity.dataset,
                 metrics=metrics,
+                take_folder=True,
             )
 
     def discard_unfinished(self, digest: str) -> None:
@@ -111,11 +131,11 @@ class JobContext:
         key = spec.model_dump_json()
         return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
 
-    def training_images(self, spec: DatasetSpec) -> ImageDataset:
+    def training_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that training sees."""
         return split_heldout(self.images(spec), spec.num_heldout_images)[0]
 
-    def heldout_images(self, spec: DatasetSpec) -> ImageDataset:
+    def heldout_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that no training sees."""
         return split_heldout(self.images(spec), spec.num_heldout_images)[1]
 
@@ -161,8 +181,11 @@ class JobContext:
             parent.mkdir(parents=True, exist_ok=True)
             folder = tempfile.TemporaryDirectory(dir=parent)
         with folder as name:
+            # A folder in it, since a temporary folder can be read by its owner alone, and this one may be kept.
+            out = Path(name) / "out"
             try:
-                yield Path(name)
+                out.mkdir()
+                yield out
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                     raise
@@ -182,18 +205,17 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
         dataset=identity.dataset,
         version=job.version,
     )
-    ref = context.find(job.stage, digest)
-    cached = True
-    if ref is None:
-        with context.exclusive(digest, report):
-            ref = context.find(job.stage, digest)  # Another run may have made it in the meantime.
-            if ref is None:
-                cached = False
-                with context.scratch_folder() as out:
-                    metrics = exhaust(work.run(job, context, out, digest), report)
-                    ref = context.publish(job.stage, digest, out, identity, metrics)
-    if cached:
-        metrics = context.artifacts.manifest(ref).metrics
-    context.discard_unfinished(digest)
+    with context.exclusive(digest, report):  # Of two runs that want it, one makes it and the other finds it.
+        ref = context.find(job.stage, digest)
+        cached = ref is not None
+        if ref is None:
+            with context.scratch_folder() as out:
+                metrics = exhaust(work.run(job, context, out, digest), report)
+                ref = context.publish(job.stage, digest, out, identity, metrics)
+        else:
+            with context.storing() as artifacts:
+                metrics = artifacts.manifest(ref).metrics
+        if job.leaves_checkpoints:
+            context.discard_unfinished(digest)
     seconds = time.perf_counter() - started
     return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)

@@ -2,24 +2,29 @@
 
 from pathlib import Path
 
-from deme_core.model_folder import load_unet, open_model_folder, write_model_folder
+from deme_core.model_folder import load_denoiser, write_like
 from deme_core.projection import attach_projections
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
 from tasks.jobs import FinetuneJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.training_run import run_training
+from tasks.work.encodings import open_encodings
+from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: FinetuneJob, context: JobContext) -> Identity:
     """Everything but the label and what changes only the speed."""
+    # What was encoded, and how, follows from the data set and the model; how it was sliced changes nothing.
+    cached = {"cache_precision": job.dataset.cache_precision} if job.latents else {}
     return Identity(
         settings={
-            "finetune": job.finetune.model_dump(mode="json", exclude={"checkpoint_every", "num_steps"}),
+            "finetune": job.finetune.model_dump(mode="json", exclude={*SPEED_ONLY, "num_steps"}),
             "segment": [job.low, job.high],
             "num_steps": job.num_steps,
+            **cached,
         },
         inputs={"pretrained": job.pretrained.digest},
         dataset=context.training_images(job.dataset).fingerprint,
@@ -28,11 +33,9 @@ def identity(job: FinetuneJob, context: JobContext) -> Identity:
 
 def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
     """Finetunes, and writes the EMA weights with their projections beside the stock tensors."""
-    from diffusers import DDPMScheduler
-
     images = context.training_images(job.dataset)
-    folder = open_model_folder(context.fetch(job.pretrained))
-    model = load_unet(folder)
+    folder = context.open_model(job.pretrained)
+    model = load_denoiser(folder)
     if job.finetune.channel_projection:
         attach_projections(model)
     plan = TrainingPlan(
@@ -47,17 +50,18 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         consistency_weight=job.finetune.consistency_weight,
         seed=derive_seed("segment", job.finetune.seed, job.low, job.high),
     )
-    pretrained = load_unet(folder) if job.finetune.consistency_weight > 0 else None
+    teacher = Teacher([load_denoiser(folder)]) if job.finetune.consistency_weight > 0 else None
     tensors, metrics = yield from run_training(
         context,
         digest,
         model,
-        DDPMScheduler.from_config(folder.scheduler_config),
+        folder.adapter(context.device),
         images,
         job.dataset,
         job.finetune,
         plan,
-        pretrained,
+        teacher,
+        open_encodings(job, context),
     )
-    write_model_folder(out, unet_config=folder.unet_config, scheduler_config=folder.scheduler_config, tensors=tensors)
+    write_like(out, folder, tensors=tensors, copy_of=job.pretrained.digest)
     return metrics

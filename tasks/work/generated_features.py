@@ -10,7 +10,7 @@ import torch
 from deme_core.feature_file import save_features
 from deme_core.figures import save_image_grid
 from deme_core.generate import Denoiser, Ensemble, SingleModel
-from deme_core.model_folder import load_unet, open_model_folder
+from deme_core.model_folder import load_denoiser
 from deme_core.segments import TimestepSegment
 from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
 from tasks.work.base import Identity, JobContext, Work
@@ -20,7 +20,7 @@ from tasks.work.scoring import build_source, prompt_settings
 
 NUM_SAMPLES_SHOWN = 64
 SAMPLES = "samples.png"
-_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing"}
+_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale"}
 
 
 def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
@@ -49,8 +49,8 @@ def image_inputs(images: GeneratedImages) -> dict[str, str]:
 
 def run(job: GeneratedFeaturesJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the features, CLIP scores where they are asked for, and a grid of the first images of the set."""
-    folders = [open_model_folder(context.fetch(model)) for model in job.images.models]
-    networks = [load_unet(folder).eval().to(context.device) for folder in folders]
+    folders = [context.open_model(model) for model in job.images.models]
+    networks = [load_denoiser(folder).eval().to(context.device) for folder in folders]
     denoiser: Denoiser = SingleModel(networks[0])
     if (edges := job.images.edges) is not None:
         segments = [TimestepSegment(*pair) for pair in itertools.pairwise(edges)]

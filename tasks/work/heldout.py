@@ -4,7 +4,7 @@ from pathlib import Path
 
 from deme_core.binned_losses import mean_loss, save_losses
 from deme_core.heldout_loss import heldout_losses
-from deme_core.model_folder import load_unet, open_model_folder
+from deme_core.model_folder import load_denoiser
 from tasks.jobs import HeldoutJob
 from tasks.work.base import Identity, JobContext, Work
 
@@ -14,20 +14,18 @@ def identity(job: HeldoutJob, context: JobContext) -> Identity:
     return Identity(
         settings={"edges": list(job.edges)},
         inputs={"model": job.model.digest},
-        dataset=context.heldout_images(job.dataset).reference_fingerprint,
+        dataset=context.heldout_images(job.dataset).example_fingerprint,
     )
 
 
 def run(job: HeldoutJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the loss of every image in every bin."""
-    from diffusers import DDPMScheduler
-
     yield {"message": "measuring the held-out loss"}
-    folder = open_model_folder(context.fetch(job.model))
-    model = load_unet(folder).eval().to(context.device)
+    folder = context.open_model(job.model)
+    model = load_denoiser(folder).eval().to(context.device)
     losses = heldout_losses(
         model,
-        DDPMScheduler.from_config(folder.scheduler_config),
+        folder.adapter(context.device),
         context.heldout_images(job.dataset),
         edges=job.edges,
         device=context.device,

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from deme_core.digests import sha256_file
-from deme_core.model_folder import load_unet, open_model_folder, write_model_folder
+from deme_core.digests import sha256_file, spell_infinities
+from deme_core.model_folder import load_denoiser, open_model_folder, write_like
 from deme_core.model_source import fetch_source
 from tasks.jobs import ImportJob
 from tasks.work.base import Identity, JobContext, Work
@@ -14,8 +14,15 @@ def identity(job: ImportJob, context: JobContext) -> Identity:
     """The content of the model's files, wherever they come from."""
     folder = open_model_folder(_fetch(job, context), allow_pickle=job.allow_pickle)
     return Identity(
-        settings={"unet": folder.unet_config, "noise_scheduler": folder.scheduler_config},
-        inputs={file.name: sha256_file(file) for file in folder.weights},
+        settings={
+            folder.index.family.denoiser_part: folder.denoiser_config,
+            "noise_scheduler": spell_infinities(folder.scheduler_config),
+        },
+        inputs={file.name: sha256_file(file) for file in folder.weights}
+        | {
+            file.relative_to(folder.path).as_posix(): sha256_file(file)
+            for file in folder.frozen_files(allow_pickle=job.allow_pickle)
+        },
     )
 
 
@@ -23,13 +30,7 @@ def run(job: ImportJob, context: JobContext, out: Path, digest: str) -> Work:
     """Loads the model strictly and writes it as a diffusers folder."""
     yield {"message": f"importing {job.source}"}
     folder = open_model_folder(_fetch(job, context), allow_pickle=job.allow_pickle)
-    model = load_unet(folder)
-    write_model_folder(
-        out,
-        unet_config=folder.unet_config,
-        scheduler_config=folder.scheduler_config,
-        tensors=model.state_dict(),
-    )
+    write_like(out, folder, tensors=load_denoiser(folder).state_dict(), allow_pickle=job.allow_pickle)
     return describe_model(out)
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from deme_core.live_merge import LiveMerge
 from deme_core.merge_methods.build import build_method
-from deme_core.model_folder import ModelFolder, load_unet, open_model_folder
+from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from tasks.jobs import CandidateJob
 from tasks.work.base import JobContext
 
@@ -21,9 +21,9 @@ def live_merge(job: CandidateJob, context: JobContext) -> tuple[ModelFolder, Liv
 
 
 def _load(job: CandidateJob, context: JobContext) -> tuple[ModelFolder, LiveMerge]:
-    folder = open_model_folder(context.fetch(job.pretrained))
+    folder = context.open_model(job.pretrained)
     experts = [open_model_folder(context.fetch(expert)).checkpoint() for expert in job.experts]
-    return folder, LiveMerge(load_unet(folder).eval().to(context.device), experts)
+    return folder, LiveMerge(load_denoiser(folder).eval().to(context.device), experts)
 
 
 def merge_inputs(job: CandidateJob) -> tuple[dict[str, str], dict[str, Any]]:

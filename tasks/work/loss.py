@@ -21,20 +21,18 @@ def identity(job: LossJob, context: JobContext) -> Identity:
     return Identity(
         settings={"kind": "loss", "segment_edges": list(job.segment_edges)} | merge,
         inputs=inputs,
-        dataset=context.heldout_images(job.dataset).reference_fingerprint,
+        dataset=context.heldout_images(job.dataset).example_fingerprint,
     )
 
 
 def run(job: LossJob, context: JobContext, out: Path, digest: str) -> Work:
     """Returns the mean loss in each segment."""
-    from diffusers import DDPMScheduler
-
     yield {"message": "measuring the held-out loss"}
     folder, merge = live_merge(job, context)
     edges = bin_edges(folder.num_train_timesteps, job.segment_edges)
     losses = heldout_losses(
         merge.model,
-        DDPMScheduler.from_config(folder.scheduler_config),
+        folder.adapter(context.device),
         context.heldout_images(job.dataset),
         edges=edges,
         seed=_SEED,

@@ -5,7 +5,7 @@ from pathlib import Path
 from deme_core.merge import merge_checkpoints
 from deme_core.merge_methods.build import build_method
 from deme_core.model_digest import tensors_digest
-from deme_core.model_folder import open_model_folder, write_model_folder
+from deme_core.model_folder import open_model_folder, write_like
 from deme_core.recipe import MethodSpec
 from tasks.jobs import MergeJob
 from tasks.work.base import Identity, JobContext, Work
@@ -40,6 +40,6 @@ def merge_folders(
     checkpoints = {
         f"expert {index} ({path})": open_model_folder(path).checkpoint() for index, path in enumerate(experts)
     }
-    destination = write_model_folder(out, unet_config=base.unet_config, scheduler_config=base.scheduler_config)
+    destination = write_like(out, base)
     method = build_method(spec, weights, len(experts), base.checkpoint().infos)
     merge_checkpoints(base.checkpoint(), checkpoints, method, destination)

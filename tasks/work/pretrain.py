@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from deme_core.errors import InputError
-from deme_core.model_folder import build_unet, write_model_folder
+from deme_core.families import Unconditional
+from deme_core.model_folder import build_denoiser, write_model_folder
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
@@ -12,7 +13,7 @@ from deme_core.training import TrainingPlan
 from tasks.jobs import PretrainJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.model_description import describe_model
-from tasks.work.training_run import run_training
+from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: PretrainJob, context: JobContext) -> Identity:
@@ -21,7 +22,7 @@ def identity(job: PretrainJob, context: JobContext) -> Identity:
         settings={
             "unet": job.unet,
             "noise_scheduler": job.noise_scheduler,
-            "training": job.training.model_dump(mode="json", exclude={"checkpoint_every"}),
+            "training": job.training.model_dump(mode="json", exclude=SPEED_ONLY),
         },
         dataset=context.training_images(job.dataset).fingerprint,
     )
@@ -36,7 +37,7 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     fixed = {"sample_size": images.resolution, "in_channels": images.channels, "out_channels": images.channels}
     torch.manual_seed(derive_seed("initial weights", job.training.seed))
     try:
-        model = build_unet({"_class_name": "UNet2DModel", **job.unet, **fixed})
+        model = build_denoiser({"_class_name": "UNet2DModel", **job.unet, **fixed})
         noise_scheduler = DDPMScheduler(**job.noise_scheduler)
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"pretrained.unet or pretrained.noise_scheduler cannot be built: {error}.") from error
@@ -48,12 +49,11 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
         num_steps=job.training.num_steps,
         seed=job.training.seed,
     )
-    tensors, metrics = yield from run_training(
-        context, digest, model, noise_scheduler, images, job.dataset, job.training, plan
-    )
+    adapter = Unconditional(denoiser_config=_config(model), scheduler_config=_config(noise_scheduler))
+    tensors, metrics = yield from run_training(context, digest, model, adapter, images, job.dataset, job.training, plan)
     write_model_folder(
         out,
-        unet_config={"_class_name": "UNet2DModel", **_config(model)},
+        denoiser_config={"_class_name": "UNet2DModel", **_config(model)},
         scheduler_config={"_class_name": "DDPMScheduler", **_config(noise_scheduler)},
         tensors=tensors,
     )

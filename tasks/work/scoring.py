@@ -8,7 +8,7 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.errors import InputError, RecipeError
 from deme_core.evaluation import Evaluation, FeatureSource
 from deme_core.extractors.clip import ClipScore, clip_score_digest, load_clip_score
-from deme_core.generate import Sampling, image_shape
+from deme_core.generate import Sampling
 from deme_core.metrics import needs_prompts
 from deme_core.model_folder import ModelFolder
 from deme_core.prompts import Prompts, load_prompts
@@ -43,15 +43,18 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
         )
     prompts = prompts_of(evaluate, context)
     return FeatureSource(
-        scheduler_config=model.scheduler_config,
+        # Kept from one candidate of a search to the next: text encoders take longer to load than images to make.
+        adapter=context.remember_latest(
+            "adapter", f"{model.path} {model.frozen}", lambda: model.adapter(context.device), num_kept=1
+        ),
         sampling=Sampling(
             sampler=evaluate.sampler,
             num_inference_steps=evaluate.num_inference_steps,
             eta=evaluate.eta,
             timestep_spacing=evaluate.timestep_spacing,
+            guidance_scale=evaluate.guidance_scale,
             batch_size=evaluate.batch_size,
         ),
-        shape=image_shape(model.unet_config),
         extractor=extractor_of(evaluate, context),
         device=context.device,
         prompts=prompts,
@@ -76,8 +79,8 @@ def clip_score_of(evaluate: EvaluateSpec, context: JobContext) -> ClipScore:
 
 
 def evaluation_settings(evaluate: EvaluateSpec, context: JobContext, *, exclude: set[str]) -> dict[str, Any]:
-    """Returns what of an evaluation is part of a digest: files by their content, not by their name."""
-    dump = evaluate.model_dump(mode="json", exclude=exclude | {"prompts", "clip_weights"})
+    """Returns what of an evaluation is part of a digest: files by their content, and real images by the reference."""
+    dump = evaluate.model_dump(mode="json", exclude=exclude | {"prompts", "clip_weights", "reference_dataset"})
     return dump | prompt_settings(evaluate, context)
 
 

@@ -26,7 +26,7 @@ def identity(job: SearchJob, context: JobContext) -> Identity:
             "merge": job.method.settings(),
         },
         inputs=inputs,
-        dataset=context.heldout_images(job.dataset).reference_fingerprint,
+        dataset=context.heldout_images(job.dataset).example_fingerprint,
     )
 
 

@@ -1,18 +1,24 @@
 """A training run as jobs do it: resumed from its newest checkpoint, with checkpoints published on the way."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from deme_core.images import ImageDataset, TrainingBatches
+from deme_core.encodings import EncodedBatches
+from deme_core.families import Adapter, EncodedBatch, encode_batch
+from deme_core.images import ImageSubset, TrainingBatches
 from deme_core.recipe import DatasetSpec, TrainingSpec
+from deme_core.teacher import Teacher
 from deme_core.training import Training, TrainingPlan
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
 from tasks.work.base import JobContext, Record, checkpoint_stage
+from tasks.work.encodings import Encodings
 
+# Keys of `TrainingSpec` that change time and memory and no weight.
+SPEED_ONLY = {"checkpoint_every", "gradient_checkpointing"}
 _NUM_CHECKPOINTS_KEPT = 2
 _NUM_HISTOGRAM_BINS = 20
 
@@ -21,28 +27,40 @@ def run_training(
     context: JobContext,
     digest: str,
     model: nn.Module,
-    noise_scheduler: Any,
-    images: ImageDataset,
+    adapter: Adapter,
+    images: ImageSubset,
     dataset: DatasetSpec,
     spec: TrainingSpec,
     plan: TrainingPlan,
-    pretrained: nn.Module | None = None,
+    teacher: Teacher | None = None,
+    encodings: Encodings | None = None,
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""
 
-    def batches(start_batch: int) -> TrainingBatches:
-        return TrainingBatches(
-            images,
-            batch_size=spec.batch_size,
-            seed=plan.seed,
-            random_crop=dataset.crop == "random",
-            random_flip=dataset.random_flip,
-            start_batch=start_batch,
+    def batches(start_batch: int) -> Iterable[EncodedBatch]:
+        settings: dict[str, Any] = {
+            "batch_size": spec.batch_size,
+            "seed": plan.seed,
+            "random_flip": dataset.random_flip,
+            "caption_dropout": dataset.caption_dropout,
+            "start_batch": start_batch,
+        }
+        if encodings is not None:
+            return EncodedBatches(images, images.indices, encodings.latents, encodings.embeddings, adapter, **settings)
+        return (
+            encode_batch(
+                adapter,
+                batch.clean_images,
+                captions=batch.captions,
+                labels=batch.labels,
+                original_sizes=batch.original_sizes,
+                crop_top_lefts=batch.crop_top_lefts,
+                target_sizes=batch.target_sizes,
+            )
+            for batch in TrainingBatches(images, random_crop=dataset.crop == "random", **settings)
         )
 
-    training = Training(
-        model, noise_scheduler, batches, spec=spec, plan=plan, pretrained=pretrained, device=context.device
-    )
+    training = Training(model, adapter, batches, spec=spec, plan=plan, teacher=teacher, device=context.device)
     checkpoints = Checkpoints(context, digest)
     if resumed := checkpoints.restore(training):
         yield {"message": f"resumed at step {resumed}"}

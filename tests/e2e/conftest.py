@@ -5,7 +5,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from selenium import webdriver
 
+from tests.e2e.browser import open_browser
 from tests.e2e.command_line import CommandLine
 from tests.e2e.platform import Platform, belongs
 
@@ -68,6 +70,12 @@ def fresh_deme(tmp_path: Path) -> CommandLine:
 def first_report(deme: CommandLine, write_recipe: WriteRecipe) -> dict[str, Any]:
     """The report of the toy recipe, run once for the session."""
     return deme.report("run", write_recipe())
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[webdriver.Chrome]:
+    with open_browser() as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

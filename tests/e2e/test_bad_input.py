@@ -1,3 +1,4 @@
+import json
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_what_a_worker_finds_reaches_the_user(
     dataset: Mapping[str, Any] = {"source": "imagefolder", "path": str(broken_images), "resolution": 8}
     _refused(fresh_deme.run("run", write_recipe(dataset=dataset)), "torn.png", "skip_broken")
     assert not list(fresh_deme.home.glob("store/*/*/manifest.json"))
+
+
+def test_captions_that_are_missing_reach_the_user(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe, broken_images: Path
+) -> None:
+    (broken_images / "torn.png").unlink()
+    rows = [json.dumps({"file_name": f"{index}.png", "text": None if index else "black"}) for index in range(4)]
+    (broken_images / "metadata.jsonl").write_text("\n".join(rows))
+    dataset = {"source": "imagefolder", "path": str(broken_images), "resolution": 8, "caption_column": "text"}
+    done = fresh_deme.run("run", write_recipe(dataset=dataset))
+    _refused(done, "3 of 4 images", "1.png, 2.png, 3.png", "'text'")
 
 
 def _write_model(folder: Path, model: torch.nn.Module) -> str:

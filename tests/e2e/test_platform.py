@@ -13,7 +13,7 @@ import httpx
 import psutil
 from mlflow import MlflowClient
 
-from tasks.tracking import find_report
+from tasks.tracked_runs import find_report
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 from tests.e2e.platform import FINAL, Platform, belongs
@@ -137,7 +137,8 @@ def test_of_two_runs_at_once_one_computes_and_both_finish(platform: Platform, wr
     recipe = write_recipe(finetune=finetune)
     flow_runs = [platform.start(recipe) for _ in range(2)]
     for flow_run in flow_runs:
-        assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"
+        state = platform.wait(flow_run, lambda state: state["type"] in FINAL)
+        assert state["type"] == "COMPLETED", state["message"]
     reports = [find_report(platform.settings, flow_run=flow_run) for flow_run in flow_runs]
     assert reports[0]["merged"] == reports[1]["merged"]
     client = MlflowClient(platform.variables["MLFLOW_TRACKING_URI"])

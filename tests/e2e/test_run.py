@@ -7,6 +7,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
@@ -39,6 +40,8 @@ def test_everything_is_in_mlflow(deme: CommandLine, first_report: dict[str, Any]
     client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
     parent = client.get_run(first_report["mlflow_run_id"])
     assert parent.info.status == "FINISHED"
+    assert parent.info.run_name == f"toy-{first_report['mlflow_run_id'][:8]}", "what `deme report` takes"
+    assert parent.data.tags["mlflow.note.content"].startswith("The merged model ")
     for row in ROWS:
         mean = first_report["rows"][row]["fd_efficientnet_lite0"]["mean"]
         assert parent.data.metrics[f"fd_efficientnet_lite0/{row}"] == mean
@@ -49,6 +52,7 @@ def test_everything_is_in_mlflow(deme: CommandLine, first_report: dict[str, Any]
         "samples.png",
         "losses.png",
         "recipe.yaml",
+        "report.html",
         "report.json",
     }
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
@@ -150,6 +154,33 @@ def test_other_weights_train_nothing_and_equal_a_merge_by_hand(
     assert deme.run("export", report["mlflow_run_id"], "--out", str(exported)).returncode == 0
     weights = Path("unet") / "diffusion_pytorch_model.safetensors"
     assert (out / weights).read_bytes() == (exported / weights).read_bytes()
+
+
+def test_a_recipe_can_confine_the_copies_and_distill_the_ensemble(
+    deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    distill = {"num_steps": 3, "batch_size": 8, "learning_rate": 1e-3}
+    report = deme.report("run", write_recipe(merge={"method": "regmean", "weights": [1.0, 1.0]}, distill=distill))
+    assert set(report["rows"]) == ROWS | {"distilled"}
+    assert report["scores"]["pretrained"] != report["scores"]["merged"] != report["scores"]["distilled"]
+    assert set(report["distilled"]["verdict"].values()) <= VERDICTS
+    client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
+    parent = client.get_run(report["mlflow_run_id"])
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    steps = {run.info.run_name: run.data.params.get("num_steps") for run in children}
+    assert steps["finetune/all"] == str(2 * 8 + 3), "the control takes the steps of the distillation, too"
+    assert steps["finetune/segment-0"] == "8"
+    page = Path(report["page"]["path"]).read_text()
+    assert "The distilled model" in page
+
+    weights = Path("unet") / "diffusion_pytorch_model.safetensors"
+    exported = {row: tmp_path / row for row in ("merged", "distilled")}
+    for row, out in exported.items():
+        done = deme.run("export", report["mlflow_run_id"], "--row", row, "--out", str(out))
+        assert done.returncode == 0, done.stderr
+    distilled, merged = (load_file(exported[row] / weights) for row in ("distilled", "merged"))
+    assert distilled.keys() == merged.keys()
+    assert any((distilled[name] != merged[name]).any() for name in merged)
 
 
 def _model_folders(deme: CommandLine) -> dict[str, str]:

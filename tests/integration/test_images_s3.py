@@ -1,3 +1,6 @@
+import io
+import json
+import tarfile
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -49,25 +52,24 @@ def uri(s3_server: S3Server, folder: Path) -> str:
     return uri
 
 
+Load = Callable[..., ImageDataset]
+
+
 @pytest.fixture
-def load(tmp_path: Path) -> Callable[[str | Path], ImageDataset]:
-    def load(path: str | Path) -> ImageDataset:
-        spec = DatasetSpec(source="imagefolder", path=str(path), resolution=8)
-        return load_images(spec, cache=tmp_path / "cache")
+def load(tmp_path: Path) -> Load:
+    def load(path: str | Path, source: str = "imagefolder", **settings: str) -> ImageDataset:
+        spec = {"source": source, "path": str(path), "resolution": 8, **settings}
+        return load_images(DatasetSpec.model_validate(spec), cache=tmp_path / "cache")
 
     return load
 
 
 @pytest.mark.parametrize("name", ["faces", "faces/", "faces.zip"])
-def test_a_bucket_holds_the_same_images_as_the_folder(
-    folder: Path, uri: str, load: Callable[[str | Path], ImageDataset], name: str
-) -> None:
+def test_a_bucket_holds_the_same_images_as_the_folder(folder: Path, uri: str, load: Load, name: str) -> None:
     assert load(f"{uri}/{name}").fingerprint == load(folder).fingerprint
 
 
-def test_images_are_downloaded_once_and_again_when_they_change(
-    uri: str, tmp_path: Path, load: Callable[[str | Path], ImageDataset]
-) -> None:
+def test_images_are_downloaded_once_and_again_when_they_change(uri: str, tmp_path: Path, load: Load) -> None:
     def downloads() -> dict[Path, int]:
         return {path: path.stat().st_ino for path in (tmp_path / "cache").rglob("*.png")}
 
@@ -84,11 +86,48 @@ def test_images_are_downloaded_once_and_again_when_they_change(
     assert changed.fingerprint not in fingerprints
 
 
-def test_what_is_missing_is_named(uri: str, load: Callable[[str | Path], ImageDataset]) -> None:
+def test_a_bucket_holds_the_same_captions_as_the_folder(folder: Path, uri: str, load: Load) -> None:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    rows = [json.dumps({"file_name": name, "text": f"picture {name}"}, ensure_ascii=False) for name in names]
+    (folder / "metadata.jsonl").write_text("\n".join(rows), "utf-8")
+    with pytest.raises(DatasetError, match=r"Column 'text' is not in .*, which has label; set dataset\.caption_column"):
+        load(f"{uri}/faces", caption_column="text")
+    open_store(uri).put_file("faces/metadata.jsonl", folder / "metadata.jsonl")
+    stored = load(f"{uri}/faces", caption_column="text", label_column="label")
+    assert stored.captions == [f"picture {name}" for name in names]
+    assert stored.label_names == ["a", "b"]
+    assert stored.fingerprint == load(folder, caption_column="text", label_column="label").fingerprint
+
+
+@pytest.mark.parametrize("name", ["tars", "tars/0.tar"])
+def test_a_bucket_holds_the_same_tars_as_the_folder(
+    folder: Path, uri: str, tmp_path: Path, load: Load, name: str
+) -> None:
+    (tmp_path / "tars").mkdir()
+    for number, tar in enumerate(("0.tar", "1.tar")):
+        with tarfile.open(tmp_path / "tars" / tar, "w") as archive:
+            for path in sorted(folder.rglob("*.png"))[number::2]:
+                archive.add(path, path.relative_to(folder).as_posix())
+                text = tarfile.TarInfo(path.relative_to(folder).with_suffix(".txt").as_posix())
+                text.size = len(path.stem.encode())
+                archive.addfile(text, io.BytesIO(path.stem.encode()))
+        open_store(uri).put_file(f"tars/{tar}", tmp_path / "tars" / tar)
+    open_store(uri).put_bytes("tars/README.md", b"notes")
+    stored, local = (load(f"{root}/{name}", "webdataset", caption_column="txt") for root in (uri, tmp_path))
+    assert len(stored) == (NUM_IMAGES if name == "tars" else NUM_IMAGES // 2)
+    assert stored.fingerprint == local.fingerprint
+    assert not list((tmp_path / "cache").rglob("README.md"))
+
+
+def test_what_is_missing_is_named(uri: str, load: Load) -> None:
     with pytest.raises(DatasetError, match=r"no image at .*/nothing; check dataset\.path"):
         load(f"{uri}/nothing")
     with pytest.raises(DatasetError, match=r"no such zip at .*/nothing\.zip; check dataset\.path"):
         load(f"{uri}/nothing.zip")
+    with pytest.raises(DatasetError, match=r"no tar at .*/faces; check dataset\.path"):
+        load(f"{uri}/faces", "webdataset")
+    with pytest.raises(DatasetError, match=r"no such tar at .*/nothing\.tar; check dataset\.path"):
+        load(f"{uri}/nothing.tar", "webdataset")
     with pytest.raises(DatasetError, match="no object-store URI"):
         load("s3:///prefix")
     with pytest.raises(StoreUnavailableError, match="s3://no-such-bucket/prefix"):

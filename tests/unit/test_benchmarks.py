@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, features, finetune_step, merge_child, search
+from benchmarks import claim, claim_cell, conditioning_cache, features, finetune_step, merge_child, search
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.model_folder import write_model_folder
-from deme_core.verdict import Interval, interval, paired_difference
+from deme_core.recipe_file import load_recipe
+from deme_core.verdict import Interval, interval
 from tests.tiny_models import randomize, tiny_unet
 
 BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
@@ -49,6 +50,15 @@ def test_the_features_benchmark_compares_equal_features(capsys: pytest.CaptureFi
     assert result["largest_difference"] < 1e-5
 
 
+def test_the_cache_benchmark_ends_with_its_result(capsys: pytest.CaptureFixture[str]) -> None:
+    conditioning_cache.main(["--quick", "--rounds", "1", "--batch-size", "1", "--num-images", "4"])
+    result = last_line(capsys.readouterr().out)
+    assert result["ratio"] > 0
+    # Four channels of 8 x 8 in float32, and as many of the mirror image; 77 tokens of width 64; sizes and headers.
+    assert 0 < result["bytes_per_image"] - 2 * 4 * 8 * 8 * 4 < 250
+    assert 0 < result["bytes_per_caption"] - 77 * 64 * 4 < 50
+
+
 def test_a_search_is_done_when_a_full_score_is_as_good_as_the_grids() -> None:
     steps = [search.Step(1.0, 75.0, None), search.Step(2.0, 300.0, 5.0), search.Step(3.0, 600.0, 4.0)]
     assert search.cost_to_reach(steps, 4.0) == steps[2]
@@ -61,7 +71,7 @@ def test_both_contestants_of_the_merging_benchmark_write_the_same_merge(tmp_path
         randomize(model, seed=index)
         config = {"_class_name": "UNet2DModel"} | dict(model.config)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        write_model_folder(tmp_path / str(index), unet_config=config, scheduler_config={}, tensors=tensors)
+        write_model_folder(tmp_path / str(index), denoiser_config=config, scheduler_config={}, tensors=tensors)
     written = []
     for method in ("deme", "load_all"):
         out = tmp_path / method
@@ -83,19 +93,9 @@ def test_the_peak_counts_anonymous_memory_and_no_page_cache(tmp_path: Path) -> N
     assert 0.9 * size < memory.peak_bytes - idle < 1.5 * size
 
 
-def report(merged: list[float], baseline: list[float]) -> dict[str, Any]:
-    rows = {"pretrained": baseline, "finetuned": baseline, "merged": merged}
-    difference = vars(paired_difference(merged, baseline))
-    return {
-        "recipe": "toy",
-        "rows": {row: {"fid": vars(interval(scores))} for row, scores in rows.items()},
-        "scores": {row: {"fid": scores} for row, scores in rows.items()},
-        "verdict": {
-            f"vs_{row}": "better" if difference["high"] < 0 else "too close to call" for row in claim.BASELINES
-        },
-        "seeds": [1, 2, 3],
-        "num_images": 8,
-    }
+def cell(merged: list[float], baseline: list[float]) -> claim_cell.Cell:
+    rows = {"pretrained": baseline, "finetuned": baseline, "ensemble": baseline, "merged, cma_es": merged}
+    return claim_cell.Cell("fid", rows, weights={"merged, cma_es": [0.5, 0.5]}, heldout={"pretrained": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -103,14 +103,26 @@ def report(merged: list[float], baseline: list[float]) -> dict[str, Any]:
     [
         ([1.0, 1.1, 0.9], True),
         ([1.0, 1.1, -0.1], False),  # Better for two training seeds out of three is no claim.
+        ([-1.0, -1.1, -0.9], False),
     ],
 )
 def test_the_claim_is_judged_over_training_seeds(
     gains: list[float], holds: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    reports = [report([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
-    claim.print_claim(reports, [0, 1, 2])
+    cells = [cell([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
+    claim.print_setting("none", cells, [0, 1, 2])
+    claim.print_claim({"none": cells}, {"recipe": "toy"})
     result = last_line(capsys.readouterr().out)
     assert result["holds"] is holds
-    assert Interval(**result["vs_finetuned"]["over_training_seeds"]).mean == pytest.approx(-sum(gains) / 3)
+    against = Interval(**result["differences"]["none"]["merged, cma_es"]["finetuned"])
+    assert vars(against) == pytest.approx(vars(interval([-gain for gain in gains])))
     assert result["ratio"] == pytest.approx(1 - sum(gains) * 3 / sum(map(sum, BASELINE)))
+
+
+def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:
+    recipe = load_recipe("digits", [])
+    for name in claim_cell.ABLATIONS:
+        changed = load_recipe("digits", claim_cell.ablation_overrides(recipe, name))
+        in_all = changed.finetune.num_steps * changed.segments.num_segments
+        assert in_all == recipe.finetune.num_steps * recipe.segments.num_segments, name
+    assert load_recipe("digits", claim_cell.ablation_overrides(recipe, "N=8")).segments.num_segments == 8

@@ -16,14 +16,15 @@ import pytest
 import torch
 
 from deme_core.checkpoint import save_tensors
-from deme_core.checkpoint_watch import inspection
+from deme_core.checkpoint_watch import parts
 from deme_core.checkpoint_watch.ledger import CLAIM_EXPIRES_AFTER, Ledger
 from deme_core.checkpoint_watch.look import Finding, look, open_prefix
 from deme_core.errors import DemeError, InputError, StoreUnavailableError
 from deme_core.model_digest import model_digest
-from deme_core.model_folder import WEIGHTS_NAME, load_unet, open_model_folder
+from deme_core.model_folder import WEIGHTS_NAME, load_denoiser, open_model_folder
 from deme_core.store import FileStore, StoredObject
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
+from tests.tiny_pipelines import save_pipeline
 from tests.unit.test_model_folder import flatten, pickle_weights, shard
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
@@ -109,7 +110,7 @@ def test_every_layout_has_the_digest_that_the_import_gives(
     watched: Watched, change: Callable[[Path], Any], name: str
 ) -> None:
     path = watched.add(name)
-    expected = model_digest(load_unet(open_model_folder(path)))
+    expected = model_digest(load_denoiser(open_model_folder(path)))
     change(path)
     watched.date(watched.folder)
     [finding] = watched.look().values()
@@ -133,12 +134,51 @@ def shard_tiny(path: Path) -> None:
 
 
 def test_the_name_of_the_weights_is_that_of_model_folder() -> None:
-    assert inspection.WEIGHTS_NAME == WEIGHTS_NAME
+    assert parts.WEIGHTS_NAME == WEIGHTS_NAME
 
 
 def test_looking_imports_no_torch() -> None:
     code = "import sys, deme_core.checkpoint_watch.look; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "DiTPipeline", "StableDiffusion3Pipeline"])
+def test_a_whole_pipeline_has_the_digest_of_its_denoiser(name: str, watched: Watched) -> None:
+    path = save_pipeline(name, watched.folder / "model")
+    expected = model_digest(load_denoiser(open_model_folder(path)))
+    watched.date(watched.folder)
+    source = CountingStore(watched.folder)
+    [finding] = watched.look(source).values()
+    assert (finding.look.verdict.outcome, finding.look.verdict.digest) == ("whole", expected)
+    # Index, two configs and the denoiser's weights: a text encoder can be larger than all of these.
+    assert source.calls["get_file"] == 4
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("vae/config.json", "vae/config.json is missing, which model_index.json names"),
+        ("vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors is missing"),
+        ("text_encoder/model.safetensors", "text_encoder/model.safetensors is missing"),
+        ("tokenizer", "tokenizer is missing, which model_index.json names"),
+        ("transformer/config.json", "transformer/config.json is missing"),
+    ],
+)
+def test_a_pipeline_waits_for_all_of_its_parts(missing: str, reason: str, watched: Watched) -> None:
+    path = save_pipeline("PixArtAlphaPipeline", watched.folder / "model")
+    if (path / missing).is_dir():
+        shutil.rmtree(path / missing)
+    else:
+        (path / missing).unlink()
+    watched.date(watched.folder)
+    assert watched.reason("waiting") == reason
+
+
+def test_a_pickled_text_encoder_is_broken(watched: Watched) -> None:
+    path = save_pipeline("PixArtAlphaPipeline", watched.folder / "model")
+    (path / "text_encoder" / "model.safetensors").rename(path / "text_encoder" / "pytorch_model.bin")
+    watched.date(watched.folder)
+    assert "text_encoder/pytorch_model.bin is pickled" in watched.reason("broken")
 
 
 @pytest.mark.parametrize("name", ["unet/config.json", f"unet/{WEIGHTS_NAME}", "scheduler/scheduler_config.json"])
@@ -253,7 +293,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "impossible config": (replace_text("unet/config.json", "DownBlock2D", "NoBlock"), "configs describe no model"),
     "other class": (replace_text("unet/config.json", "UNet2DModel", "VQModel"), "describes a VQModel"),
     "no timesteps": (replace_text("scheduler/scheduler_config.json", "1000", '"many"'), "configs describe no model"),
-    "other pipeline": (be_another_pipeline, "model_index.json names no unet"),
+    "other pipeline": (be_another_pipeline, "it holds no unet, which a DDPMPipeline needs"),
 }
 
 

@@ -15,8 +15,8 @@ from deme_core.prompts import Prompts
 from deme_core.reference import Reference
 from deme_core.slices import slices
 from tasks.jobs import JobResult
-from tasks.report import fingerprint, shared_conditions
-from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet
+from tasks.row_scores import fingerprint, shared_conditions
+from tests.tiny_models import one_level_unet, tiny_adapter
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class QuarterMeans:
 
 FEATURES = np.random.default_rng(0).random((30, 4)).astype(np.float32)
 EVALUATION = Evaluation(
-    scheduler_config=SCHEDULER_CONFIG,
+    adapter=tiny_adapter(),
     sampling=Sampling(num_inference_steps=3, batch_size=4),
-    shape=(1, 8, 8),
     num_images=11,
     extractor=QuarterMeans(),
     reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "real"),
@@ -105,9 +104,9 @@ CLIP = ClipScore("tiny", embed_images=QuarterMeans(), embed_prompts=lambda texts
         with_sampling(num_inference_steps=4),
         with_sampling(eta=1.0),
         with_sampling(timestep_spacing="trailing"),
-        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"clip_sample": False}),
-        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"beta_end": 0.03}),
-        replace(EVALUATION, shape=(3, 8, 8)),
+        replace(EVALUATION, adapter=tiny_adapter(clip_sample=False)),
+        replace(EVALUATION, adapter=tiny_adapter(beta_end=0.03)),
+        replace(EVALUATION, adapter=tiny_adapter(one_level_unet(in_channels=3))),
         replace(EVALUATION, num_images=12),
         replace(EVALUATION, extractor=QuarterMeans(digest="others")),
         replace(EVALUATION, reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "others")),
@@ -190,7 +189,7 @@ def test_what_is_not_finite_gets_no_score(broken: str) -> None:
         with_sampling(batch_size=9),
         with_sampling(timestep_spacing="leading"),  # What the scheduler config means by saying nothing.
         replace(EVALUATION, device="cuda"),
-        replace(EVALUATION, scheduler_config=SCHEDULER_CONFIG | {"_diffusers_version": "0.1.0"}),
+        replace(EVALUATION, adapter=tiny_adapter(_diffusers_version="0.1.0")),
     ],
     ids=["batch size", "default spelled out", "device", "diffusers version of the file"],
 )

@@ -7,10 +7,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
 from torch import nn
 
 from deme_core.errors import NonFiniteImagesError
-from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, image_shape, initial_noise, quantize
+from deme_core.families import Unconditional
+from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, initial_noise, quantize
 from deme_core.seeds import generator
 from deme_core.segments import equal_segments
-from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet
+from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, tiny_adapter
 
 SHAPE = (1, 8, 8)
 SAMPLINGS = {
@@ -26,7 +27,7 @@ def images(
 ) -> torch.Tensor:
     if isinstance(denoiser, nn.Module):
         denoiser = SingleModel(denoiser)
-    made = generate(denoiser, SCHEDULER_CONFIG, sampling, shape=SHAPE, seed=seed, indices=indices)
+    made = generate(denoiser, tiny_adapter(), sampling, seed=seed, indices=indices)
     return torch.cat(list(made))
 
 
@@ -90,19 +91,14 @@ def test_every_setting_of_the_sampler_changes_the_images() -> None:
 
 def test_images_are_bytes_on_the_cpu_in_batches_of_the_size_asked_for() -> None:
     sampling = replace(SAMPLINGS["ddim"], batch_size=4)
-    batches = list(
-        generate(SingleModel(one_level_unet()), SCHEDULER_CONFIG, sampling, shape=SHAPE, seed=1, indices=range(10))
-    )
+    batches = list(generate(SingleModel(one_level_unet()), tiny_adapter(), sampling, seed=1, indices=range(10)))
     assert [tuple(batch.shape) for batch in batches] == [(4, *SHAPE), (4, *SHAPE), (2, *SHAPE)]
     assert {batch.dtype for batch in batches} == {torch.uint8}
     assert not any(batch.is_inference() and batch.requires_grad for batch in batches)
 
 
 def test_no_indices_make_no_images() -> None:
-    assert (
-        list(generate(SingleModel(one_level_unet()), SCHEDULER_CONFIG, Sampling(), shape=SHAPE, seed=1, indices=[]))
-        == []
-    )
+    assert list(generate(SingleModel(one_level_unet()), tiny_adapter(), Sampling(), seed=1, indices=[])) == []
 
 
 def test_an_ensemble_of_copies_of_one_model_equals_that_model() -> None:
@@ -114,11 +110,9 @@ def test_an_ensemble_of_copies_of_one_model_equals_that_model() -> None:
 def test_the_expert_of_each_segment_denoises_in_it() -> None:
     segments, experts = equal_segments(3, 1000), [one_level_unet(seed) for seed in range(3)]
     ensemble = Ensemble(segments, experts)
-    noisy_images = initial_noise(0, [0, 1], SHAPE)[0]
-    with torch.no_grad():
-        for segment, expert in zip(segments, experts, strict=True):
-            for timestep in (segment.low, segment.low + 100, segment.high - 1):
-                assert ensemble(noisy_images, timestep).equal(expert(noisy_images, timestep).sample)
+    for segment, expert in zip(segments, experts, strict=True):
+        for timestep in (segment.low, segment.low + 100, segment.high - 1):
+            assert ensemble.model_at(timestep) is expert
 
 
 def test_only_the_experts_of_the_timesteps_sampled_matter() -> None:
@@ -133,7 +127,7 @@ def test_only_the_experts_of_the_timesteps_sampled_matter() -> None:
 def test_a_timestep_of_no_segment_is_an_error(timestep: int) -> None:
     ensemble = Ensemble(equal_segments(2, 1000), [one_level_unet()] * 2)
     with pytest.raises(ValueError, match=rf"timestep {timestep} is in none of the segments .*\[500, 1000\)"):
-        ensemble(torch.zeros(1, *SHAPE), timestep)
+        ensemble.model_at(timestep)
 
 
 def test_initial_noise_depends_on_seed_and_index_alone() -> None:
@@ -158,7 +152,8 @@ def test_images_outside_the_range_are_clipped() -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [(8, (3, 8, 8)), ([4, 6], (3, 4, 6))])
 def test_the_shape_of_an_image_follows_from_the_config(size: int | list[int], expected: tuple[int, int, int]) -> None:
-    assert image_shape({"sample_size": size, "in_channels": 3}) == expected
+    adapter = Unconditional(denoiser_config={"sample_size": size, "in_channels": 3}, scheduler_config={})
+    assert adapter.latent_shape == adapter.image_shape == expected
 
 
 @pytest.mark.gpu
@@ -169,9 +164,8 @@ def test_a_gpu_makes_the_images_of_the_cpu(sampling: Sampling) -> None:
     expected = images(model, sampling)
     made = generate(
         SingleModel(model.to("cuda")),
-        SCHEDULER_CONFIG,
+        tiny_adapter(),
         sampling,
-        shape=SHAPE,
         seed=1,
         indices=range(7),
         device="cuda",

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
 from deme_core.binned_losses import (
     bin_edges,
@@ -22,7 +21,7 @@ from deme_core.heldout_loss import heldout_losses
 from deme_core.images import ImageDataset, load_images, split_heldout
 from deme_core.recipe import DatasetSpec
 from deme_core.segments import TimestepSegment
-from tests.tiny_models import randomize, tiny_unet
+from tests.tiny_models import randomize, tiny_adapter, tiny_unet
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +52,16 @@ def test_no_bin_spans_two_segments_and_there_are_at_least_twenty(segment_edges: 
 
 
 def test_the_loss_of_a_model_that_predicts_zero_is_that_of_the_noise(digits: ImageDataset) -> None:
-    scheduler = DDPMScheduler()
-    losses = heldout_losses(Constant(0.0), scheduler, digits, edges=bin_edges(1000))
+    adapter = tiny_adapter()
+    losses = heldout_losses(Constant(0.0), adapter, digits, edges=bin_edges(1000))
     assert losses.shape == (40, 20)
     assert losses.mean() == pytest.approx(1.0, abs=0.02)  # 40 x 20 x 64 squared standard normals.
 
 
 def test_timesteps_are_stratified_within_each_bin(digits: ImageDataset) -> None:
-    scheduler, edges = DDPMScheduler(), (0, 400, 1000)
+    adapter, edges = tiny_adapter(), (0, 400, 1000)
     model = Constant(0.0)
-    heldout_losses(model, scheduler, digits, edges=edges)
+    heldout_losses(model, adapter, digits, edges=edges)
     for timesteps, (low, high) in zip(model.seen, itertools.pairwise(edges), strict=True):
         step = (high - low) / len(digits)
         expected = [(low + index * step, low + (index + 1) * step) for index in range(len(digits))]
@@ -70,16 +69,16 @@ def test_timesteps_are_stratified_within_each_bin(digits: ImageDataset) -> None:
 
 
 def test_the_batch_size_changes_nothing(digits: ImageDataset) -> None:
-    model, scheduler = randomize(tiny_unet(), seed=1).eval(), DDPMScheduler()
-    small, large = (heldout_losses(model, scheduler, digits, edges=(0, 500, 1000), batch_size=size) for size in (7, 64))
+    model, adapter = randomize(tiny_unet(), seed=1).eval(), tiny_adapter()
+    small, large = (heldout_losses(model, adapter, digits, edges=(0, 500, 1000), batch_size=size) for size in (7, 64))
     np.testing.assert_allclose(small, large, rtol=1e-4)
 
 
 def test_models_see_the_same_noise_and_another_seed_other_noise(digits: ImageDataset) -> None:
-    scheduler = DDPMScheduler()
-    first, second = (heldout_losses(Constant(value), scheduler, digits, edges=(0, 1000)) for value in (0.0, 1e-9))
+    adapter = tiny_adapter()
+    first, second = (heldout_losses(Constant(value), adapter, digits, edges=(0, 1000)) for value in (0.0, 1e-9))
     np.testing.assert_allclose(first, second, rtol=1e-6)
-    other = heldout_losses(Constant(0.0), scheduler, digits, edges=(0, 1000), seed=1)
+    other = heldout_losses(Constant(0.0), adapter, digits, edges=(0, 1000), seed=1)
     assert not np.allclose(first, other)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from deme_core.checkpoint import save_tensors
 from deme_core.errors import ModelFolderError
 from deme_core.model_folder import (
     WEIGHTS_NAME,
-    build_unet,
+    build_denoiser,
+    load_denoiser,
     load_tensors,
-    load_unet,
     open_model_folder,
     tensor_infos,
     write_model_folder,
@@ -31,6 +32,7 @@ from tests.tiny_models import (
     tiny_unet,
     write_tiny_folder,
 )
+from tests.tiny_pipelines import save_pipeline
 
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
@@ -73,7 +75,7 @@ def shard(folder: Path) -> None:
 @pytest.mark.parametrize("variant", UNET_VARIANTS.values(), ids=UNET_VARIANTS.keys())
 def test_what_is_written_loads_again_with_every_bit(tmp_path: Path, variant: dict[str, Any]) -> None:
     model = tiny_unet(**variant)
-    loaded = load_unet(open_model_folder(write_tiny_folder(tmp_path, model, **variant)))
+    loaded = load_denoiser(open_model_folder(write_tiny_folder(tmp_path, model, **variant)))
     state = loaded.state_dict()
     assert all(same_bits(state[name], tensor) for name, tensor in model.state_dict().items())
     assert predict(loaded.eval()).equal(predict(model))
@@ -93,7 +95,7 @@ def test_stock_diffusers_loads_what_was_written(folder: Path) -> None:
 def test_a_ddim_scheduler_makes_a_ddim_pipeline(tmp_path: Path) -> None:
     write_model_folder(
         tmp_path,
-        unet_config=UNET_CONFIG,
+        denoiser_config=UNET_CONFIG,
         scheduler_config={"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"},
         tensors=tiny_unet().state_dict(),
     )
@@ -102,23 +104,28 @@ def test_a_ddim_scheduler_makes_a_ddim_pipeline(tmp_path: Path) -> None:
 
 
 def test_the_caller_may_write_the_weights(tmp_path: Path) -> None:
-    weights = write_model_folder(tmp_path, unet_config=UNET_CONFIG, scheduler_config=SCHEDULER_CONFIG)
+    weights = write_model_folder(tmp_path, denoiser_config=UNET_CONFIG, scheduler_config=SCHEDULER_CONFIG)
     assert not weights.exists()
     save_tensors(weights, tiny_unet().state_dict())
-    assert predict(load_unet(open_model_folder(tmp_path)).eval()).equal(predict(tiny_unet()))
+    assert predict(load_denoiser(open_model_folder(tmp_path)).eval()).equal(predict(tiny_unet()))
 
 
 def test_what_stock_diffusers_writes_is_read(tmp_path: Path) -> None:
     DDPMPipeline(unet=tiny_unet(), scheduler=DDPMScheduler(num_train_timesteps=50)).save_pretrained(tmp_path)
     opened = open_model_folder(tmp_path)
     assert opened.num_train_timesteps == 50
-    assert predict(load_unet(opened).eval()).equal(predict(tiny_unet()))
+    assert predict(load_denoiser(opened).eval()).equal(predict(tiny_unet()))
 
 
-def test_the_layout_in_one_folder_is_read(folder: Path) -> None:
-    opened = open_model_folder(flatten(folder))
+@pytest.mark.parametrize("with_index", [False, True])
+def test_the_layout_in_one_folder_is_read(folder: Path, with_index: bool) -> None:
+    index = (folder / "model_index.json").read_bytes()
+    flatten(folder)
+    if with_index:  # As google/ddpm-cifar10-32 has it.
+        (folder / "model_index.json").write_bytes(index)
+    opened = open_model_folder(folder)
     assert opened.weights == (folder / WEIGHTS_NAME,)
-    assert predict(load_unet(opened).eval()).equal(predict(tiny_unet()))
+    assert predict(load_denoiser(opened).eval()).equal(predict(tiny_unet()))
 
 
 @pytest.mark.parametrize("flat", [False, True])
@@ -152,7 +159,7 @@ def test_truncated_weights_are_named(folder: Path) -> None:
     file = folder / "unet" / WEIGHTS_NAME
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelFolderError, match=rf"{file} is not a whole safetensors file"):
-        load_unet(open_model_folder(folder))
+        load_denoiser(open_model_folder(folder))
 
 
 @pytest.mark.parametrize("class_name", ["UNet2DConditionModel", None])
@@ -163,6 +170,62 @@ def test_a_model_of_another_class_is_refused(folder: Path, class_name: str | Non
         open_model_folder(folder)
 
 
+def test_a_pipeline_that_no_family_knows_is_refused_with_those_known(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index |= {"_class_name": "LDMPipeline", "vqvae": ["diffusers", "VQModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    known = "known are DDIMPipeline, DDPMPipeline, DiTPipeline, PixArtAlphaPipeline, .*, StableDiffusionXLPipeline"
+    with pytest.raises(ModelFolderError, match=rf"describes a LDMPipeline; {known}\."):
+        open_model_folder(folder)
+
+
+def test_the_pipeline_of_any_sampler_is_read(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(file.read_text().replace("DDPMPipeline", "PNDMPipeline"))
+    assert predict(load_denoiser(open_model_folder(folder)).eval()).equal(predict(tiny_unet()))
+
+
+def test_transformers_saved_before_they_had_classes_of_their_own_are_read(tmp_path: Path) -> None:
+    expected = load_denoiser(open_model_folder(save_pipeline("DiTPipeline", tmp_path))).state_dict()
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(file.read_text().replace("DiTTransformer2DModel", "Transformer2DModel"))
+    model = load_denoiser(open_model_folder(tmp_path))
+    assert type(model).__name__ == "DiTTransformer2DModel"
+    assert all(same_bits(tensor, expected[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("missing", ["vae", "text_encoder", "tokenizer", "unet"])
+def test_a_part_that_a_pipeline_needs_is_named(missing: str, tmp_path: Path) -> None:
+    shutil.rmtree(save_pipeline("StableDiffusionPipeline", tmp_path) / missing)
+    with pytest.raises(ModelFolderError, match=rf"{missing}, which a StableDiffusionPipeline needs\."):
+        open_model_folder(tmp_path)
+
+
+def test_only_the_files_that_stock_diffusers_loads_are_frozen_parts(tmp_path: Path) -> None:
+    path = save_pipeline("PixArtAlphaPipeline", tmp_path)
+    expected = {file.relative_to(path) for file in open_model_folder(path).frozen_files()}
+    for name in (
+        "model.fp16.safetensors",
+        "model.safetensors.index.fp16.json",
+        "pytorch_model.bin",
+        "flax_model.msgpack",
+    ):
+        (path / "text_encoder" / name).write_bytes(b"{}")
+    found = {file.relative_to(path) for file in open_model_folder(path).frozen_files()}
+    assert found == expected
+    assert {str(name) for name in found} >= {"model_index.json", "tokenizer/tokenizer.json", "vae/config.json"}
+
+
+def test_a_pickled_text_encoder_is_refused_unless_allowed(tmp_path: Path) -> None:
+    path = save_pipeline("PixArtAlphaPipeline", tmp_path)
+    (path / "text_encoder" / "model.safetensors").unlink()
+    (path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
+    folder = open_model_folder(path)
+    with pytest.raises(ModelFolderError, match=r"text_encoder/pytorch_model.bin is pickled, which can run code"):
+        folder.frozen_files()
+    assert path / "text_encoder" / "pytorch_model.bin" in folder.frozen_files(allow_pickle=True)
+
+
 def test_weights_of_other_shapes_than_the_config_gives_are_listed(folder: Path) -> None:
     config = UNET_CONFIG | {"in_channels": 3}
     (folder / "unet" / "config.json").write_text(json.dumps(config))
@@ -170,7 +233,7 @@ def test_weights_of_other_shapes_than_the_config_gives_are_listed(folder: Path) 
         ModelFolderError,
         match=r"of its config; mis-shaped tensors: conv_in.weight \(8, 1, 3, 3\) for \(8, 3, 3, 3\)\.$",
     ):
-        load_unet(open_model_folder(folder))
+        load_denoiser(open_model_folder(folder))
 
 
 def test_missing_and_extra_weights_are_listed(folder: Path) -> None:
@@ -178,20 +241,20 @@ def test_missing_and_extra_weights_are_listed(folder: Path) -> None:
     del tensors["conv_in.bias"]
     save_tensors(folder / "unet" / WEIGHTS_NAME, tensors)
     with pytest.raises(ModelFolderError, match=r"missing tensors: conv_in\.bias; extra tensors: head\.$"):
-        load_unet(open_model_folder(folder))
+        load_denoiser(open_model_folder(folder))
 
 
 def test_pickled_weights_are_refused_unless_allowed(folder: Path) -> None:
     file = pickle_weights(folder)
     with pytest.raises(ModelFolderError, match=rf"{file} is pickled, .* set pretrained.allow_pickle: true\."):
         open_model_folder(folder)
-    loaded = load_unet(open_model_folder(folder, allow_pickle=True))
+    loaded = load_denoiser(open_model_folder(folder, allow_pickle=True))
     assert predict(loaded.eval()).equal(predict(tiny_unet()))
 
 
 def test_safetensors_are_preferred_to_pickled_weights(folder: Path) -> None:
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"never read")
-    assert predict(load_unet(open_model_folder(folder, allow_pickle=True)).eval()).equal(predict(tiny_unet()))
+    assert predict(load_denoiser(open_model_folder(folder, allow_pickle=True)).eval()).equal(predict(tiny_unet()))
 
 
 class RunsCode:
@@ -207,7 +270,7 @@ class RunsCode:
 def test_a_malicious_pickle_is_refused_even_when_allowed(folder: Path, tmp_path: Path) -> None:
     file = pickle_weights(folder, {"conv_in.weight": torch.ones(1), "evil": RunsCode(tmp_path / "trace")})
     with pytest.raises(ModelFolderError, match=rf"{file} cannot be read safely"):
-        load_unet(open_model_folder(folder, allow_pickle=True))
+        load_denoiser(open_model_folder(folder, allow_pickle=True))
     assert not (tmp_path / "trace").exists()
     torch.load(file, weights_only=False)
     assert (tmp_path / "trace").exists()  # It would have run.
@@ -217,21 +280,21 @@ def test_a_malicious_pickle_is_refused_even_when_allowed(folder: Path, tmp_path:
 def test_a_pickle_of_anything_else_is_refused(folder: Path, content: Any) -> None:
     file = pickle_weights(folder, content)
     with pytest.raises(ModelFolderError, match=rf"{file} does not hold named tensors and nothing else\."):
-        load_unet(open_model_folder(folder, allow_pickle=True))
+        load_denoiser(open_model_folder(folder, allow_pickle=True))
 
 
 def test_a_damaged_pickle_is_refused(folder: Path) -> None:
     file = pickle_weights(folder)
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelFolderError, match=rf"{file} cannot be read safely"):
-        load_unet(open_model_folder(folder, allow_pickle=True))
+        load_denoiser(open_model_folder(folder, allow_pickle=True))
 
 
 def test_sharded_weights_are_read(folder: Path) -> None:
     shard(folder)
     opened = open_model_folder(folder)
     assert [file.name for file in opened.weights] == ["a.safetensors", "b.safetensors"]
-    assert predict(load_unet(opened).eval()).equal(predict(tiny_unet()))
+    assert predict(load_denoiser(opened).eval()).equal(predict(tiny_unet()))
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
@@ -258,7 +321,7 @@ def test_attention_layers_under_their_old_names_are_read(folder: Path) -> None:
     assert sum(".query." in name for name in old) == 8
     save_tensors(folder / "unet" / WEIGHTS_NAME, old)
 
-    loaded = load_unet(open_model_folder(folder))
+    loaded = load_denoiser(open_model_folder(folder))
 
     assert predict(loaded.eval()).equal(predict(tiny_unet()))
     assert predict(UNet2DModel.from_pretrained(folder, subfolder="unet")).equal(predict(tiny_unet()))
@@ -272,33 +335,33 @@ def expert_with_projections() -> nn.Module:
 
 def test_an_expert_loads_folded(tmp_path: Path) -> None:
     expert = expert_with_projections()
-    loaded = load_unet(open_model_folder(write_tiny_folder(tmp_path, expert)))
+    loaded = load_denoiser(open_model_folder(write_tiny_folder(tmp_path, expert)))
     assert loaded.state_dict().keys() == tiny_unet().state_dict().keys()
     torch.testing.assert_close(predict(loaded.eval()), predict(expert), atol=1e-5, rtol=1e-5)
 
 
 def test_an_expert_loads_with_its_projections_if_asked(tmp_path: Path) -> None:
     expert = expert_with_projections()
-    loaded = load_unet(open_model_folder(write_tiny_folder(tmp_path, expert)), keep_projections=True)
+    loaded = load_denoiser(open_model_folder(write_tiny_folder(tmp_path, expert)), keep_projections=True)
     assert tensor_infos(loaded.state_dict()) == tensor_infos(expert.state_dict())
     assert predict(loaded.eval()).equal(predict(expert))
 
 
 def test_projections_that_are_not_there_cannot_be_kept(folder: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"missing tensors: .*channel_projection"):
-        load_unet(open_model_folder(folder), keep_projections=True)
+        load_denoiser(open_model_folder(folder), keep_projections=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_loads_as_float32(folder: Path, dtype: torch.dtype) -> None:
     half = tiny_unet().to(dtype).state_dict()
     save_tensors(folder / "unet" / WEIGHTS_NAME, half)
-    state = load_unet(open_model_folder(folder)).state_dict()
+    state = load_denoiser(open_model_folder(folder)).state_dict()
     assert all(same_bits(state[name], tensor.float()) for name, tensor in half.items())
 
 
 def test_a_loaded_model_does_not_depend_on_its_files(folder: Path) -> None:
-    model = load_unet(open_model_folder(folder)).eval()
+    model = load_denoiser(open_model_folder(folder)).eval()
     file = folder / "unet" / WEIGHTS_NAME
     content = file.read_bytes()
     with file.open("r+b") as opened:
@@ -315,6 +378,6 @@ def test_the_checkpoint_is_what_is_stored(folder: Path) -> None:
 
 
 def test_a_model_without_weights_has_the_names_and_shapes_of_one_with() -> None:
-    empty = build_unet(UNET_CONFIG, materialize=False)
+    empty = build_denoiser(UNET_CONFIG, materialize=False)
     assert {tensor.device.type for tensor in empty.parameters()} == {"meta"}
-    assert tensor_infos(empty.state_dict()) == tensor_infos(build_unet(UNET_CONFIG).state_dict())
+    assert tensor_infos(empty.state_dict()) == tensor_infos(build_denoiser(UNET_CONFIG).state_dict())

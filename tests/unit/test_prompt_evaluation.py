@@ -28,7 +28,7 @@ from tasks.jobs import (
 from tasks.work.base import JobContext, execute
 from tasks.work.scoring import evaluation_settings
 from tests.tiny_clip import write_tiny_clip
-from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, randomize, write_tiny_folder
+from tests.tiny_models import one_level_unet, randomize, tiny_adapter, write_tiny_folder
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 PROMPTS = (
@@ -100,7 +100,7 @@ def expected_scores(clip: Path, tmp_path: Path) -> np.ndarray:
     """The image set generated at once, each image scored with its prompt."""
     sampling = Sampling(num_inference_steps=2, batch_size=4)
     model = SingleModel(randomize(one_level_unet(), seed=1))
-    made = generate(model, SCHEDULER_CONFIG, sampling, shape=(1, 8, 8), seed=1, indices=range(NUM_IMAGES))
+    made = generate(model, tiny_adapter(), sampling, seed=1, indices=range(NUM_IMAGES))
     prompts = (["a cat", "Q! Q!", "cats and bats"] * 3)[:NUM_IMAGES]
     return load_clip_score(weights=str(clip), cache=tmp_path, device="cpu")(torch.cat(list(made)), prompts)
 

@@ -112,3 +112,14 @@ def test_prompts_change_settings_only_where_they_are_given() -> None:
     assert "prompts" not in EvaluateSpec(num_images=2).model_dump(mode="json")
     given = EvaluateSpec(num_images=2, prompts="p.txt")
     assert EvaluateSpec.model_validate(given.model_dump(mode="json")) == given
+
+
+def test_the_classes_of_imagenet_are_prompts_by_name(tmp_path: Path) -> None:
+    prompts = load_prompts("imagenet1k", tmp_path)
+    assert len(prompts.texts) == 1000
+    assert prompts.texts[0] == "a photo of a tench"
+    assert prompts.texts[999] == "a photo of a toilet tissue"
+    assert {"a photo of a maillot", "a photo of a maillot, tank suit"} <= set(prompts.texts)
+    # Of classes with one name each, bird and machine have the same; WordNet calls both crane and nothing else.
+    assert [text for text in set(prompts.texts) if prompts.texts.count(text) > 1] == ["a photo of a crane"]
+    assert prompts.of_images([1000]) == ["a photo of a tench"]

@@ -37,7 +37,7 @@ def specs(value: BaseModel) -> list[BaseModel]:
 
 def test_no_part_of_a_recipe_can_be_changed() -> None:
     parts = specs(recipe(merge={"search": {}}))
-    assert len(parts) == 9
+    assert len(parts) == 10
     for part in parts:
         for name in type(part).model_fields:
             with pytest.raises(ValidationError, match="frozen"):
@@ -158,3 +158,12 @@ def test_a_search_can_try_every_weight(strategy: str) -> None:
         recipe(segments={"count": 4}, merge={"search": search})
     assert recipe(segments={"count": 3}, merge={"search": search})
     assert recipe(segments={"count": 4}, merge={"search": search | {"strategy": "grid"}})
+
+
+def test_real_images_are_those_of_the_training_unless_others_are_named() -> None:
+    assert recipe().reference_dataset == recipe().dataset
+    assert "reference_dataset" not in recipe().model_dump(mode="json")["evaluate"]
+    others = {"source": "imagefolder", "path": "val", "resolution": 8}
+    named = recipe(evaluate={"num_images": 100, "reference_dataset": others})
+    assert (named.reference_dataset.path, named.dataset.source) == ("val", "digits")
+    assert Recipe.model_validate(named.model_dump(mode="json")) == named

@@ -8,7 +8,15 @@ import pytest
 import yaml
 
 from deme_core.errors import RecipeError
-from deme_core.recipe_file import RECIPES_FOLDER, dump_recipe, find_recipe, flatten, load_recipe, recipe_names
+from deme_core.recipe_file import (
+    RECIPES_FOLDER,
+    differing_settings,
+    dump_recipe,
+    find_recipe,
+    flatten,
+    load_recipe,
+    recipe_names,
+)
 
 CONTENT: dict[str, Any] = {
     "name": "tiny",
@@ -86,8 +94,8 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
         ("finetun.num_steps=5", "tiny.yaml: finetun is no recipe key (did you mean finetune?)."),
         (
             "merge.qqq=5",
-            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, search, "
-            "seed, weights).",
+            "tiny.yaml: merge.qqq is no recipe key (known there are density, drop_rate, method, on_bad_expert, "
+            "regmean, search, seed, weights).",
         ),
         (
             "pretrained.training.lerning_rate=1e-3",
@@ -116,7 +124,10 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
             "merge={search: {seeds: [3]}}",
             "tiny.yaml: merge.search.seeds and evaluate.seeds share [3]: a search must not see the report.",
         ),
-        ("evaluate.sampler=euler", "evaluate.sampler: input should be 'ddim' or 'ddpm' (got 'euler')."),
+        (
+            "evaluate.sampler=euler",
+            "evaluate.sampler: input should be 'ddim', 'ddpm' or 'flow_match_euler' (got 'euler').",
+        ),
         ("dataset.source=imagefolder", "dataset: source 'imagefolder' needs a path (got {"),
         ("name=a b", "name: string should match pattern"),
         ("finetune=5", "tiny.yaml: finetune: input should be a valid dictionary or instance of FinetuneSpec (got 5)."),
@@ -203,13 +214,24 @@ def test_a_recipe_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_dotted_name(file: str) -> None:
-    settings = flatten(load_recipe(file))
+    settings = flatten(load_recipe(file).model_dump(mode="json"))
     assert settings["finetune.num_steps"] == 10
     assert settings["merge.weights"] == [0.5, 0.25]
     assert settings["merge.search"] is None
     assert settings["pretrained.unet"] == {}
     assert settings["pretrained.training.num_steps"] == 5
     assert json.loads(json.dumps(settings)) == settings
+
+
+def test_only_settings_that_differ_are_listed(file: str) -> None:
+    first = load_recipe(file).model_dump(mode="json")
+    second = load_recipe(file, ["finetune.num_steps=20"]).model_dump(mode="json")
+    older = {"name": first["name"], "finetune": {"num_steps": 10}}
+    assert differing_settings([first, first]) == {}
+    assert differing_settings([first, second]) == {"finetune.num_steps": [10, 20]}
+    found = differing_settings([first, older])
+    assert found["finetune.seed"] == [0, None]
+    assert "finetune.num_steps" not in found
 
 
 def test_recipes_are_read_without_torch() -> None:

@@ -15,7 +15,9 @@ from deme_core.errors import DemeError, InputError
 from flows.stack.credentials import load_credentials
 from flows.stack.ports import NAMES, choose_ports, is_free
 from flows.stack.processes import STACK_VARIABLE, find_started_by, start_detached, stop_tree, who_listens
+from flows.stack.services import Service
 from flows.stack.stack import Stack
+from flows.stack.startup import ServiceStart
 
 
 @pytest.fixture
@@ -100,6 +102,17 @@ def test_who_listens_is_told_by_name_and_pid(taken_port: int) -> None:
     found = who_listens(taken_port)
     assert found is not None
     assert f"(pid {os.getpid()})" in found
+
+
+def test_what_answers_must_be_what_was_started(taken_port: int, tmp_path: Path) -> None:
+    # As when another stack, started at the same moment, got the same port.
+    url, log = f"http://127.0.0.1:{taken_port}", tmp_path / "log"
+    service = Service(name="mlflow", url=url, command=(), environment={}, check=lambda: None)
+    _, ours = start_detached([sys.executable, "-c", "input()"], environment=os.environ, folder=tmp_path, log=log)
+    with pytest.raises(DemeError, match=f"mlflow cannot have port {taken_port}.*pid {os.getpid()}"):
+        ServiceStart(service, ours, log).is_ready()
+    ours.wait()
+    assert ServiceStart(service, None, log).is_ready(), "it ran before: nothing to compare"
 
 
 def test_nothing_was_started_yet(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import copy
 import itertools
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,25 @@ import pytest
 import torch
 from torch import nn
 
-from deme_core.errors import FrozenModelChangedError, NonFiniteLossError, TimestepHistogramError
+from deme_core.errors import FrozenModelChangedError, InputError, NonFiniteLossError, TimestepHistogramError
+from deme_core.families import EncodedBatch
 from deme_core.objectives import training_target
 from deme_core.projection import attach_projections, is_projection
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
+from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan, TrainingProgress
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
-from tests.tiny_models import one_level_unet, randomize, same_bits, tiny_images, tiny_scheduler
+from tests.tiny_models import one_level_unet, randomize, same_bits, tiny_adapter, tiny_images, tiny_scheduler
 
 BATCH_SIZE = 4
 SAMPLER = TimestepSampler(TimestepSegment(0, 500), 1000, 0.3)
 
 
-def batches(first: int, batch_size: int = BATCH_SIZE) -> Iterator[torch.Tensor]:
-    return (tiny_images(batch_size, seed=number) for number in itertools.count(first))
+def batches(first: int, batch_size: int = BATCH_SIZE) -> Iterator[EncodedBatch]:
+    return (EncodedBatch(tiny_images(batch_size, seed=number), {}) for number in itertools.count(first))
 
 
 def build(
@@ -44,11 +47,11 @@ def build(
         pretrained = one_level_unet()
     return Training(
         one_level_unet() if model is None else model,
-        tiny_scheduler(),
+        tiny_adapter(),
         source,
         spec=TrainingSpec(num_steps=num_steps, **{"batch_size": BATCH_SIZE, "learning_rate": 1e-3, **spec}),
         plan=TrainingPlan("segment 0 [0, 500)", sampler, num_steps, consistency_weight, seed),
-        pretrained=pretrained,
+        teacher=Teacher([pretrained]) if pretrained is not None else None,
         device=device,
         record_every=record_every,
     )
@@ -77,7 +80,7 @@ def state_of(training: Training) -> dict[str, torch.Tensor]:
 
 
 def test_the_loss_falls_on_a_few_fixed_images() -> None:
-    images = tiny_images(8)
+    images = EncodedBatch(tiny_images(8), {})
     training = build(
         source=lambda first: itertools.repeat(images),
         num_steps=40,
@@ -192,6 +195,47 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: st
     # The comparison is of something: the second half moved every part.
     moved = {name.split()[0] for name, tensor in state_of(whole).items() if not same_bits(halfway[name], tensor)}
     assert moved == {"model", "ema", "exp_avg", "exp_avg_sq", "step", "timesteps"}
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    settings = EVERYTHING | {"num_steps": 2}
+    kept, computed_again = (
+        build(model_with_everything(), **settings, gradient_checkpointing=again) for again in (False, True)
+    )
+    assert (kept.model.is_gradient_checkpointing, computed_again.model.is_gradient_checkpointing) == (False, True)
+    run(kept)
+    run(computed_again)
+    assert differing(computed_again, kept) == []
+
+
+WIDE: dict[str, Any] = {"block_out_channels": [32]}  # Small tensors keep moments of 32 bits.
+
+
+def test_moments_of_eight_bits_train_and_are_restored(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs the extra bitsandbytes, which make install leaves out")
+    settings = EVERYTHING | {"optimizer": "adamw_8bit", "pretrained": one_level_unet(**WIDE), "learning_rate": 1e-3}
+    whole = build(model_with_everything(**WIDE), **settings)
+    losses = []
+    for progress in whole.progress():
+        losses.append(progress.loss)
+        if progress.global_step == 3:
+            save_checkpoint(whole, tmp_path)
+    moments = [moment for each in whole.optimizer.optimizer.state.values() for moment in each.values()]
+    assert sum(isinstance(moment, torch.Tensor) and moment.dtype == torch.uint8 for moment in moments) >= 8
+
+    resumed = build(randomize(model_with_everything(**WIDE), seed=5), **settings)
+    restore_checkpoint(resumed, tmp_path)
+    assert run(resumed)[-1].loss == losses[-1]
+    for name, tensor in whole.averaged_tensors().items():
+        assert same_bits(resumed.averaged_tensors()[name], tensor), name
+    plain = build(model_with_everything(**WIDE), **(settings | {"optimizer": "adamw"}))
+    assert run(plain)[-1].loss == pytest.approx(losses[-1], rel=0.02)
+
+
+def test_the_eight_bit_optimizer_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(InputError, match=r"needs bitsandbytes; install it by pip install 'deme\[bitsandbytes\]'"):
+        build(optimizer="adamw_8bit")
 
 
 def test_a_checkpoint_before_the_first_step_restores_the_beginning(tmp_path: Path) -> None:
@@ -339,9 +383,9 @@ def test_a_record_holds_the_means_since_the_one_before() -> None:
 def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumulation: int) -> None:
     bad_batch = 5
 
-    def source(first: int) -> Iterator[torch.Tensor]:
-        for number, images in enumerate(batches(first), start=first):
-            yield images + (value if number == bad_batch else 0.0)
+    def source(first: int) -> Iterator[EncodedBatch]:
+        for number, batch in enumerate(batches(first), start=first):
+            yield EncodedBatch(batch.latents + (value if number == bad_batch else 0.0), {})
 
     training = build(source=source, num_steps=20, record_every=4, gradient_accumulation_steps=accumulation)
     with pytest.raises(NonFiniteLossError) as caught:
@@ -351,7 +395,10 @@ def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumul
 
 
 def test_a_non_finite_loss_is_raised_before_the_step_of_the_checkpoint_is_yielded() -> None:
-    training = build(source=lambda first: itertools.repeat(torch.full((4, 1, 8, 8), float("nan"))), checkpoint_every=2)
+    training = build(
+        source=lambda first: itertools.repeat(EncodedBatch(torch.full((4, 1, 8, 8), float("nan")), {})),
+        checkpoint_every=2,
+    )
     with pytest.raises(NonFiniteLossError):
         next(training.progress())
 
@@ -386,15 +433,15 @@ def test_the_histogram_counts_every_image() -> None:
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_a_pretrained_model_and_a_consistency_weight_go_together(weight: float) -> None:
+def test_a_teacher_and_a_consistency_weight_go_together(weight: float) -> None:
     with pytest.raises(ValueError, match="go together"):
         Training(
             one_level_unet(),
-            tiny_scheduler(),
+            tiny_adapter(),
             batches,
             spec=TrainingSpec(num_steps=1),
             plan=TrainingPlan("control", SAMPLER, 1, weight),
-            pretrained=None if weight else one_level_unet(),
+            teacher=None if weight else Teacher([one_level_unet()]),
         )
 
 

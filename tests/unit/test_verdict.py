@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from deme_core.verdict import Interval, RowScores, Verdict, differences, interval, paired_difference
+from deme_core.verdict import Interval, RowScores, Verdict, differences, interval, paired_difference, row_intervals
 from deme_core.verdict import compare as compare_either_way
 
 
@@ -99,6 +99,15 @@ def test_the_interval_over_images_is_centred_on_the_scores_not_on_the_replicates
     difference = differences(candidate, baseline)["images"]
     assert difference.mean == pytest.approx(-1.0)
     assert difference.high - difference.mean == pytest.approx(1.959964 * 0.1, rel=1e-5)
+
+
+def test_a_row_alone_has_both_intervals_around_its_own_score() -> None:
+    row = RowScores([10.0, 12.0, 14.0], replicates(20.0, 22.0, 24.0, spread=0.3))
+    found = row_intervals(row)
+    assert found["seeds"] == interval([10.0, 12.0, 14.0])
+    assert found["images"].mean == 12.0
+    assert found["images"].high - 12.0 == pytest.approx(1.959964 * 0.3, rel=1e-5)
+    assert set(row_intervals(RowScores([10.0, 12.0]))) == {"seeds"}
 
 
 def test_rows_share_the_resamples_that_both_have() -> None:

@@ -1,0 +1,105 @@
+"""A cell of the claim's laboratory: one training seed under one setting, with a row for each way to merge."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.laboratory import Laboratory
+from deme_core.artifacts import ArtifactRef
+from deme_core.metrics import metric_name
+from deme_core.recipe import MethodSpec, Recipe
+
+# Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,
+# which are 1 for RegMean and 1/N otherwise.
+MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
+    "uniform": (None, MethodSpec()),
+    "grid": ({"strategy": "grid"}, MethodSpec()),
+    "coordinate": ({"strategy": "coordinate"}, MethodSpec()),
+    "quadratic": ({"strategy": "quadratic"}, MethodSpec()),
+    "tpe": ({"strategy": "tpe"}, MethodSpec()),
+    "cma_es": ({"strategy": "cma_es"}, MethodSpec()),
+    "block_weights": ({}, MethodSpec(method="block_weights")),
+    # Weights in the paper's scale: about N times those of task arithmetic.
+    "ties": ({"initial_weight": 1.0}, MethodSpec(method="ties")),
+    "dare": ({}, MethodSpec(method="dare")),
+    "regmean": (None, MethodSpec(method="regmean")),
+    "regmean, searched": ({"initial_weight": 1.0}, MethodSpec(method="regmean")),
+}
+# One change each of the recipe's settings, the optimizer steps of all copies together left as they are.
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "p=0": ("finetune.global_sampling_probability=0",),
+    "p=0.7": ("finetune.global_sampling_probability=0.7",),
+    "lambda=0": ("finetune.consistency_weight=0",),
+    "lambda=1": ("finetune.consistency_weight=1",),
+    "projection": ("finetune.channel_projection=true",),
+    "no projection": ("finetune.channel_projection=false",),
+    "constant rate": ("finetune.lr_scheduler=constant",),
+    "N=2": ("segments.count=2",),
+    "N=8": ("segments.count=8",),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one training seed gave under one setting.
+
+    Attributes:
+        metric: name of the metric that decides.
+        scores: of each row, one per sampling seed.
+        weights: merge weights of each row that has some; the control's is its scale.
+        heldout: held-out loss of each row that is one model.
+    """
+
+    metric: str
+    scores: Mapping[str, Sequence[float]]
+    weights: Mapping[str, Sequence[float]]
+    heldout: Mapping[str, float]
+
+
+def ablation_overrides(recipe: Recipe, name: str) -> tuple[str, ...]:
+    """Returns the settings of an ablation; with another N, each copy takes so many steps that all take as many."""
+    changed = ABLATIONS[name]
+    if name.startswith("N="):
+        in_all = recipe.finetune.num_steps * recipe.segments.num_segments
+        changed = (*changed, "segments.edges=null", f"finetune.num_steps={in_all // int(name[2:])}")
+    return changed
+
+
+def run_cell(recipe: Recipe, merges: Sequence[str]) -> Cell:
+    """Does what a cell needs and the store does not have."""
+    laboratory = Laboratory(recipe)
+    rows, weights = _models(laboratory, merges)
+    experts = laboratory.experts()
+    scores = {row: laboratory.scores((model,)) for row, model in rows.items()}
+    scores["ensemble"] = laboratory.scores(experts, laboratory.edges)
+    return Cell(
+        metric=metric_name(recipe.evaluate.metrics[0], recipe.evaluate.extractor_name),
+        scores=scores,
+        weights=weights,
+        heldout={row: laboratory.mean_heldout(model) for row, model in rows.items()},
+    )
+
+
+def _models(laboratory: Laboratory, merges: Sequence[str]) -> tuple[dict[str, ArtifactRef], dict[str, list[float]]]:
+    """Returns the model of each row, and the weights it was made with."""
+    recipe, experts, control = laboratory.recipe, laboratory.experts(), laboratory.control()
+    search = recipe.merge.search
+    if search is None:
+        raise ValueError("the claim is about searched weights: give merge.search")
+    scale = laboratory.found_weights((control,), search, MethodSpec())["weights"]
+    weights: dict[str, list[float]] = {"finetuned": scale}
+    rows = {"pretrained": laboratory.pretrained.ref, "finetuned": laboratory.merged((control,), scale)}
+    for name in merges:
+        changed, method = MERGES[name]
+        row, merged, natural = f"merged, {name}", experts, 1.0 / len(experts)
+        if method.method == "regmean":  # What is merged then, by task arithmetic, is confined copies.
+            merged, natural, method = laboratory.confined(experts, method.regmean), 1.0, MethodSpec()
+        if changed is None:
+            weights[row] = [natural] * len(experts)
+        else:
+            weights[row] = laboratory.found_weights(merged, search.model_copy(update=changed), method)["weights"]
+        rows[row] = laboratory.merged(merged, weights[row], method)
+    if recipe.distill is not None:
+        rows["distilled"] = laboratory.distilled(rows[f"merged, {merges[0]}"], experts, recipe.distill)
+    return rows, weights

@@ -1,0 +1,86 @@
+"""Whether the parts of a candidate are there: told from the listing and its JSON files, with no weights read."""
+
+import json
+from typing import Any
+
+from deme_core.checkpoint_watch.candidates import DENOISERS, MODEL_INDEX, Candidate
+from deme_core.errors import ModelFolderError
+from deme_core.store import ObjectStore
+
+# As in `deme_core.model_folder`, which imports torch.
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+_DIFFUSERS = (WEIGHTS_NAME, "diffusion_pytorch_model.bin")
+_TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
+_WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
+
+
+class UnfinishedError(Exception):
+    """Something is missing that may yet come."""
+
+
+def model_files(source: ObjectStore, candidate: Candidate) -> list[str]:
+    """Returns the names of what the digest of the model takes: its index, its configs, and the denoiser's weights.
+
+    Raises:
+        UnfinishedError: one of them, or of the frozen parts, which are not read, is missing and may yet come.
+        ModelFolderError: one is missing and will not come, or is pickled or damaged.
+    """
+    index = _read_json(source, candidate, MODEL_INDEX) if MODEL_INDEX in candidate.files else {}
+    for name, kind in zip(candidate.configs, (DENOISERS, ("scheduler",)), strict=True):
+        if name not in candidate.files:
+            if index and not any(index.get(part) for part in kind):
+                raise ModelFolderError(f"{MODEL_INDEX} names no {' or '.join(kind)}; DeMe needs one.")
+            raise UnfinishedError(f"{name} is missing")
+    for part, value in index.items():
+        if isinstance(value, list) and value[0] is not None and part not in (*DENOISERS, "scheduler"):
+            _check_frozen_part(source, candidate, part, library=str(value[0]), class_name=str(value[1]))
+    weights = _weight_files(source, candidate, candidate.denoiser, _DIFFUSERS)
+    return [*([MODEL_INDEX] if index else []), *candidate.configs, *weights]
+
+
+def frozen_parts(candidate: Candidate) -> set[str]:
+    """Returns the subfolders of the candidate besides those of denoiser and scheduler."""
+    return {name.partition("/")[0] for name in candidate.files if "/" in name} - {*DENOISERS, "scheduler"}
+
+
+def _check_frozen_part(source: ObjectStore, candidate: Candidate, part: str, *, library: str, class_name: str) -> None:
+    if class_name.endswith(_WITHOUT_WEIGHTS):
+        if part not in frozen_parts(candidate):
+            raise UnfinishedError(f"{part} is missing, which {MODEL_INDEX} names")
+        return
+    if f"{part}/config.json" not in candidate.files:
+        raise UnfinishedError(f"{part}/config.json is missing, which {MODEL_INDEX} names")
+    _weight_files(source, candidate, f"{part}/", _DIFFUSERS if library == "diffusers" else _TRANSFORMERS)
+
+
+def _weight_files(source: ObjectStore, candidate: Candidate, part: str, names: tuple[str, str]) -> list[str]:
+    """Returns the files of a part's weights, in the order in which `deme_core.model_folder` prefers them."""
+    weights, pickled = part + names[0], part + names[1]
+    index = f"{weights}.index.json"
+    if index in candidate.files:
+        shards = _shards(source, candidate, part, index)
+        if missing := [name for name in shards if name not in candidate.files]:
+            raise UnfinishedError(f"{', '.join(missing)} is missing, which {index} names")
+        return [index, *shards]
+    if weights in candidate.files:
+        return [weights]
+    if pickled in candidate.files:
+        raise ModelFolderError(f"{pickled} is pickled, which can run code; convert it to safetensors.")
+    raise UnfinishedError(f"{weights} is missing")
+
+
+def _shards(source: ObjectStore, candidate: Candidate, part: str, index: str) -> list[str]:
+    weight_map = _read_json(source, candidate, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
+        raise ModelFolderError(f"{index} has no weight_map, which names the files of the weights.")
+    return sorted({part + name for name in weight_map.values()})
+
+
+def _read_json(source: ObjectStore, candidate: Candidate, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(source.get_bytes(candidate.key(name)))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelFolderError(f"{name} is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{name} does not hold a JSON object.")
+    return content

@@ -1,0 +1,137 @@
+"""What a run will take, estimated from its recipe: operations, memory and storage.
+
+An estimate and no measurement. Counted is what dominates: the denoiser's operations in training, in the searches and in
+the images of the report. Not counted are autoencoder, text encoders, feature extractor, held-out losses, reading of
+images, and activations in memory.
+"""
+
+from dataclasses import dataclass
+
+from deme_core.denoiser_size import DenoiserSize
+from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, TrainingSpec
+
+_FP32 = 4  # Bytes.
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+# A backward pass takes two forward passes.
+_FORWARD_AND_BACKWARD = 3
+_ROWS = 4
+_SEARCHES = 2  # The merge weights, and the control's scale.
+
+# Dense peaks of NVIDIA's data sheet for the H100 SXM, in operations per second.
+H100_PEAK = {"fp32": 67e12, "bf16": 989e12, "fp16": 989e12}
+UTILIZATION = 0.4
+
+
+@dataclass(frozen=True)
+class CostEstimate:
+    """What a run will take at most, if nothing of it is in the store yet.
+
+    Attributes:
+        training_flops: of all copies and the control.
+        search_flops: of both searches, with the whole budget of candidates.
+        evaluation_flops: of the images of all rows and seeds.
+        memory_bytes: of one training: weights, gradients, moments, moving average and frozen model.
+        checkpoint_bytes: of one training while it runs.
+        model_bytes: of all models: pretrained, copies, control, scaled control and merged.
+        feature_bytes: of generated images.
+        encoding_bytes: of latents and captions, if every image has a caption of its own.
+    """
+
+    training_flops: float
+    search_flops: float
+    evaluation_flops: float
+    memory_bytes: int
+    checkpoint_bytes: int
+    model_bytes: int
+    feature_bytes: int
+    encoding_bytes: int
+
+    @property
+    def storage_bytes(self) -> int:
+        """All that lies in the store at once, checkpoints of one training included."""
+        return self.checkpoint_bytes + self.model_bytes + self.feature_bytes + self.encoding_bytes
+
+    def seconds(self, *, training_rate: float, image_rate: float) -> float:
+        """Returns how long one device takes.
+
+        Args:
+            training_rate: operations per second in the recipe's precision of training.
+            image_rate: operations per second in float32, in which images are generated.
+        """
+        return self.training_flops / training_rate + (self.search_flops + self.evaluation_flops) / image_rate
+
+
+def estimate_cost(
+    recipe: Recipe, size: DenoiserSize, *, num_images: int, num_features: int, frozen_bytes: int = 0
+) -> CostEstimate:
+    """Returns what a run of ``recipe`` will take.
+
+    Args:
+        recipe: how.
+        size: of the denoiser.
+        num_images: images of the data set.
+        num_features: of the extractor.
+        frozen_bytes: of the frozen parts, which pretrained, scaled and merged model all hold.
+    """
+    num_segments, finetune, evaluate = recipe.segments.num_segments, recipe.finetune, recipe.evaluate
+    trained, stock = _FP32 * size.num_trained, _FP32 * size.num_parameters
+    rows = _ROWS + (recipe.distill is not None)
+    return CostEstimate(
+        training_flops=_training_flops(recipe, size),
+        search_flops=_search_flops(recipe.merge.search, num_segments, evaluate, size),
+        evaluation_flops=rows * len(evaluate.seeds) * evaluate.num_images * _image_flops(evaluate, size),
+        memory_bytes=_training_memory(finetune, trained, stock),
+        checkpoint_bytes=2 * trained + _moment_bytes(finetune, trained),
+        model_bytes=(num_segments + 1) * trained + (rows - 1) * (stock + frozen_bytes),
+        feature_bytes=rows * len(evaluate.seeds) * evaluate.num_images * num_features * _FP32,
+        encoding_bytes=_encoding_bytes(recipe, size, num_images),
+    )
+
+
+def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
+    """N copies of S steps, and a control of N S; with a distillation, its steps twice: it, and the control's more."""
+    finetune, distill = recipe.finetune, recipe.distill
+    steps = 2 * recipe.segments.num_segments * finetune.num_steps + (distill.num_steps if distill else 0)
+    flops = steps * _step_flops(finetune, size, has_teacher=finetune.consistency_weight > 0)
+    if distill:
+        flops += distill.num_steps * _step_flops(distill, size, has_teacher=True)
+    if pretraining := recipe.pretrained.training:
+        flops += pretraining.num_steps * _step_flops(pretraining, size, has_teacher=False)
+    return flops
+
+
+def _step_flops(training: TrainingSpec, size: DenoiserSize, *, has_teacher: bool) -> float:
+    passes = _FORWARD_AND_BACKWARD + training.gradient_checkpointing
+    each = passes * size.trained_forward_flops + has_teacher * size.forward_flops
+    return training.batch_size * training.gradient_accumulation_steps * float(each)
+
+
+def _search_flops(search: SearchSpec | None, num_segments: int, evaluate: EvaluateSpec, size: DenoiserSize) -> float:
+    if search is None:
+        return 0.0
+    grid = len(search.values) ** num_segments + len(search.values)
+    candidates = grid if search.strategy == "grid" else _SEARCHES * search.max_candidates
+    return candidates * len(search.seeds) * search.num_images * _image_flops(evaluate, size)
+
+
+def _image_flops(evaluate: EvaluateSpec, size: DenoiserSize) -> float:
+    return float(evaluate.num_inference_steps * (2 if evaluate.guidance_scale != 1 else 1) * size.forward_flops)
+
+
+def _training_memory(finetune: FinetuneSpec, trained: int, stock: int) -> int:
+    frozen = stock if finetune.consistency_weight > 0 else 0
+    return 3 * trained + _moment_bytes(finetune, trained) + frozen
+
+
+def _moment_bytes(training: TrainingSpec, trained: int) -> int:
+    return 2 * trained // (4 if training.optimizer == "adamw_8bit" else 1)
+
+
+def _encoding_bytes(recipe: Recipe, size: DenoiserSize, num_images: int) -> int:
+    """Latents, those of mirror images too, and captions; nothing for models on pixels, or where it is switched off."""
+    dataset = recipe.dataset
+    is_cached = dataset.crop == "center" if dataset.cache_latents is None else dataset.cache_latents
+    if not size.latent_size or not is_cached:
+        return 0
+    latents = size.latent_size * (2 if dataset.random_flip else 1)
+    return num_images * (latents + size.caption_size) * _BYTES[dataset.cache_precision]

@@ -1,0 +1,90 @@
+"""The size of a denoiser: parameters and floating-point operations, counted without its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from deme_core.errors import InputError
+from deme_core.families import Adapter, ConditioningTensors
+from deme_core.model_folder import build_denoiser
+from deme_core.projection import attach_projections
+
+# Of CLIP, which reads the captions of Stable Diffusion.
+_NUM_TOKENS = 77
+
+
+@dataclass(frozen=True)
+class DenoiserSize:
+    """What one denoiser holds, and what one image costs it.
+
+    Attributes:
+        num_parameters: without projections.
+        forward_flops: operations of one forward pass of one image, an addition and a multiplication each counted.
+        num_trained: parameters that are trained: with projections, where there are any.
+        trained_forward_flops: operations of a forward pass with projections.
+        latent_size: numbers in the latents of an image; 0 for a model on pixels.
+        caption_size: numbers that a caption becomes; 0 for a model that takes none.
+    """
+
+    num_parameters: int
+    forward_flops: int
+    num_trained: int
+    trained_forward_flops: int
+    latent_size: int = 0
+    caption_size: int = 0
+
+
+def measure_denoiser(adapter: Adapter, *, channel_projection: bool) -> DenoiserSize:
+    """Counts what the denoiser of ``adapter`` takes, on torch's meta device: no memory and no time to speak of.
+
+    Args:
+        adapter: of a model on pixels, of Stable Diffusion, or conditioned on labels.
+        channel_projection: whether copies are trained with projections.
+
+    Raises:
+        InputError: the model is of another family.
+    """
+    conditioning = _conditioning(adapter)
+    model = build_denoiser(dict(adapter.denoiser_config), materialize=False).to("meta").eval()
+    stock = _count_parameters(model), _count_flops(model, adapter, conditioning)
+    if channel_projection:
+        attach_projections(model)
+    caption = conditioning.get("encoder_hidden_states")
+    return DenoiserSize(
+        *stock,
+        num_trained=_count_parameters(model),
+        trained_forward_flops=_count_flops(model, adapter, conditioning),
+        latent_size=prod(adapter.latent_shape) if adapter.frozen_parts else 0,
+        caption_size=0 if caption is None else caption.numel(),
+    )
+
+
+def _conditioning(adapter: Adapter) -> ConditioningTensors:
+    """Returns tensors in the shapes of those that one image is conditioned on."""
+    if adapter.conditioned_on == "labels":
+        return {name: tensor.to("meta") for name, tensor in adapter.encode_labels([0]).items()}
+    config: Mapping[str, Any] = adapter.denoiser_config
+    if adapter.conditioned_on == "nothing":
+        return {}
+    if "StableDiffusionPipeline" in adapter.pipelines:
+        shape = (1, _NUM_TOKENS, config["cross_attention_dim"])
+        return {"encoder_hidden_states": torch.zeros(shape, device="meta")}
+    raise InputError(f"The cost of a {adapter.pipeline} is not estimated yet.")
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def _count_flops(model: nn.Module, adapter: Adapter, conditioning: ConditioningTensors) -> int:
+    noisy = torch.zeros(1, *adapter.latent_shape, device="meta")
+    timesteps = torch.zeros(1, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        adapter.predict(model, noisy, timesteps, conditioning)
+    return counter.get_total_flops()

@@ -1,0 +1,162 @@
+"""The adapter: what DeMe asks of a family of pipelines, with the answers that most of them share."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from deme_core.errors import InputError, ModelFolderError
+
+# Others import it from here.
+from deme_core.images.training_batch import NO_LABEL as NO_LABEL
+from deme_core.noise_process import NoiseProcess
+
+ConditioningTensors = dict[str, torch.Tensor]
+
+
+class Adapter:
+    """Everything about one model but its denoiser's weights.
+
+    Attributes:
+        pipelines: classes of diffusers that it is for, as ``model_index.json`` names them.
+        denoiser_classes: classes of the denoiser, as its config.json names them.
+        denoiser_part: subfolder of the denoiser.
+        frozen_parts: subfolders that the pipeline cannot do without, besides denoiser and scheduler.
+        conditioned_on: what the denoiser is told beside the timestep.
+        scheduler_overrides: what sampling and training take otherwise than scheduler_config.json says.
+
+    Args:
+        denoiser_config: config.json of the denoiser.
+        scheduler_config: scheduler_config.json.
+        pipeline: class of the pipeline.
+        frozen: folder with the frozen parts; None if there are none, or they are not at hand.
+        device: where frozen parts work, and where what they return lies.
+    """
+
+    pipelines: ClassVar[tuple[str, ...]]
+    denoiser_classes: ClassVar[tuple[str, ...]]
+    denoiser_part: ClassVar[str]
+    frozen_parts: ClassVar[tuple[str, ...]] = ()
+    conditioned_on: ClassVar[Literal["nothing", "captions", "labels"]] = "nothing"
+    scheduler_overrides: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(
+        self,
+        *,
+        denoiser_config: Mapping[str, Any],
+        scheduler_config: Mapping[str, Any],
+        pipeline: str | None = None,
+        frozen: Path | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.denoiser_config = denoiser_config
+        self.scheduler_config = {**scheduler_config, **self.scheduler_overrides}
+        self.pipeline, self.device = pipeline or self.pipelines[0], device
+        self._frozen = frozen
+
+    @property
+    def frozen(self) -> Path:
+        """Folder with the frozen parts.
+
+        Raises:
+            ModelFolderError: they are not at hand, as beside a copy that was finetuned.
+        """
+        if self._frozen is None:
+            raise ModelFolderError(
+                f"The folder holds the denoiser of a {self.pipeline} alone; give the whole pipeline, as a merged model "
+                "or the pretrained one is."
+            )
+        return self._frozen
+
+    @property
+    def noise_process(self) -> NoiseProcess:
+        """How images are noised, and what is predicted."""
+        raise NotImplementedError
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the denoiser works on."""
+        size = self.denoiser_config["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.denoiser_config["in_channels"], height, width
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        return self.latent_shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of class labels; 0 for a model that takes none."""
+        return 0
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns latents, float32 (B, C, H, W), of images, float32 (B, 3, H', W') in [-1, 1]; always the same."""
+        return images.to(self.device)
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Returns images, float32 (B, 3, H', W'), about in [-1, 1], of latents."""
+        return latents
+
+    def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
+        """Returns the tensors, each (B, ...), that B texts become; the empty text is what guidance steers away from."""
+        return {}
+
+    def encode_labels(self, labels: Sequence[int]) -> ConditioningTensors:
+        """Returns the tensors, each (B, ...), that B class labels become; -1 stands for no class."""
+        return {}
+
+    def check_labels(self, labels: Sequence[int]) -> None:
+        """Raises an InputError if the model does not know a class."""
+        if unknown := sorted({label for label in labels if not NO_LABEL <= label < self.num_classes}):
+            raise InputError(
+                f"The {self.pipeline} knows the classes 0 to {self.num_classes - 1}, but there are images of class "
+                f"{', '.join(map(str, unknown))}; check dataset.label_column."
+            )
+
+    def encode_sizes(
+        self,
+        batch_size: int,
+        *,
+        original_sizes: torch.Tensor | None = None,
+        crop_top_lefts: torch.Tensor | None = None,
+        target_sizes: torch.Tensor | None = None,
+    ) -> ConditioningTensors:
+        """Returns the tensors, each (B, ...), that sizes become; without any, those of images of the model's own size.
+
+        Args:
+            batch_size: B.
+            original_sizes: height and width of each image before it was resized, int64 (B, 2).
+            crop_top_lefts: where its crop begins, int64 (B, 2).
+            target_sizes: height and width of the crop, int64 (B, 2).
+        """
+        return {}
+
+    def predict(
+        self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: ConditioningTensors
+    ) -> torch.Tensor:
+        """Returns what ``denoiser`` predicts for noisy latents (B, C, H, W), in their shape.
+
+        Args:
+            denoiser: any copy of the family's denoiser.
+            noisy: x_t.
+            timesteps: as the denoiser is told them, (B,).
+            conditioning: tensors of the three ``encode_`` methods together.
+        """
+        # A model that learned its variance predicts it in as many channels again, which no part of DeMe uses.
+        return denoiser(noisy, timestep=timesteps, **conditioning).sample[:, : noisy.shape[1]]
+
+    def prepare_training(self, denoiser: nn.Module) -> None:
+        """Changes what only matters while ``denoiser`` is trained."""
+
+    def timestep_settings(self) -> dict[str, Any]:
+        """Returns what the sampler's ``set_timesteps`` needs besides the number of steps."""
+        return {}
+
+    def rest(self) -> None:
+        """Moves the frozen parts that were loaded to main memory until they are needed again."""
+
+    def release(self) -> None:
+        """Forgets the frozen parts that were loaded; they are loaded again when they are needed."""

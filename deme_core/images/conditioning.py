@@ -1,0 +1,117 @@
+"""Captions and labels: the columns of a source as what a model is conditioned on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+from deme_core.errors import DatasetError
+from deme_core.images.source import Column, ImageSource, first_names
+from deme_core.recipe import DatasetSpec
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the images of a data set are conditioned on, in their order; None where nothing was asked for.
+
+    Attributes:
+        captions: a text for each image.
+        labels: a class for each image, from 0.
+        label_names: names of the classes; None where the source knows numbers only.
+    """
+
+    captions: Sequence[str] | None = None
+    labels: Sequence[int] | None = None
+    label_names: Sequence[str] | None = None
+
+
+def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[int]) -> Conditioning:
+    """Read the captions and labels that a recipe asks for.
+
+    Args:
+        source: the images and their columns.
+        spec: names the columns, or gives a template of the captions.
+        indices: positions in the source of the images that are used.
+
+    Raises:
+        DatasetError: a column is missing or of the wrong kind, or some images have no caption or label.
+    """
+    captions = None
+    if spec.caption_column is not None:
+        captions = _captions(source, spec.caption_column, indices)
+    elif spec.caption_template is not None:
+        captions = _from_template(source, spec.caption_template, indices)
+    if spec.label_column is None:
+        return Conditioning(captions)
+    labels, names = _labels(_column(source, spec.label_column, "label_column"), source, spec.label_column)
+    used = [labels[index] for index in indices]
+    _refuse_missing(source, indices, used, f"label in column '{spec.label_column}'")
+    return Conditioning(captions, [label for label in used if label is not None], names)
+
+
+def _captions(source: ImageSource, name: str, indices: Sequence[int]) -> list[str]:
+    column = _column(source, name, "caption_column")
+    values = [_named(column, index) for index in indices]
+    for value in values:
+        if not isinstance(value, str | None):
+            raise DatasetError(
+                f"Column '{name}' of {source.description} holds values such as {value!r:.60}, not texts; "
+                "set dataset.caption_column."
+            )
+    texts = [value.strip() if value else "" for value in values]
+    _refuse_missing(source, indices, [text or None for text in texts], f"caption in column '{name}'")
+    return texts
+
+
+def _from_template(source: ImageSource, template: str, indices: Sequence[int]) -> list[str]:
+    pieces = [(text, name) for text, name, _, _ in Formatter().parse(template)]
+    names = sorted({name for _, name in pieces if name is not None})
+    columns = {name: _column(source, name, "caption_template") for name in names}
+    values = {name: [_named(column, index) for index in indices] for name, column in columns.items()}
+    for name in names:
+        _refuse_missing(source, indices, values[name], f"value in column '{name}', which dataset.caption_template uses")
+    return [
+        "".join(text if name is None else f"{text}{values[name][row]}" for text, name in pieces)
+        for row in range(len(indices))
+    ]
+
+
+def _column(source: ImageSource, name: str, key: str) -> Column:
+    column = source.column(name)
+    if column is None:
+        has = ", ".join(source.columns) or "none"
+        raise DatasetError(f"Column '{name}' is not in {source.description}, which has {has}; set dataset.{key}.")
+    return column
+
+
+def _named(column: Column, index: int) -> Any:
+    """The value of one image: the name of its class where classes have names, None where there is none."""
+    value = column.values[index]
+    if column.class_names is None or value is None:
+        return value
+    return column.class_names[value] if 0 <= value < len(column.class_names) else None
+
+
+def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | None], Sequence[str] | None]:
+    """Return the class of every image of the source, so that a part of it has the same classes."""
+    present = [value for value in column.values if value is not None]
+    if all(isinstance(value, int) for value in present):
+        labels = [int(value) if value is not None and value >= 0 else None for value in column.values]
+        return labels, column.class_names
+    if all(isinstance(value, str) for value in present):
+        numbers = {name: number for number, name in enumerate(sorted(set(present)))}
+        return [None if value is None else numbers[value] for value in column.values], tuple(numbers)
+    wrong = next(value for value in present if not isinstance(value, int | str))
+    raise DatasetError(
+        f"Column '{name}' of {source.description} holds values such as {wrong!r:.60}, neither classes nor their names; "
+        "set dataset.label_column."
+    )
+
+
+def _refuse_missing(source: ImageSource, indices: Sequence[int], values: Sequence[Any], what: str) -> None:
+    missing = [index for index, value in zip(indices, values, strict=True) if value is None]
+    if missing:
+        raise DatasetError(
+            f"{len(missing)} of {len(indices)} images in {source.description} have no {what} "
+            f"({first_names([source.name(index) for index in missing])}); give each one, or leave these images out."
+        )

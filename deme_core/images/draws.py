@@ -1,0 +1,70 @@
+"""What chance decides about one training batch, as a function of its number alone."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from deme_core.seeds import generator
+
+
+@dataclass(frozen=True, eq=False)
+class BatchDraws:
+    """The draws of one batch of B images.
+
+    Attributes:
+        indices: which images, int64 (B,).
+        crops: where a random crop lies, from top and left, float64 (B, 2) in [0, 1).
+        mirrored: which images are mirrored, bool (B,).
+        dropped: which captions and labels are replaced by the empty ones, bool (B,).
+    """
+
+    indices: torch.Tensor
+    crops: torch.Tensor
+    mirrored: torch.Tensor
+    dropped: torch.Tensor
+
+
+@dataclass(frozen=True)
+class BatchSchedule:
+    """An endless stream of draws; each epoch is a permutation of its own, and batches are cut from all of them joined.
+
+    Attributes:
+        num_images: images in the data set.
+        batch_size: images per batch.
+        seed: names the stream.
+        random_flip: mirror half of the images.
+        caption_dropout: chance that caption and label are dropped.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+    random_flip: bool
+    caption_dropout: float = 0.0
+
+    def __getitem__(self, number: int) -> BatchDraws:
+        """Returns the draws of batch ``number``; the global random generators are neither read nor moved."""
+        draws = _uniform((self.batch_size, 3), "crops", self.seed, number)
+        return BatchDraws(
+            indices=self._indices(number),
+            crops=draws[:, :2],
+            mirrored=(draws[:, 2] < 0.5) & self.random_flip,
+            dropped=_uniform((self.batch_size,), "captions", self.seed, number) < self.caption_dropout,
+        )
+
+    def _indices(self, number: int) -> torch.Tensor:
+        first, last = number * self.batch_size, (number + 1) * self.batch_size
+        epochs = range(first // self.num_images, (last - 1) // self.num_images + 1)
+        order = torch.cat([_epoch_order(self.num_images, self.seed, epoch) for epoch in epochs])
+        start = first - epochs.start * self.num_images
+        return order[start : start + self.batch_size]
+
+
+def _uniform(shape: tuple[int, ...], what: str, seed: int, number: int) -> torch.Tensor:
+    return torch.rand(shape, dtype=torch.float64, generator=generator(what, seed, number))
+
+
+@lru_cache(maxsize=4)
+def _epoch_order(num_images: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(num_images, generator=generator("epoch", seed, epoch))

@@ -1,0 +1,45 @@
+"""A look at a data set before a run: is it there, can its first image be decoded, has it captions and labels?"""
+
+from pathlib import Path
+
+from deme_core.errors import DatasetError
+from deme_core.images.conditioning import read_conditioning
+from deme_core.images.dataset import open_source
+from deme_core.images.hub import count_rows
+from deme_core.images.pixels import BrokenImageError, decode
+from deme_core.recipe import DatasetSpec
+
+
+def preview_images(spec: DatasetSpec, cache: Path) -> int | None:
+    """Return how many images there are, as far as that is known without reading them all.
+
+    What lies in an object store is brought into the cache; of a data set of the hub only its description is read.
+
+    Args:
+        spec: which images.
+        cache: folder for downloads.
+
+    Returns:
+        Number of images, broken ones included; None where the hub does not say.
+
+    Raises:
+        DatasetError: there are none, the first is broken, or captions or labels that were asked for are missing.
+        StoreUnavailableError: their object store cannot be reached.
+    """
+    num_images = count_rows(spec) if spec.source == "hub" else _look(spec, cache / "images")
+    if num_images is None or spec.num_images is None:
+        return num_images
+    return min(num_images, spec.num_images)
+
+
+def _look(spec: DatasetSpec, cache: Path) -> int:
+    source = open_source(spec, cache)
+    if not len(source):
+        raise DatasetError(f"There are no images in {source.description}; check dataset.path.")
+    read_conditioning(source, spec, range(len(source))[: spec.num_images])
+    if not spec.skip_broken:
+        try:
+            decode(source.read(0), channels=spec.channels or 3)
+        except BrokenImageError as error:
+            raise DatasetError(f"{source.name(0)} in {source.description} cannot be decoded ({error}).") from error
+    return len(source)

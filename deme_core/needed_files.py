@@ -1,0 +1,28 @@
+"""Which files of a model are needed: the hub has each part in several precisions and for several frameworks."""
+
+import re
+from collections.abc import Iterable
+from pathlib import PurePosixPath
+
+from deme_core.model_json import INDEX_NAME
+
+_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
+_WEIGHTS = (".safetensors", ".bin")
+# model.fp16.safetensors, diffusion_pytorch_model.non_ema-00001-of-00002.safetensors
+_VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.[^.]+\.(safetensors|bin)")
+_INDEX_OF_VARIANT = re.compile(r".+\.index\.[^.]+\.json")
+
+
+def needed_files(names: Iterable[str]) -> list[str]:
+    """Returns those of a model's files that stock diffusers loads: pickled weights only in a folder without others.
+
+    Args:
+        names: POSIX paths within the model's folder.
+    """
+    paths = [PurePosixPath(name) for name in names if name.endswith(_SUFFIXES)]
+    paths = [path for path in paths if not _VARIANT.fullmatch(path.name) and not _INDEX_OF_VARIANT.fullmatch(path.name)]
+    has_parts = any(path.suffix in _WEIGHTS and len(path.parts) > 1 for path in paths)
+    if has_parts and PurePosixPath(INDEX_NAME) in paths:  # Weights beside the index are the whole model in one file.
+        paths = [path for path in paths if path.suffix not in _WEIGHTS or len(path.parts) > 1]
+    safe = {path.parent for path in paths if path.suffix == ".safetensors"}
+    return sorted(str(path) for path in paths if path.suffix != ".bin" or path.parent not in safe)

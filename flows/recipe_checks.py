@@ -1,0 +1,215 @@
+"""What a recipe needs, looked for piece by piece, and what it will take: the second half of ``deme doctor RECIPE``."""
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+from deme_core.cost_estimate import H100_PEAK, UTILIZATION, CostEstimate, estimate_cost
+from deme_core.denoiser_size import measure_denoiser
+from deme_core.errors import InputError
+from deme_core.extractors import load_extractor
+from deme_core.extractors.clip import clip_score_digest
+from deme_core.families import Adapter, Unconditional, check_conditioned
+from deme_core.generate import Sampling
+from deme_core.images.preview import preview_images
+from deme_core.metrics import needs_prompts
+from deme_core.model_folder import ModelFolder, open_model_folder
+from deme_core.model_source import fetch_source
+from deme_core.prompts import load_prompts
+from deme_core.recipe import DatasetSpec, Recipe
+from deme_core.segments import recipe_segments
+from deme_core.settings import Settings
+from tasks.worker_pool import plan_slots
+
+Check = tuple[str, Callable[[], str]]
+_GB = 10**9
+_SIDE = 1024
+
+
+class RecipeChecks:
+    """The checks of one recipe. What is fetched stays in the cache, where a run finds it.
+
+    Args:
+        recipe: what is going to be run.
+        settings: of this environment.
+    """
+
+    def __init__(self, recipe: Recipe, settings: Settings) -> None:
+        self.recipe, self.cache = recipe, settings.cache_folder
+        self._adapter: Adapter | None = None
+        self._frozen_bytes = 0
+        self._num_images: int | None = None
+        self._num_features: int | None = None
+
+    def __iter__(self) -> Iterator[Check]:
+        """Yields name and check, the estimate only if all that it needs was found by then."""
+        evaluate = self.recipe.evaluate
+        yield "workers", self._workers
+        yield "model", self._model
+        yield "data set", self._dataset
+        if evaluate.reference_dataset:
+            yield "real images", self._reference
+        if evaluate.prompts:
+            yield "prompts", self._prompts
+        yield "extractor", self._extractor
+        if needs_prompts(evaluate.metrics):
+            yield "CLIP score", self._clip
+        if self._adapter and self._num_images and self._num_features:
+            yield "time", self._time
+            yield "memory", self._memory
+            yield "storage", self._storage
+
+    def _workers(self) -> str:
+        if self.recipe.execution.runner == "prefect":
+            return "other machines, by Prefect's work pools; what follows is looked for on this one"
+        slots = plan_slots(self.recipe.execution)
+        return f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
+
+    def _model(self) -> str:
+        source = self.recipe.pretrained
+        if source.source == "pretrain":
+            self._adapter = _untrained(self.recipe)
+            recipe_segments(self.recipe.segments, self._num_timesteps)
+            return "trained here"
+        path = fetch_source(source.source, revision=source.revision, cache=self.cache)
+        folder = open_model_folder(path, allow_pickle=source.allow_pickle)
+        adapter = folder.adapter()
+        self._frozen_bytes = sum(file.stat().st_size for file in folder.frozen_files(allow_pickle=source.allow_pickle))
+        self._check_fits(folder, adapter)
+        self._adapter = adapter
+        return f"{source.source}, a {adapter.pipeline}"
+
+    def _check_fits(self, folder: ModelFolder, adapter: Adapter) -> None:
+        """Raises an InputError if the recipe asks for what the model cannot do."""
+        dataset, evaluate = self.recipe.dataset, self.recipe.evaluate
+        recipe_segments(self.recipe.segments, folder.num_train_timesteps)
+        Sampling(evaluate.sampler, evaluate.num_inference_steps).build_scheduler(adapter)
+        captions = dataset.caption_column or dataset.caption_template
+        check_conditioned(adapter, captions=captions, labels=dataset.label_column)
+        if adapter.conditioned_on == "captions" and evaluate.prompts is None:
+            raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
+        channels, height, _ = adapter.image_shape
+        wanted = (_channels(dataset), dataset.resolution or 8)
+        if (channels, height) != wanted:
+            raise InputError(
+                f"The model makes images of {height} pixels and {channels} channels, not of {wanted[1]} and "
+                f"{wanted[0]}; set dataset.resolution and dataset.channels."
+            )
+
+    def _dataset(self) -> str:
+        self._num_images = preview_images(self.recipe.dataset, self.cache)
+        return _described(self.recipe.dataset, self._num_images)
+
+    def _reference(self) -> str:
+        dataset = self.recipe.reference_dataset
+        return _described(dataset, preview_images(dataset, self.cache))
+
+    def _prompts(self) -> str:
+        prompts = load_prompts(str(self.recipe.evaluate.prompts), self.cache)
+        return f"{len(prompts.texts):,} for {self.recipe.evaluate.num_images:,} images, as '{prompts.texts[0]}'"
+
+    def _extractor(self) -> str:
+        evaluate = self.recipe.evaluate
+        extractor = load_extractor(
+            evaluate.extractor_name,
+            weights=evaluate.extractor_weights,
+            resolution=evaluate.extractor_resolution,
+            cache=self.cache,
+            device="cpu",
+        )
+        self._num_features = extractor.num_features
+        return f"{extractor.name}, {extractor.num_features:,} features"
+
+    def _clip(self) -> str:
+        weights = self.recipe.evaluate.clip_weights
+        digest = clip_score_digest(weights=weights, cache=self.cache)
+        return f"{weights or 'ViT-B/32 from the hub'}, digest {digest[:12]}"
+
+    @cached_property
+    def _cost(self) -> CostEstimate:
+        assert self._adapter is not None
+        assert self._num_images is not None
+        assert self._num_features is not None
+        return estimate_cost(
+            self.recipe,
+            measure_denoiser(self._adapter, channel_projection=self.recipe.finetune.channel_projection),
+            num_images=self._num_images,
+            num_features=self._num_features,
+            frozen_bytes=self._frozen_bytes,
+        )
+
+    def _time(self) -> str:
+        cost, precision = self._cost, self.recipe.finetune.mixed_precision
+        training, images = UTILIZATION * H100_PEAK[precision], UTILIZATION * H100_PEAK["fp32"]
+        hours = cost.seconds(training_rate=training, image_rate=images) / 3600
+        done = (
+            f"estimate, not measured: {hours:,.1f} GPU-hours at {UTILIZATION:.0%} of an H100's dense peak, for "
+            f"{cost.training_flops:.2g} operations of training in {precision}, and in fp32 {cost.search_flops:.2g} of "
+            f"searches and {cost.evaluation_flops:.2g} of the report's images"
+        )
+        if self.recipe.execution.runner == "local" and plan_slots(self.recipe.execution)[0].device == "cpu":
+            rate = measure_cpu()
+            seconds = cost.seconds(training_rate=rate, image_rate=rate)
+            done += f"; {seconds / 3600:,.2f} hours at the {rate:.3g} that this CPU multiplies matrices with"
+        return done
+
+    def _memory(self) -> str:
+        return f"estimate: {_gigabytes(self._cost.memory_bytes)} of one training, activations apart"
+
+    def _storage(self) -> str:
+        cost = self._cost
+        return (
+            f"estimate: {_gigabytes(cost.storage_bytes)}: {_gigabytes(cost.model_bytes)} of models, "
+            f"{_gigabytes(cost.checkpoint_bytes)} of checkpoints for each training that runs, "
+            f"{_gigabytes(cost.feature_bytes)} of features, {_gigabytes(cost.encoding_bytes)} of latents and embeddings"
+        )
+
+    @property
+    def _num_timesteps(self) -> int:
+        return int(self.recipe.pretrained.noise_scheduler.get("num_train_timesteps", 1000))
+
+
+def measure_cpu() -> float:
+    """Returns how many operations per second this CPU does in float32: products of matrices, for half a second."""
+    import torch
+
+    left, right = torch.rand(2, _SIDE, _SIDE)
+    left @ right  # The first one wakes the threads.
+    started, num_products = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - started) < 0.5 or not num_products:
+        left @ right
+        num_products += 1
+    return 2 * _SIDE**3 * num_products / elapsed
+
+
+def _untrained(recipe: Recipe) -> Adapter:
+    """Returns the adapter of the model that the recipe pretrains.
+
+    Raises:
+        InputError: it cannot be built.
+    """
+    from diffusers import UNet2DModel
+
+    channels = _channels(recipe.dataset)
+    fixed = {"sample_size": recipe.dataset.resolution or 8, "in_channels": channels, "out_channels": channels}
+    config: dict[str, Any] = {"_class_name": "UNet2DModel", **recipe.pretrained.unet, **fixed}
+    try:
+        config = {**UNet2DModel.from_config(config).config, **config}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"pretrained.unet cannot be built: {error}.") from error
+    return Unconditional(denoiser_config=config, scheduler_config=recipe.pretrained.noise_scheduler)
+
+
+def _channels(dataset: DatasetSpec) -> int:
+    return dataset.channels or (1 if dataset.source == "digits" else 3)
+
+
+def _described(dataset: DatasetSpec, num_images: int | None) -> str:
+    return (
+        f"{dataset.path or dataset.source}, {'unknown number of' if num_images is None else f'{num_images:,}'} images"
+    )
+
+
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / _GB:,.3g} GB"

@@ -1,0 +1,75 @@
+"""The trainings of a run: the control, one copy per segment, and the distillation."""
+
+from dataclasses import dataclass
+
+from prefect.futures import PrefectFuture
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.recipe import DistillSpec, Recipe
+from deme_core.segments import TimestepSegment
+from flows.encodings import EncodedDataset
+from tasks.jobs import DistillJob, FinetuneJob, JobResult
+from tasks.stages import distill, finetune
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """What every training of a run starts from.
+
+    Attributes:
+        recipe: says how.
+        pretrained: theta_0.
+        encoded: the data set.
+        segments: the timestep segments.
+    """
+
+    recipe: Recipe
+    pretrained: ArtifactRef
+    encoded: EncodedDataset
+    segments: tuple[TimestepSegment, ...]
+
+    def control(self) -> PrefectFuture[JobResult]:
+        """Submits the control: all timesteps, and as many optimizer steps as all other trainings together."""
+        spec = self.recipe
+        num_steps = spec.finetune.num_steps * len(self.segments) + (spec.distill.num_steps if spec.distill else 0)
+        everything = TimestepSegment(self.segments[0].low, self.segments[-1].high)
+        return self._finetune(everything, num_steps, "all timesteps", "finetune/all")
+
+    def copies(self) -> list[PrefectFuture[JobResult]]:
+        """Submits one copy per segment."""
+        num_steps = self.recipe.finetune.num_steps
+        return [
+            self._finetune(segment, num_steps, f"segment {i} {segment}", f"finetune/segment-{i}")
+            for i, segment in enumerate(self.segments)
+        ]
+
+    def _finetune(
+        self, segment: TimestepSegment, num_steps: int, label: str, child_name: str
+    ) -> PrefectFuture[JobResult]:
+        job = FinetuneJob(
+            label=label,
+            pretrained=self.pretrained,
+            dataset=self.recipe.dataset,
+            finetune=self.recipe.finetune,
+            low=segment.low,
+            high=segment.high,
+            num_steps=num_steps,
+            latents=self.encoded.latents,
+            embeddings=self.encoded.embeddings,
+        )
+        return finetune.submit(job, child_name)
+
+    def distillation(self, spec: DistillSpec, merged: ArtifactRef, experts: tuple[ArtifactRef, ...]) -> JobResult:
+        """Teaches the merged model what the ensemble knows."""
+        job = DistillJob(
+            label="the ensemble into the merge",
+            pretrained=self.pretrained,
+            merged=merged,
+            experts=experts,
+            segment_edges=(self.segments[0].low, *(segment.high for segment in self.segments)),
+            dataset=self.recipe.dataset,
+            distill=spec,
+            latents=self.encoded.latents,
+            embeddings=self.encoded.embeddings,
+        )
+        return distill(job)

@@ -1,0 +1,37 @@
+"""All that a run of the whole method found, as its report takes it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.experts import Expert
+from tasks.jobs import JobResult
+from tasks.row_scores import Rows
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """What the stages of a run left behind.
+
+    Attributes:
+        rows: scores by row, one result per sampling seed.
+        models: ``pretrained``, ``finetuned`` (the control, scaled), ``merged``, and ``distilled`` if the recipe asks.
+        trainings: the control's, under ``finetuned``, the copies', by name, and ``distilled``.
+        losses: held-out losses of the models.
+        expert_losses: held-out losses of the copies.
+        experts: the copies and what the gate said.
+        searches: what each search found, by what was searched: ``experts`` and ``control``.
+    """
+
+    rows: Rows
+    models: Mapping[str, JobResult]
+    trainings: Mapping[str, JobResult]
+    losses: Mapping[str, JobResult]
+    expert_losses: Sequence[JobResult]
+    experts: Sequence[Expert]
+    searches: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def scale(self) -> float:
+        """The scale of the control's task vector."""
+        return float(self.models["finetuned"].metrics["weights"][0])

@@ -1,0 +1,92 @@
+"""Runs that MLflow knows: found by the beginning of their id, with what they left behind."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from deme_core.errors import InputError
+from deme_core.settings import Settings
+from tasks.health import check_health
+from tasks.mlflow_client import mlflow_client
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+# Tags of runs that found something: of all, of those with a merged model, and of those with a page.
+_SCORED, _MERGED, REPORT_TAG = "deme.fingerprint", "deme.merged.uri", "deme.report.uri"
+
+
+def find_tag(settings: Settings, tag: str, run: str | None) -> str:
+    """Returns a tag of the run whose id begins with ``run``; by default of the newest run that has the tag.
+
+    Raises:
+        InputError: there is no such run, or more than one.
+    """
+    return str(_find_run(settings, _has(tag), run).data.tags[tag])
+
+
+def find_report(settings: Settings, *, run: str | None = None, flow_run: str | None = None) -> dict[str, Any]:
+    """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest whole run.
+
+    Raises:
+        InputError: there is no such run, or more than one.
+    """
+    newest = _has(_MERGED if run is None else _SCORED)
+    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
+    found = _find_run(settings, query, run)
+    with tempfile.TemporaryDirectory() as folder:
+        path = mlflow_client(settings).download_artifacts(found.info.run_id, "report.json", folder)
+        report: dict[str, Any] = json.loads(Path(path).read_text())
+    return report
+
+
+def find_page(settings: Settings, run: str | None) -> tuple[str, str]:
+    """Returns the id of the run whose id begins with ``run``, by default of the newest with a page, and its page's URI.
+
+    Raises:
+        InputError: there is no such run, more than one, or it has no page.
+    """
+    found = _find_run(settings, _has(REPORT_TAG if run is None else _SCORED), run)
+    if REPORT_TAG not in found.data.tags:
+        raise InputError(
+            f"Run {found.info.run_id} has no page: it was made before there were any; run it again, which computes "
+            "nothing that the object store still has."
+        )
+    return str(found.info.run_id), str(found.data.tags[REPORT_TAG])
+
+
+def download(settings: Settings, run_id: str, name: str, folder: Path) -> Path | None:
+    """Copies a file of a run into ``folder`` and returns its path; None if the run does not have it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Path(mlflow_client(settings).download_artifacts(run_id, name, str(folder)))
+    except (MlflowException, OSError):  # A server says the former, a folder the latter.
+        return None
+
+
+def _has(tag: str) -> str:
+    return f"tags.`{tag}` != ''"
+
+
+def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
+    client = mlflow_client(settings)
+    experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
+    if run is not None:
+        found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
+    if not found:
+        which = f"whose id begins with '{run}'" if run else "that has finished"
+        raise InputError(f"There is no run {which} in {settings.tracking_uri}; `deme run` makes one.")
+    if run is not None and len(found) > 1:
+        raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
+    first: Run = found[0]
+    return first
+
+
+def check_tracking(settings: Settings) -> None:
+    """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
+    if not settings.tracking_uri.startswith("http"):
+        return
+    check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)

@@ -1,0 +1,270 @@
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from deme_core.errors import DatasetError
+from deme_core.images import ImageDataset, TrainingBatch, TrainingBatches, batches, load_images, split_heldout
+from deme_core.recipe import DatasetSpec
+
+CLASSES = ("cat", "dog", "cat", "frog", "dog")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five images of other shapes, in a folder for each of three classes."""
+    rng = np.random.default_rng(0)
+    for number, name in enumerate(CLASSES):
+        path = tmp_path / "images" / "train" / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16 + 3 * number, 30, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def parquet(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same images as a parquet data set with columns of many kinds."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.disable_progress_bars()
+    files = sorted(folder.rglob("*.png"))
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "text": datasets.Value("string"),
+            "some": datasets.Value("string"),
+            "kind": datasets.ClassLabel(names=["zebra", "ant", "bee"]),
+            "unknown": datasets.ClassLabel(names=["x", "y"]),
+            "number": datasets.Value("int64"),
+            "flag": datasets.Value("bool"),
+            "score": datasets.Value("float64"),
+            "texts": [datasets.Value("string")],
+        }
+    )
+    rows: dict[str, list[Any]] = {
+        "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
+        "text": [f"picture {number}" for number in range(5)],
+        "some": ["a", None, "", " ", None],
+        "kind": [0, 2, 1, 1, 0],
+        "unknown": [0, -1, 1, 1, 0],
+        "number": [7, 8, 9, 7, 7],
+        "flag": [True, False, True, True, False],
+        "score": [0.5] * 5,
+        "texts": [["a", "b"]] * 5,
+    }
+    (tmp_path / "parquet").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "parquet" / "train.parquet")
+    return tmp_path / "parquet"
+
+
+def load(path: Path, tmp_path: Path, source: str = "imagefolder", **settings: object) -> ImageDataset:
+    spec = {"source": source, "resolution": 16, "path": str(path), **settings}
+    return load_images(DatasetSpec.model_validate(spec), cache=tmp_path / "cache")
+
+
+def first(count: int, dataset: ImageDataset, **settings: Any) -> list[TrainingBatch]:
+    options = {"batch_size": 4, "seed": 3, "random_crop": False, "random_flip": False, **settings}
+    return list(itertools.islice(TrainingBatches(dataset, **options), count))
+
+
+# Captions and labels of each source
+
+
+def test_the_digits_know_their_labels(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    spec = DatasetSpec(source="digits", caption_template="the digit {label}", label_column="label", num_images=50)
+    dataset = load_images(spec, cache=tmp_path)
+    expected = load_digits().target[:50].tolist()
+    assert (dataset.labels, dataset.label_names) == (expected, [str(digit) for digit in range(10)])
+    assert dataset.captions == [f"the digit {digit}" for digit in expected]
+
+
+def test_subfolders_are_classes(folder: Path, tmp_path: Path) -> None:
+    dataset = load(folder, tmp_path, caption_template="a photo of a {label}", label_column="label")
+    assert dataset.label_names == ["cat", "dog", "frog"]
+    assert dataset.labels == [0, 0, 1, 1, 2]
+    assert dataset.captions == [f"a photo of a {name}" for name in ("cat", "cat", "dog", "dog", "frog")]
+    part = load(folder, tmp_path, label_column="label", num_images=3)
+    assert (part.labels, part.label_names) == ([0, 0, 1], dataset.label_names)
+
+
+def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
+    dataset = load(parquet, tmp_path, "hub", caption_column="text", label_column="kind")
+    assert dataset.captions == [f"picture {number}" for number in range(5)]
+    assert (dataset.labels, dataset.label_names) == ([0, 2, 1, 1, 0], ["zebra", "ant", "bee"])
+    dataset = load(parquet, tmp_path, "hub", caption_column="kind", label_column="number")
+    assert dataset.captions == ["zebra", "bee", "ant", "ant", "zebra"]
+    assert (dataset.labels, dataset.label_names) == ([7, 8, 9, 7, 7], None)
+    dataset = load(parquet, tmp_path, "hub", caption_template="{number}: {{{text}}} of {kind}", label_column="text")
+    assert dataset.captions is not None
+    assert dataset.captions[1] == "8: {picture 1} of bee"
+    assert (dataset.labels, dataset.label_names) == (list(range(5)), tuple(f"picture {number}" for number in range(5)))
+    labels = load(parquet, tmp_path, "hub", label_column="flag").labels
+    assert labels == [1, 0, 1, 1, 0]
+    assert {type(label) for label in labels} == {int}
+
+
+def test_nothing_is_read_unless_asked_for(parquet: Path, tmp_path: Path) -> None:
+    dataset = load(parquet, tmp_path, "hub")
+    assert (dataset.captions, dataset.labels, dataset.label_names) == (None, None, None)
+    (batch,) = first(1, dataset)
+    assert (batch.captions, batch.labels) == (None, None)
+
+
+def test_a_subset_keeps_captions_and_labels_beside_their_images(folder: Path, tmp_path: Path) -> None:
+    dataset = load(folder, tmp_path, caption_template="{label}", label_column="label")
+    for part in split_heldout(dataset, 2):
+        assert part.captions is not None
+        assert part.labels is not None
+        for index in range(len(part)):
+            same = [i for i in range(5) if torch.equal(dataset.image(i), part.image(index))]
+            assert [dataset.captions[i] for i in same] == [part.captions[index]]
+            assert [dataset.labels[i] for i in same] == [part.labels[index]]
+
+
+# What the user can do wrong
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption_column": "caption"}, "Column 'caption' is not in .*, which has text, some, kind, .*caption_column"),
+        ({"label_column": "class"}, r"Column 'class' is not in .*label_column\.$"),
+        ({"caption_template": "{title}"}, r"Column 'title' is not in .*caption_template\.$"),
+        (
+            {"caption_column": "some"},
+            r"^4 of 5 images in .* have no caption in column 'some' \(row 1, row 2, row 3, …\)",
+        ),
+        ({"caption_column": "some", "num_images": 2}, r"^1 of 2 images .* \(row 1\)"),
+        ({"caption_template": "{unknown}"}, r"^1 of 5 images .* no value in column 'unknown', which .*_template uses"),
+        ({"label_column": "unknown"}, r"^1 of 5 images in .* have no label in column 'unknown' \(row 1\)"),
+        ({"caption_column": "number"}, "'number' of .* holds values such as 7, not texts; set dataset.caption_column"),
+        ({"caption_column": "texts"}, r"'texts' of .* holds values such as \['a', 'b'\], not texts"),
+        ({"label_column": "score"}, "'score' of .* holds values such as 0.5, neither classes nor their names"),
+    ],
+)
+def test_columns_that_cannot_be_used_are_named(
+    parquet: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message) as caught:
+        load(parquet, tmp_path, "hub", **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_in_no_subfolder_have_no_label(folder: Path, tmp_path: Path) -> None:
+    (folder / "train" / "cat" / "0.png").rename(folder / "0.png")
+    with pytest.raises(DatasetError, match=r"^1 of 5 images .* no label in column 'label' \(0.png\)"):
+        load(folder, tmp_path, label_column="label")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"caption_column": "a", "caption_template": "b"}, "either caption_column or caption_template"),
+        ({"caption_dropout": 0.1}, "caption_dropout needs caption_column"),
+        ({"caption_template": "a {label"}, "malformed"),
+        ({"caption_template": "a {}"}, "names of columns"),
+        ({"caption_template": "a {label!r}"}, "names of columns"),
+        ({"caption_template": "a {label:>9}"}, "names of columns"),
+    ],
+)
+def test_settings_that_contradict_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        DatasetSpec(source="digits", **settings)
+
+
+# Fingerprints
+
+
+def test_captions_and_labels_are_part_of_the_identity_only_if_asked_for(folder: Path, tmp_path: Path) -> None:
+    def of(**settings: object) -> tuple[str, str, str]:
+        dataset = load(folder, tmp_path, **settings)
+        return dataset.fingerprint, dataset.example_fingerprint, dataset.reference_fingerprint
+
+    plain = of()
+    assert plain[1] == plain[2]
+    captioned, labelled = of(caption_template="a {label}"), of(label_column="label")
+    dropping = of(caption_template="a {label}", caption_dropout=0.1)
+    assert {each[2] for each in (plain, captioned, labelled, dropping)} == {plain[2]}
+    assert len({each[1] for each in (plain, captioned, labelled, of(caption_template="the {label}"))}) == 4
+    assert dropping[1] == captioned[1]
+    assert len({each[0] for each in (plain, captioned, labelled, dropping)}) == 4
+    (folder / "train" / "frog").rename(folder / "train" / "toad")
+    assert of() == plain
+    assert of(caption_template="a {label}")[1] != captioned[1]
+
+
+# Batches
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_pair_images_with_captions_and_labels(
+    folder: Path, tmp_path: Path, random_crop: bool, num_workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = load(folder, tmp_path, caption_template="{label}", label_column="label")
+    if num_workers:
+        monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", 0)
+    assert dataset.labels is not None
+    label_of_size = {dataset.resized(index).original_size: dataset.labels[index] for index in range(5)}
+    for batch in first(5, dataset, random_crop=random_crop, num_workers=num_workers):
+        assert (len(batch), batch.clean_images.shape) == (4, (4, 3, 16, 16))
+        assert batch.original_sizes is not None
+        assert batch.labels is not None
+        assert batch.labels.dtype == torch.int64
+        assert batch.labels.tolist() == [label_of_size[tuple(size)] for size in batch.original_sizes.tolist()]
+        assert batch.captions == tuple(("cat", "dog", "frog")[label] for label in batch.labels.tolist())
+
+
+def test_sizes_say_where_in_the_mirrored_or_plain_image_the_square_lies(folder: Path, tmp_path: Path) -> None:
+    dataset = load(folder, tmp_path)
+    by_size = {dataset.resized(index).original_size: dataset.resized(index).pixels for index in range(5)}
+    num_mirrored = 0
+    for random_crop in (False, True):
+        for batch in first(8, dataset, random_crop=random_crop, random_flip=True):
+            sizes = (batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+            for image, *(size, corner, target) in zip(batch.clean_images, *sizes, strict=True):
+                assert target.tolist() == [16, 16]
+                resized = by_size[tuple(size.tolist())].float() / 127.5 - 1
+                top, left = corner.tolist()
+                plain, mirrored = (
+                    torch.allclose(whole[:, top : top + 16, left : left + 16], image, atol=1e-6)
+                    for whole in (resized, resized.flip(-1))
+                )
+                assert plain != mirrored
+                num_mirrored += mirrored
+    assert 16 < num_mirrored < 48
+
+
+def test_captions_are_dropped_at_the_rate_asked_for_and_alike_after_a_resume(tmp_path: Path) -> None:
+    spec = DatasetSpec(source="digits", caption_template="{label}", label_column="label", num_images=300)
+    dataset = load_images(spec, cache=tmp_path)
+
+    def captions(**settings: Any) -> list[tuple[str, ...] | None]:
+        return [batch.captions for batch in first(20, dataset, batch_size=64, **settings)]
+
+    plain, dropped = captions(), captions(caption_dropout=0.3)
+    pairs = [(a, b) for x, y in zip(plain, dropped, strict=True) for a, b in zip(x or (), y or (), strict=True)]
+    assert all(b in (a, "") for a, b in pairs)
+    assert 0.25 < sum(b == "" for _, b in pairs) / len(pairs) < 0.35
+    resumed = first(6, dataset, batch_size=64, caption_dropout=0.3, start_batch=14)
+    assert [batch.captions for batch in resumed] == dropped[14:]
+    assert captions(caption_dropout=1.0) == [("",) * 64] * 20
+    with_dropout, without = first(3, dataset, caption_dropout=0.5), first(3, dataset)
+    assert all(torch.equal(a.clean_images, b.clean_images) for a, b in zip(with_dropout, without, strict=True))
+
+
+def test_captions_and_labels_are_dropped_together(tmp_path: Path) -> None:
+    spec = DatasetSpec(source="digits", caption_template="{label}", label_column="label", num_images=50)
+    dataset = load_images(spec, cache=tmp_path)
+    for batch in first(5, dataset, batch_size=16, caption_dropout=0.5):
+        assert batch.labels is not None
+        assert batch.captions == tuple("" if label == -1 else str(label) for label in batch.labels.tolist())
+        assert 0 < (batch.labels == -1).sum() < 16

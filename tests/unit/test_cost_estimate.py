@@ -1,0 +1,125 @@
+from typing import Any
+
+import pytest
+
+from deme_core.cost_estimate import estimate_cost
+from deme_core.denoiser_size import DenoiserSize, measure_denoiser
+from deme_core.errors import InputError
+from deme_core.families import Unconditional
+from deme_core.families.pixart import PixArt
+from deme_core.families.stable_diffusion import StableDiffusion
+from deme_core.model_folder import build_denoiser
+from deme_core.projection import attach_projections
+from deme_core.recipe import Recipe
+
+SIZE = DenoiserSize(100, 1000, num_trained=110, trained_forward_flops=1100, latent_size=8, caption_size=20)
+CONTENT: dict[str, Any] = {
+    "name": "tiny",
+    "pretrained": {"source": "folder"},
+    "dataset": {"source": "imagefolder", "path": "images", "resolution": 8},
+    "segments": {"count": 3},
+    "finetune": {"num_steps": 10, "batch_size": 4, "gradient_accumulation_steps": 2},
+    "merge": {"weights": [0.1, 0.1, 0.1]},
+    "evaluate": {"num_images": 50, "num_inference_steps": 5},
+}
+UNET = {
+    "_class_name": "UNet2DModel",
+    "sample_size": 8,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [8],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"],
+    "norm_num_groups": 4,
+    "add_attention": False,
+}
+
+
+def recipe(**sections: Any) -> Recipe:
+    return Recipe.model_validate({key: value | sections.get(key, {}) if isinstance(value, dict) else value
+                                  for key, value in CONTENT.items()})  # fmt: skip
+
+
+def cost(**sections: Any) -> Any:
+    return estimate_cost(recipe(**sections), SIZE, num_images=7, num_features=16, frozen_bytes=1000)
+
+
+def test_training_is_three_passes_and_a_frozen_one_of_all_copies_and_the_control() -> None:
+    # 3 copies of 10 steps and a control of 30, 8 images a step.
+    assert cost().training_flops == 60 * 8 * (3 * 1100 + 1000)
+    assert cost(finetune={"consistency_weight": 0.0}).training_flops == 60 * 8 * 3 * 1100
+    assert cost(finetune={"gradient_checkpointing": True}).training_flops == 60 * 8 * (4 * 1100 + 1000)
+
+
+def test_images_cost_a_pass_per_step_and_two_with_guidance() -> None:
+    assert cost().evaluation_flops == 4 * 3 * 50 * 5 * 1000
+    assert cost(evaluate={"guidance_scale": 2.0}).evaluation_flops == 2 * cost().evaluation_flops
+    assert cost().search_flops == 0
+
+
+@pytest.mark.parametrize(
+    ("search", "candidates"),
+    [({"max_candidates": 6}, 12), ({"strategy": "grid", "values": [0.0, 0.5]}, 2**3 + 2)],
+)
+def test_searches_cost_all_their_candidates(search: dict[str, Any], candidates: int) -> None:
+    settings = {"weights": None, "search": search | {"num_images": 20, "seeds": [7, 8]}}
+    assert cost(merge=settings).search_flops == candidates * 2 * 20 * 5 * 1000
+
+
+def test_memory_is_weights_gradients_moments_average_and_the_frozen_model() -> None:
+    assert cost().memory_bytes == 4 * (5 * 110 + 100)
+    assert cost(finetune={"optimizer": "adamw_8bit"}).memory_bytes == 4 * (3 * 110 + 100) + 2 * 110
+    assert cost(finetune={"consistency_weight": 0.0}).memory_bytes == 4 * 5 * 110
+
+
+def test_storage_is_models_checkpoints_features_and_encodings() -> None:
+    found = cost()
+    assert found.model_bytes == 4 * 4 * 110 + 3 * (4 * 100 + 1000)
+    assert found.checkpoint_bytes == 4 * 4 * 110
+    assert found.feature_bytes == 4 * 3 * 50 * 16 * 4
+    assert found.encoding_bytes == 7 * (8 + 20) * 4
+    assert found.storage_bytes == sum([found.model_bytes, found.checkpoint_bytes, 9600 * 4, 784])
+    assert cost(dataset={"random_flip": True, "cache_precision": "bf16"}).encoding_bytes == 7 * (16 + 20) * 2
+    assert cost(dataset={"crop": "random"}).encoding_bytes == 0
+
+
+def test_time_is_operations_over_rates() -> None:
+    seconds = cost().seconds(training_rate=1e6, image_rate=2e6)
+    assert seconds == pytest.approx(60 * 8 * 4300 / 1e6 + 4 * 3 * 50 * 5 * 1000 / 2e6)
+
+
+def test_a_unet_is_counted_layer_by_layer() -> None:
+    size = measure_denoiser(Unconditional(denoiser_config=UNET, scheduler_config={}), channel_projection=True)
+    model = build_denoiser(UNET)
+    assert size.num_parameters == sum(p.numel() for p in model.parameters())
+    # 8 x 8 pixels, 3 x 3 kernels, 8 channels but for the two ends, where they are 3, and the two blocks of the way up,
+    # which take 16; 1 x 1 shortcuts of those; linear maps of the timestep to 32, 32, and 8 in each of the 5 blocks.
+    pixels, blocks = 8 * 8, 1 + 2 + 2
+    convolutions = 2 * 3 * 8 * 9 + (2 * blocks * 8 * 8 + 2 * 8 * 8) * 9 + 2 * 16 * 8
+    linear = 8 * 32 + 32 * 32 + blocks * 32 * 8
+    assert size.forward_flops == 2 * (pixels * convolutions + linear)
+    attach_projections(model)
+    assert size.num_trained == sum(p.numel() for p in model.parameters())
+    assert size.num_trained == size.num_parameters + blocks * 8 * 8
+    assert size.trained_forward_flops == size.forward_flops + 2 * pixels * blocks * 8 * 8
+    assert (size.latent_size, size.caption_size) == (0, 0)
+
+
+def test_stable_diffusion_is_counted_with_its_captions() -> None:
+    config = {"_class_name": "UNet2DConditionModel", "sample_size": 8, "in_channels": 4, "cross_attention_dim": 16}
+    blocks = {"block_out_channels": [8, 16], "norm_num_groups": 4, "attention_head_dim": 4, "layers_per_block": 1}
+    kinds = {
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    adapter = StableDiffusion(denoiser_config=config | blocks | kinds, scheduler_config={})
+    size = measure_denoiser(adapter, channel_projection=False)
+    assert (size.num_trained, size.trained_forward_flops) == (size.num_parameters, size.forward_flops)
+    assert (size.latent_size, size.caption_size) == (4 * 8 * 8, 77 * 16)
+
+
+def test_another_family_is_said_to_be_unknown() -> None:
+    adapter = PixArt(denoiser_config={"_class_name": "PixArtTransformer2DModel"}, scheduler_config={})
+    with pytest.raises(InputError, match="cost of a PixArtAlphaPipeline is not estimated yet"):
+        measure_denoiser(adapter, channel_projection=False)

@@ -1,0 +1,229 @@
+"""The whole method on a tiny pipeline of each family: import, finetune, merge, fold, load in stock diffusers, score."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from rich.console import Console
+
+from deme_core.artifacts import ArtifactRef
+from deme_core.errors import InputError, ModelFolderError
+from deme_core.families import FAMILIES
+from deme_core.model_folder import open_model_folder
+from deme_core.projection import fold_into, projection_key
+from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec
+from deme_core.settings import Settings
+from flows.model_commands import generate_images, merge_models
+from tasks.jobs import (
+    EvaluateJob,
+    FinetuneJob,
+    GeneratedFeaturesJob,
+    GeneratedImages,
+    HeldoutJob,
+    ImportJob,
+    Job,
+    JobResult,
+    LossJob,
+    MergeJob,
+    RealFeaturesJob,
+    ReferenceJob,
+)
+from tasks.work.base import JobContext, execute
+from tests.tiny_models import same_bits
+from tests.tiny_pipelines import PIPELINES, save_pipeline
+
+EDGES = (0, 400, 1000)
+WEIGHTS = (0.3, 0.5)
+every_pipeline = pytest.mark.parametrize("name", PIPELINES)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> DatasetSpec:
+    """Twenty images of two classes, bright and dark."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = torch.Generator().manual_seed(0)
+    for index in range(20):
+        pixels = torch.randint(0, 128, (16, 16, 3), generator=rng) + 127 * (index % 2)
+        file = folder / ("cat", "truck")[index % 2] / f"{index}.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels.to(torch.uint8).numpy()).save(file)
+    return DatasetSpec(
+        source="imagefolder",
+        path=str(folder),
+        resolution=16,
+        caption_template="a photo of a {label}",
+        label_column="label",
+        caption_dropout=0.2,
+    )
+
+
+class Method:
+    """The jobs of a run on one pipeline, done in this process."""
+
+    def __init__(self, name: str, home: Path, dataset: DatasetSpec) -> None:
+        self.context = JobContext(Settings.model_validate({"DEME_HOME": home, "DEME_STORE_URI": None}), "cpu")
+        self.name, self.dataset = name, dataset
+        self.stock = save_pipeline(name, home / "stock")
+        prompts = home / "prompts.txt"
+        prompts.write_text("a photo of a cat\na photo of a truck\n")
+        self.evaluate = EvaluateSpec(
+            num_images=4,
+            sampler="flow_match_euler" if "3" in name else "ddim",
+            num_inference_steps=2,
+            guidance_scale=2.0,
+            prompts=str(prompts),
+            extractor="efficientnet_lite0",
+            extractor_resolution=32,
+            kid_subset_size=4,
+            num_bootstrap=2,
+        )
+        self.pretrained = self.do(ImportJob(source=str(self.stock)))
+
+    def do(self, job: Job) -> JobResult:
+        return execute(job, self.context, lambda _: None)
+
+    def finetune(self, low: int, high: int, **settings: Any) -> JobResult:
+        finetune = FinetuneSpec.model_validate(
+            {"num_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "ema_decay": 0.5} | settings
+        )
+        job = FinetuneJob(
+            label=f"segment [{low}, {high})",
+            pretrained=self.pretrained.ref,
+            dataset=self.dataset,
+            finetune=finetune,
+            low=low,
+            high=high,
+            num_steps=2,
+        )
+        return self.do(job)
+
+    def merge(self, experts: tuple[ArtifactRef, ...]) -> JobResult:
+        return self.do(MergeJob(pretrained=self.pretrained.ref, experts=experts, method=MethodSpec(), weights=WEIGHTS))
+
+    def score(self, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None) -> float:
+        images = GeneratedImages(models=models, edges=edges, seed=1)
+        slices = [(0, 2), (2, 4)]
+        features = tuple(
+            self.do(GeneratedFeaturesJob(label="row", images=images, evaluate=self.evaluate, low=low, high=high)).ref
+            for low, high in slices
+        )
+        job = EvaluateJob(images=images, features=features, evaluate=self.evaluate, reference=self.reference())
+        return float(self.do(job).metrics["scores"]["fd_efficientnet_lite0"])
+
+    def reference(self) -> ArtifactRef:
+        part: dict[str, Any] = {"dataset": self.dataset, "evaluate": self.evaluate, "part": "report"}
+        real = self.do(RealFeaturesJob(**part, num_for_search=0, low=0, high=20)).ref
+        return self.do(ReferenceJob(**part, num_for_search=0, features=(real,))).ref
+
+
+def files_below(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def merged_by_hand(pretrained: Path, experts: list[Path]) -> dict[str, torch.Tensor]:
+    """Returns theta_0 + sum_i w_i (theta_i - theta_0), tensor by tensor, projections summed alike and then folded."""
+    start = open_model_folder(pretrained).checkpoint().tensors()
+    copies = [open_model_folder(expert).checkpoint().tensors() for expert in experts]
+    merged = {}
+    for key, tensor in start.items():
+        moved = tensor + sum(w * (copy[key] - tensor) for w, copy in zip(WEIGHTS, copies, strict=True))
+        if (projection := projection_key(key)) in copies[0]:
+            identity = torch.eye(len(copies[0][projection]))
+            total = identity + sum(w * (c[projection] - identity) for w, c in zip(WEIGHTS, copies, strict=True))
+            moved = fold_into(moved, total)
+        merged[key] = moved
+    return merged
+
+
+@every_pipeline
+def test_the_whole_method(name: str, tmp_path: Path, dataset: DatasetSpec) -> None:
+    method = Method(name, tmp_path, dataset)
+    part, context = FAMILIES[name].denoiser_part, method.context
+    weights = f"{part}/diffusion_pytorch_model.safetensors"
+
+    imported = context.fetch(method.pretrained.ref)
+    assert files_below(imported) == files_below(method.stock)
+    for file in files_below(method.stock) - {weights}:
+        assert (imported / file).read_bytes() == (method.stock / file).read_bytes(), file
+
+    experts = tuple(method.finetune(low, high).ref for low, high in ((0, 400), (400, 1000)))
+    folders = [context.fetch(expert) for expert in experts]
+    for folder in folders:
+        assert files_below(folder) == {
+            "finetuned_copy.json",
+            f"{part}/config.json",
+            weights,
+            "scheduler/scheduler_config.json",
+        }
+
+    merged = method.merge(experts)
+    merged_folder = context.fetch(merged.ref)
+    assert files_below(merged_folder) == files_below(method.stock)
+    for file in files_below(method.stock) - {weights}:
+        assert (merged_folder / file).read_bytes() == (method.stock / file).read_bytes(), file
+    stock_state = getattr(DiffusionPipeline.from_pretrained(merged_folder), part).state_dict()
+    expected = merged_by_hand(imported, folders)
+    assert stock_state.keys() == expected.keys()
+    for key, tensor in expected.items():
+        torch.testing.assert_close(stock_state[key], tensor, atol=1e-6, rtol=1e-5, msg=key)
+    assert not all(
+        same_bits(tensor, stock_state[key])
+        for key, tensor in open_model_folder(imported).checkpoint().tensors().items()
+    )
+
+    heldout = method.do(HeldoutJob(model=experts[0], dataset=dataset, edges=EDGES))
+    assert all(math.isfinite(loss) for loss in heldout.metrics["bins"])
+    loss = LossJob(
+        label="candidate",
+        pretrained=method.pretrained.ref,
+        experts=experts,
+        method=MethodSpec(),
+        weights=WEIGHTS,
+        dataset=dataset,
+        segment_edges=EDGES,
+    )
+    assert all(math.isfinite(value) for value in method.do(loss).metrics["value"])
+    scores = {method.score((merged.ref,), None), method.score(experts, EDGES)}
+    assert len(scores) == 2
+    assert all(math.isfinite(score) for score in scores)
+
+
+def test_a_finetuned_copy_alone_makes_no_images(tmp_path: Path, dataset: DatasetSpec) -> None:
+    method = Method("DiTPipeline", tmp_path, dataset)
+    copy = method.context.fetch(method.finetune(0, 1000).ref)
+    with pytest.raises(ModelFolderError, match="holds the denoiser of a DiTPipeline alone; give the whole pipeline"):
+        open_model_folder(copy).adapter().decode_latents(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(
+        ModelFolderError, match="holds the denoiser of a finetuned copy alone; give a whole DiTPipeline"
+    ):
+        merge_models(copy, [copy], "0.5", tmp_path / "merged")
+    assert method.context.open_model(method.finetune(0, 1000).ref).frozen == method.context.fetch(method.pretrained.ref)
+
+
+def test_the_command_line_merges_and_generates_whole_pipelines(tmp_path: Path) -> None:
+    pretrained, expert = (save_pipeline("DiTPipeline", tmp_path / name) for name in ("pretrained", "expert"))
+    merge_models(pretrained, [expert], "0.5", tmp_path / "merged")
+    assert files_below(tmp_path / "merged") == files_below(pretrained)
+    settings: dict[str, Any] = {"num_images": 3, "seed": 0, "num_inference_steps": 2, "batch_size": 2}
+    for model in ("pretrained", "merged"):
+        generate_images(str(tmp_path / model), tmp_path / f"{model}-images", **settings, console=Console(quiet=True))
+    made = sorted((tmp_path / "merged-images").iterdir())
+    assert [file.name for file in made] == ["000000.png", "000001.png", "000002.png"]
+    assert [f.read_bytes() for f in made] == [
+        f.read_bytes() for f in sorted((tmp_path / "pretrained-images").iterdir())
+    ]
+
+
+def test_the_command_line_generates_from_prompts(tmp_path: Path) -> None:
+    model = save_pipeline("StableDiffusion3Pipeline", tmp_path / "model")
+    settings: dict[str, Any] = {"num_images": 2, "seed": 0, "num_inference_steps": 2, "console": Console(quiet=True)}
+    with pytest.raises(InputError, match=r"makes images from text; name a file of prompts"):
+        generate_images(str(model), tmp_path / "nothing", **settings)
+    (tmp_path / "prompts.txt").write_text("a cat\na truck\n")
+    prompts = str(tmp_path / "prompts.txt")
+    generate_images(str(model), tmp_path / "images", **settings, prompts=prompts, guidance_scale=2.0)
+    assert len(list((tmp_path / "images").iterdir())) == 2

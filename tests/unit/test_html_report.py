@@ -1,0 +1,398 @@
+"""What the pages say, read as a browser would: elements, cells, the charts' JSON."""
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from deme_core.binned_losses import RelativeLosses
+from deme_core.html_report import comparison_page, run_page
+from deme_core.html_report.content import (
+    ComparedRun,
+    ComparisonContent,
+    Copy,
+    Difference,
+    HeldoutLosses,
+    Picture,
+    Provenance,
+    RunContent,
+    Samples,
+    Score,
+    Scores,
+    SearchLog,
+    StageCost,
+    TriedWeights,
+)
+from deme_core.html_report.loss_charts import heldout_chart, thinned, training_chart
+from deme_core.html_report.numbers import decimal_places, duration, number, percent, signed
+from deme_core.html_report.pictures import read_picture
+from deme_core.html_report.search_chart import search_chart
+from deme_core.html_report.sentences import comparison_sentence, headline, verdict_sentence
+from deme_core.segments import TimestepSegment
+from deme_core.verdict import Interval, Verdict
+
+METRIC = "fd_efficientnet_lite0"
+BAD_NAME = "<script>alert(1)</script>"
+PIXEL = "data:image/png;base64,iVBORw0KGgo="
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: dict[str, list[str]] = {}
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag in ("td", "th", "small"):
+            self.handle_data(" ")
+        if tag not in ("meta", "img"):
+            self._open.append(tag)
+            self.text.setdefault(tag, []).append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        for tag in set(self._open):
+            self.text[tag][-1] += data
+
+    def rows(self) -> list[str]:
+        """Returns the text of every row of every table."""
+        return [" ".join(text.split()) for text in self.text["tr"]]
+
+    def chart(self, name: str) -> dict[str, Any]:
+        """Returns what a chart shows."""
+        scripts = [attributes for tag, attributes in self.elements if tag == "script"]
+        index = next(i for i, attributes in enumerate(scripts) if attributes.get("id") == f"chart-{name}")
+        found: dict[str, Any] = json.loads(self.text["script"][index])
+        return found
+
+
+def score(mean: float, *, has_images: bool = True) -> Score:
+    images = Interval(mean, mean - 3, mean + 3) if has_images else None
+    return Score(Interval(mean, mean - 2, mean + 2), images, (mean - 1, mean + 1))
+
+
+def difference(baseline: str, mean: float, verdict: Verdict, row: str = "merged") -> Difference:
+    return Difference(
+        row, baseline, METRIC, Interval(mean, mean - 2, mean + 2), Interval(mean, mean - 4, mean), verdict
+    )
+
+
+SCORES = Scores(
+    metric=METRIC,
+    rows={
+        row: {METRIC: score(mean), "precision": score(0.5, has_images=False)}
+        for row, mean in {"pretrained": 393.0, "finetuned": 345.8, "ensemble": 348.1, "merged": 334.6}.items()
+    },
+    differences=(difference("pretrained", -58.4, "better"), difference("finetuned", -1.2, "too close to call")),
+    higher_is_better=frozenset({"precision"}),
+)
+CURVE = RelativeLosses((0, 50, 100), (Interval(-0.02, -0.03, -0.01), Interval(0.01, 0.0, 0.02)))
+FAR_OFF = RelativeLosses((0, 50, 100), (Interval(-0.02, -0.03, -0.01), Interval(9.0, 8.0, 10.0)))
+RECORDS = [{"global_step": step, "diffusion_loss": 0.1, "consistency_loss": 0.01} for step in (10, 20)]
+SEARCH = SearchLog(
+    title="Merge weights",
+    weight_names=("segment 0", "segment 1"),
+    candidates=(
+        TriedWeights((0.0, 0.0), 9.0, rough=False),
+        TriedWeights((0.5, 1.0), 7.0, rough=False),
+        TriedWeights((1.0, 0.5), 8.0, rough=False),
+    ),
+    rank_correlation={"held-out loss": 0.5},
+    num_images=300,
+    num_losses=6,
+)
+CONTENT = RunContent(
+    title="toy",
+    run="0123456789abcdef",
+    finished="24 November 2026, 12:00 UTC",
+    facts={"images": "300 for each of 5 seeds"},
+    scores=SCORES,
+    samples=Samples(note="Same noise.", rows={row: (Picture(PIXEL, 274),) for row in SCORES.rows}),
+    heldout=HeldoutLosses(curves={"merged": CURVE, "segment 0": FAR_OFF}, segment_edges=(0, 50, 100)),
+    trainings={"finetuned": RECORDS, "segment 0": RECORDS},
+    searches=(SEARCH, replace(SEARCH, title="Scale of the control")),
+    copies=(
+        Copy(TimestepSegment(0, 50), Interval(-0.0157, -0.018, -0.0135), True, (0.3,)),
+        Copy(TimestepSegment(50, 100), Interval(0.01, -0.01, 0.03), False, (0.0,)),
+    ),
+    costs=(
+        StageCost("finetune", "finetuning", 3, 1, 61.0, 122.4, 0),
+        StageCost("features", "images and their features", 8, 8, 0.5, 0.5, 1200),
+    ),
+    seconds={"total": 75.0, "idle": 5.0, "storage": 2.0},
+    provenance=Provenance(
+        recipe_name="toy",
+        recipe="name: toy\nsegments: {count: 2}\n",
+        commands=("deme run toy.yaml",),
+        versions={"torch": "2.15.0"},
+        digests={"model merged": "a" * 64},
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def page() -> Page:
+    return Page(run_page(CONTENT))
+
+
+def test_the_verdict_is_a_sentence(page: Page) -> None:
+    assert page.text["h1"] == [
+        "The merged model is better than the pretrained model; against the control of equal steps it is too close to "
+        "call."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "sentence"),
+    [
+        (("better", "better"), "The merged model is better than the pretrained model and the control of equal steps."),
+        (
+            ("better", "worse"),
+            "The merged model is better than the pretrained model; it is worse than the control of equal steps.",
+        ),
+        (
+            ("too close to call", "too close to call"),
+            "The merged model against the pretrained model and the control of equal steps is too close to call.",
+        ),
+    ],
+)
+def test_every_pair_of_verdicts_has_its_sentence(verdicts: Sequence[Verdict], sentence: str) -> None:
+    pairs = zip(("pretrained", "finetuned"), verdicts, strict=True)
+    assert verdict_sentence([difference(baseline, 0.0, verdict) for baseline, verdict in pairs]) == sentence
+
+
+def test_each_row_with_verdicts_has_a_sentence() -> None:
+    found = (difference("pretrained", -1.0, "better"), difference("pretrained", 1.0, "worse", "distilled"))
+    unjudged = Difference("merged", "pretrained", "precision", Interval(0.0, 0.0, 0.0))
+    assert headline((*found, unjudged)) == (
+        "The merged model is better than the pretrained model. The distilled model is worse than the pretrained model."
+    )
+    assert headline((unjudged,)) == ""
+
+
+def test_several_runs_have_one_sentence() -> None:
+    found = [difference("a", 0.0, "worse", "b"), difference("a", 0.0, "better", "c"), difference("a", 0, "worse", "d")]
+    assert comparison_sentence(found) == "Against a, c is better; b and d are worse."
+
+
+def test_the_table_has_both_intervals_of_every_row(page: Page) -> None:
+    rows = page.rows()
+    assert rows[0] == f"row {METRIC} ↓ precision ↑"
+    assert rows[1].startswith(
+        "pretrained the model as it came 393.0 391.0 to 395.0 over seeds 390.0 to 396.0 over images"
+    )
+    assert "merged one model, merged from the copies 334.6 332.6 to 336.6 over seeds" in rows[4]
+    assert rows[1].count("over images") == 1, "precision was not resampled"
+
+
+def test_differences_carry_their_intervals_and_verdict(page: Page) -> None:
+    assert f"merged − pretrained {METRIC} −58.4 −60.4 to −56.4 −62.4 to −58.4 better" in page.rows()
+    assert f"merged − finetuned {METRIC} −1.2 −3.2 to +0.8 −5.2 to −1.2 too close to call" in page.rows()
+
+
+def test_gate_and_costs_are_tables(page: Page) -> None:
+    rows = page.rows()
+    assert "segment 0 0 to 49 −1.57 % −1.80 % to −1.35 % 0.3 better merged" in rows
+    assert "segment 1 50 to 99 +1.00 % −1.00 % to +3.00 % 0 worse left out of the merge" in rows
+    assert "finetuning 3 1 1 min 01 s 2 min 02 s –" in rows
+    assert "images and their features 8 all 0.5 s 0.5 s 1,200" in rows
+    assert "whole run 11 9 1 min 15 s 2 min 03 s 1,200" in rows
+
+
+def test_the_run_can_be_done_again(page: Page) -> None:
+    assert page.text["pre"] == ["deme run toy.yaml\n", CONTENT.provenance.recipe]
+    download = next(attributes for _, attributes in page.elements if "download" in attributes)
+    assert download["download"] == "toy.yaml"
+    assert base64.b64decode(str(download["href"]).partition(",")[2]).decode() == CONTENT.provenance.recipe
+    assert f"model merged {'a' * 64}" in page.rows()
+    assert "torch 2.15.0" in page.rows()
+
+
+def test_nothing_is_outside_of_the_file(page: Page) -> None:
+    addresses = [a[name] for _, a in page.elements for name in ("src", "href") if name in a]
+    assert len(addresses) > 10
+    assert all(address and address.startswith(("data:", "#")) for address in addresses)
+    assert not [tag for tag, _ in page.elements if tag in ("link", "iframe", "object")]
+    assert not any("@import" in style or "url(" in style for style in page.text["style"])
+    policy = next(a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a)
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; img-src data: blob:;")
+
+
+def test_plotly_is_in_it_once(page: Page) -> None:
+    assert sum("* plotly.js v" in script for script in page.text["script"]) == 1
+
+
+def test_every_chart_has_a_place_and_content(page: Page) -> None:
+    places = [a["data-chart"] for _, a in page.elements if "data-chart" in a]
+    assert places == [f"chart-{name}" for name in ("scores", "heldout", "search-0", "search-1", "training")]
+    for place in places:
+        assert place is not None
+        assert page.chart(place.removeprefix("chart-"))["data"]
+
+
+def test_names_cannot_break_out_of_the_page() -> None:
+    odd = replace(
+        CONTENT,
+        title=BAD_NAME,
+        searches=(replace(SEARCH, title=BAD_NAME, weight_names=(BAD_NAME, "b")),),
+        trainings={BAD_NAME: RECORDS},
+    )
+    page = Page(run_page(odd))
+    assert not [script for script in page.text["script"] if script == "alert(1)"]
+    assert page.text["h3"][0] == BAD_NAME
+    assert BAD_NAME in {trace["name"] for trace in page.chart("training")["data"]}
+
+
+def test_the_page_of_one_model_leaves_out_what_it_does_not_have() -> None:
+    rows = {"model": SCORES.rows["merged"]}
+    lone = RunContent(
+        title="hub/model",
+        run="0123",
+        finished="now",
+        facts={},
+        scores=Scores(metric=METRIC, rows=rows),
+        samples=Samples(note="", rows={"model": (Picture(PIXEL, 274),)}),
+        provenance=CONTENT.provenance,
+        costs=CONTENT.costs,
+        seconds=CONTENT.seconds,
+    )
+    page = Page(run_page(lone))
+    assert page.text["h1"] == [f"hub/model: {METRIC} 334.6"]
+    assert page.text["h2"] == ["Scores", "Samples", "Time and cost", "Do it again"]
+
+
+def test_captions_stand_under_the_images_of_all_rows() -> None:
+    prompts = ["a red fox", "a blue door"]
+    rows = {row: tuple(Picture(f"{PIXEL}{row}", 64, prompt) for prompt in prompts) for row in ("pretrained", "merged")}
+    page = Page(run_page(replace(CONTENT, samples=Samples(note="", rows=rows))))
+    images = [str(a["src"]).removeprefix(PIXEL) for tag, a in page.elements if tag == "img"]
+    assert images == ["pretrained", "merged", "pretrained", "merged"]
+    assert [text for text in page.text["p"] if text in prompts] == prompts
+
+
+def test_held_out_losses_are_per_cent_with_borders_and_a_range_that_copies_do_not_stretch() -> None:
+    assert CONTENT.heldout is not None
+    figure = heldout_chart(CONTENT.heldout, is_copy=frozenset({"segment 0"})).to_dict()
+    merged = next(trace for trace in figure["data"] if trace.get("name") == "merged")
+    assert (list(merged["x"]), list(merged["y"])) == ([25.0, 75.0], [-2.0, 1.0])
+    borders = [shape["x0"] for shape in figure["layout"]["shapes"] if shape["x0"] == shape["x1"]]
+    assert borders == [50]
+    low, high = figure["layout"]["yaxis"]["range"]
+    assert -4 < low < -3
+    assert 2 < high < 3, "a copy that is 900 % worse elsewhere must not flatten the rest"
+    assert [a["text"] for a in figure["layout"]["annotations"]] == ["segment 0", "segment 1"]
+
+
+def test_a_loss_that_is_always_zero_has_no_panel() -> None:
+    without = [{**record, "consistency_loss": 0.0} for record in RECORDS]
+    assert [a.text for a in training_chart({"finetuned": without}).layout.annotations] == ["diffusion loss"]
+    assert len(training_chart({"finetuned": RECORDS}).layout.annotations) == 2
+
+
+def test_long_histories_are_thinned_by_means() -> None:
+    steps, values = thinned(list(range(1, 1001)), [float(i) for i in range(1, 1001)])
+    assert len(values) <= 400
+    assert (steps[0], values[0]) == (3, 2.0)
+    assert (steps[-1], values[-1]) == (1000, 1000.0)
+    assert thinned([5], [0.5]) == ([5], [0.5])
+
+
+def test_a_search_shows_its_best_so_far_and_marks_the_best() -> None:
+    figure = search_chart(SEARCH).to_dict()
+    best_so_far = next(trace for trace in figure["data"] if trace.get("name") == "best so far")
+    assert list(best_so_far["y"]) == [9.0, 7.0, 7.0]
+    by_weight = next(trace for trace in figure["data"] if trace.get("name") == "segment 1")
+    assert (list(by_weight["x"]), list(by_weight["y"])) == ([0.0, 1.0, 0.5], [9.0, 7.0, 8.0])
+    widths = list(by_weight["marker"]["line"]["width"])
+    assert [width > 0 for width in widths] == [False, True, False]
+
+
+def test_a_search_for_a_metric_that_grows_marks_the_highest() -> None:
+    figure = search_chart(replace(SEARCH, higher_is_better=True)).to_dict()
+    best_so_far = next(trace for trace in figure["data"] if trace.get("name") == "best so far")
+    assert list(best_so_far["y"]) == [9.0, 9.0, 9.0]
+    by_weight = next(trace for trace in figure["data"] if trace.get("name") == "segment 1")
+    assert [width > 0 for width in by_weight["marker"]["line"]["width"]] == [True, False, False]
+
+
+def test_rough_scores_have_panels_of_their_own() -> None:
+    rough = tuple(replace(c, score=50 * c.score, rough=True) for c in SEARCH.candidates)
+    figure = search_chart(replace(SEARCH, candidates=(*rough, *SEARCH.candidates[:2]))).to_dict()
+    best_so_far = [list(trace["y"]) for trace in figure["data"] if trace.get("name") == "best so far"]
+    assert best_so_far == [[450.0, 350.0, 350.0], [9.0, 7.0]]
+
+
+def test_small_pictures_stay_as_they_are_and_large_ones_shrink(tmp_path: Path) -> None:
+    small, large = tmp_path / "small.png", tmp_path / "large.png"
+    Image.new("L", (64, 32), 7).save(small)
+    Image.effect_noise((1280, 640), 50).save(large)
+    kept = read_picture(small, "a caption")
+    assert base64.b64decode(kept.uri.partition(",")[2]) == small.read_bytes()
+    assert (kept.width, kept.is_small, kept.caption) == (64, True, "a caption")
+    shrunk = read_picture(large)
+    content = base64.b64decode(shrunk.uri.partition(",")[2])
+    with Image.open(io.BytesIO(content)) as image:
+        assert (image.format, image.size) == ("WEBP", (1024, 512))
+    assert len(content) < large.stat().st_size / 2
+
+
+@pytest.mark.parametrize(
+    ("values", "places"), [([393.0, 2.0], 1), ([8.2, 7.1], 3), ([0.0047], 6), ([12345.6], 0), ([], 1), ([0.0], 1)]
+)
+def test_a_column_has_as_many_decimals_as_its_largest_number_needs(values: list[float], places: int) -> None:
+    assert decimal_places(values) == places
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert (number(-1234.5, 1), signed(0.5, 2), percent(-0.0123)) == ("−1,234.5", "+0.50", "−1.23 %")
+    assert [duration(s) for s in (0.04, 59.94, 61.2, 3599.7, 7260.0)] == [
+        "0.0 s",
+        "59.9 s",
+        "1 min 01 s",
+        "1 h 00 min",
+        "2 h 01 min",
+    ]
+
+
+def compared(label: str, **settings: str) -> ComparedRun:
+    return ComparedRun(label=label, run=f"{label}-run", recipe="toy", model="merged", settings=settings)
+
+
+def test_the_page_of_several_runs_shows_what_differs() -> None:
+    first, second = "toy 01", "toy 02"
+    content = ComparisonContent(
+        runs=(compared(first, **{"finetune.seed": "0"}), compared(second, **{"finetune.seed": "1"})),
+        facts={"sampler": "ddim, 20 steps"},
+        scores=Scores(
+            metric=METRIC,
+            rows={first: {METRIC: score(393.0)}, second: {METRIC: score(300.0)}},
+            differences=(difference(first, -93.0, "better", second),),
+        ),
+        samples=Samples(note="Same noise.", rows={label: (Picture(PIXEL, 274),) for label in (first, second)}),
+        heldout=HeldoutLosses(curves={first: CURVE, second: CURVE}),
+    )
+    page = Page(comparison_page(content))
+    assert page.text["h1"] == ["Against toy 01, toy 02 is better."]
+    assert "finetune.seed 0 1" in page.rows()
+    assert "toy 02 300.0 298.0 to 302.0 over seeds 297.0 to 303.0 over images" in page.rows()
+    assert len([tag for tag, _ in page.elements if tag == "img"]) == 2
+    assert {trace["name"] for trace in page.chart("heldout")["data"] if "name" in trace} == {first, second}
+    bare = replace(content, heldout=None, runs=(compared(first), compared(second)))
+    assert "No setting of the recipes differs." in comparison_page(bare)
+    assert "heldout" not in [a.get("id") for _, a in Page(comparison_page(bare)).elements]

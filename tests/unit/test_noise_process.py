@@ -1,0 +1,55 @@
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from deme_core.generate import Ensemble
+from deme_core.noise_process import Diffusion, FlowMatching, NoiseProcess
+from deme_core.objectives import training_target
+from deme_core.segments import equal_segments
+from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, tiny_images, tiny_scheduler
+
+FLOW = FlowMatching(1000)
+CLEAN, NOISE = tiny_images(4, seed=1), torch.randn((4, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+TIMESTEPS = torch.tensor([0, 249, 250, 999])
+
+
+def test_diffusion_is_that_of_the_scheduler() -> None:
+    process, scheduler = Diffusion.from_config(SCHEDULER_CONFIG), tiny_scheduler()
+    assert process.num_train_timesteps == 1000
+    assert process.add_noise(CLEAN, NOISE, TIMESTEPS).equal(scheduler.add_noise(CLEAN, NOISE, TIMESTEPS))
+    assert process.target(CLEAN, NOISE, TIMESTEPS).equal(training_target(scheduler, CLEAN, NOISE, TIMESTEPS))
+
+
+@pytest.mark.parametrize("process", [FLOW, Diffusion.from_config(SCHEDULER_CONFIG)], ids=["flow", "diffusion"])
+def test_what_the_denoiser_is_told_leads_back_to_what_was_drawn(process: NoiseProcess) -> None:
+    everything = torch.arange(1000)
+    assert [process.training_timestep(t) for t in process.model_timesteps(everything).tolist()] == everything.tolist()
+
+
+def test_flow_matching_goes_straight_from_images_to_noise() -> None:
+    sigmas = torch.tensor([0.001, 0.25, 0.251, 1.0]).view(-1, 1, 1, 1)
+    noisy = FLOW.add_noise(CLEAN, NOISE, TIMESTEPS)
+    torch.testing.assert_close(noisy, (1 - sigmas) * CLEAN + sigmas * NOISE)
+    torch.testing.assert_close(noisy[3], NOISE[3])
+    torch.testing.assert_close(noisy - sigmas * FLOW.target(CLEAN, NOISE, TIMESTEPS), CLEAN, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_sampler_follows_the_target_from_noise_to_the_images(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(7)
+    sample = NOISE
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(FLOW.target(CLEAN, NOISE, TIMESTEPS), timestep, sample).prev_sample
+    torch.testing.assert_close(sample, CLEAN, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_every_timestep_of_the_sampler_belongs_to_the_segment_that_holds_its_sigma(shift: float) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(50)
+    segments, experts = equal_segments(4, 1000), [one_level_unet(seed) for seed in range(4)]
+    ensemble = Ensemble(segments, experts)
+    for timestep, sigma in zip(scheduler.timesteps.tolist(), scheduler.sigmas.tolist(), strict=False):
+        expert = experts.index(ensemble.model_at(FLOW.training_timestep(timestep)))
+        assert expert / 4 < sigma <= (expert + 1) / 4

@@ -1,0 +1,45 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from deme_core.figures import cut_tiles, save_image_grid
+from deme_core.prompts import Prompts
+from tasks.page_samples import page_samples
+
+PROMPTS = Prompts(("a cat", "a ship"), {}, "digest")
+
+
+def grid(path: Path, *, count: int, side: int, seed: int = 0) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (count, 3, side, side), generator=rng, dtype=torch.uint8)
+    save_image_grid(images, path)
+    return images
+
+
+@pytest.mark.parametrize(("count", "side", "factor"), [(5, 16, 2), (7, 40, 1), (1, 32, 1)])
+def test_tiles_are_the_images_of_the_grid_in_order(tmp_path: Path, count: int, side: int, factor: int) -> None:
+    images = grid(tmp_path / "g.png", count=count, side=side)
+    tiles = cut_tiles(tmp_path / "g.png", side=side, count=count)
+    assert len(tiles) == count
+    for image, tile in zip(images, tiles, strict=True):
+        pixels = np.asarray(tile)[::factor, ::factor]
+        assert np.array_equal(pixels, image.permute(1, 2, 0).numpy())
+    assert len(cut_tiles(tmp_path / "g.png", side=side, count=1)) == 1
+
+
+def test_every_row_shows_the_same_prompts_under_its_own_images(tmp_path: Path) -> None:
+    grids = {row: tmp_path / f"{row}.png" for row in ("pretrained", "merged")}
+    for seed, path in enumerate(grids.values()):
+        grid(path, count=12, side=16, seed=seed)
+    samples = page_samples(grids, 1, {"num_images": 12, "shape": [3, 16, 16]}, PROMPTS)
+    assert [[picture.caption for picture in row] for row in samples.rows.values()] == [["a cat", "a ship"] * 4] * 2
+    assert len({picture.uri for row in samples.rows.values() for picture in row}) == 16
+
+
+def test_without_prompts_a_row_is_one_grid(tmp_path: Path) -> None:
+    grid(tmp_path / "g.png", count=4, side=16)
+    samples = page_samples({"merged": tmp_path / "g.png"}, 1, {"num_images": 4, "shape": [3, 16, 16]}, None)
+    (picture,) = samples.rows["merged"]
+    assert picture.caption is None
