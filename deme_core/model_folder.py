@@ -290,4 +290,7 @@ def _copy_file(source: Path, destination: Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    if isinstance(defaults := content.get("_use_default_values"), list):
+        # diffusers lists a set, in an order of its own in every process: equal models shall be equal files.
+        content = content | {"_use_default_values": sorted(defaults)}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

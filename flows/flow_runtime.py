@@ -7,6 +7,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.errors import TrackingUnavailableError
 from deme_core.prompts import load_prompts
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import dump_recipe, flatten
@@ -50,7 +51,9 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
         tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})
         artifacts = ArtifactStore(store, settings.cache_folder)
-        with _tracked(tracker), use_runtime(Runtime(recipe, settings, artifacts, pool, tracker, timing)) as runtime:
+        runtime = Runtime(recipe, settings, artifacts, pool, tracker, timing)
+        # Trainings leave their checkpoints before MLflow is told anything: whoever ends this run may be in a hurry.
+        with _tracked(tracker), use_runtime(runtime), contextlib.closing(pool):
             yield runtime
     finally:
         pool.close()
@@ -61,6 +64,7 @@ def _tracked(tracker: Tracker) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        tracker.finish(tracker.run_id, failed=True)
+        with contextlib.suppress(TrackingUnavailableError):
+            tracker.finish(tracker.run_id, failed=True)
         raise
     tracker.finish(tracker.run_id)

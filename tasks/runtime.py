@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.errors import TrackingUnavailableError
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
@@ -92,7 +93,8 @@ class Runtime:
         except BaseException:
             tell(Event(task, "failed"))
             if child:
-                self.tracker.finish(child, failed=True)
+                with contextlib.suppress(TrackingUnavailableError):  # What failed before is what must be told.
+                    self.tracker.finish(child, failed=True)
             raise
         tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
         if child:

@@ -7,6 +7,7 @@ yields progress records and returns the metrics. None of them knows Prefect or M
 
 import errno
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -55,10 +56,16 @@ def checkpoint_stage(digest: str) -> str:
 
 
 class JobContext:
-    """What a job may use: settings, the artifact store, a device; and what it loaded before."""
+    """What a job may use: settings, the artifact store, a device; and what it loaded before.
+
+    Attributes:
+        stop: set when this process is to leave: a training then leaves a checkpoint and ends.
+        storage_seconds: how long the artifact store was used.
+    """
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.device = settings, device
+        self.stop = threading.Event()
         self.storage_seconds = 0.0
         self._remembered: dict[str, Any] = {}
         self._latest: dict[str, dict[str, Any]] = {}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deme_core.encodings import EncodedBatches
+from deme_core.errors import WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageSubset, TrainingBatches
 from deme_core.recipe import DatasetSpec, TrainingSpec
@@ -35,7 +36,11 @@ def run_training(
     teacher: Teacher | None = None,
     encodings: Encodings | None = None,
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-    """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""
+    """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics.
+
+    Raises:
+        WorkerStoppedError: the process was told to leave; a checkpoint of that very step is in the store.
+    """
 
     def batches(start_batch: int) -> Iterable[EncodedBatch]:
         settings: dict[str, Any] = {
@@ -60,7 +65,16 @@ def run_training(
             for batch in TrainingBatches(images, random_crop=dataset.crop == "random", **settings)
         )
 
-    training = Training(model, adapter, batches, spec=spec, plan=plan, teacher=teacher, device=context.device)
+    training = Training(
+        model,
+        adapter,
+        batches,
+        spec=spec,
+        plan=plan,
+        teacher=teacher,
+        device=context.device,
+        should_stop=context.stop.is_set,
+    )
     checkpoints = Checkpoints(context, digest)
     if resumed := checkpoints.restore(training):
         yield {"message": f"resumed at step {resumed}"}
@@ -68,8 +82,13 @@ def run_training(
     for progress in training.progress():
         history.append(asdict(progress))
         yield history[-1]
-        if progress.global_step % spec.checkpoint_every == 0 and progress.global_step < plan.num_steps:
+        if progress.global_step == plan.num_steps:  # Publishing what is done takes no longer than a checkpoint.
+            continue
+        stopped = context.stop.is_set()
+        if stopped or progress.global_step % spec.checkpoint_every == 0:
             checkpoints.save(training, history)
+        if stopped:
+            raise WorkerStoppedError(plan.label, progress.global_step)
     return training.averaged_tensors(), {"history": history, "timestep_histogram": _histogram(training.timestep_counts)}
 
 
