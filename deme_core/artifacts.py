@@ -20,8 +20,15 @@ from uuid import uuid4
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from deme_core.digests import sha256_file
-from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, DemeError, InputError
-from deme_core.store import FileStore, ObjectStore, check_key, local_errors, sync, temporary_beside
+from deme_core.errors import (
+    ArtifactNotFoundError,
+    ChecksumMismatchError,
+    DamagedArtifactError,
+    DemeError,
+    InputError,
+    ObjectTooLargeError,
+)
+from deme_core.store import FileStore, ObjectStore, check_key, check_space, local_errors, sync, temporary_beside
 
 _HEX = "[0-9a-f]"
 # A word, then digests: only so can the stage be told from the store's own path in the URI of an artifact.
@@ -218,8 +225,9 @@ class ArtifactStore:
     def fetch(self, ref: ArtifactRef) -> Path:
         """Return a verified local copy, downloading it the first time. Treat it as read-only.
 
-        A missing artifact or file is an ArtifactNotFoundError; a file that is not what the manifest promises is a
-        ChecksumMismatchError. Either names the object.
+        A missing artifact is an ArtifactNotFoundError; one of which a file is lost or not what the manifest promises is
+        a DamagedArtifactError; a file that arrives otherwise each time, or a malformed manifest, is a
+        ChecksumMismatchError. All name the object.
         """
         folder = self.cache.joinpath(*self._locate(ref))
         if folder.is_dir():
@@ -227,8 +235,9 @@ class ArtifactStore:
         manifest = self.manifest(ref)
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
+            check_space(temporary, sum(file.size for file in manifest.files))
             for file in manifest.files:
-                self._download(file, temporary / file.name)
+                self._download(ref, file, temporary / file.name)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -236,6 +245,10 @@ class ArtifactStore:
                 if not folder.is_dir():
                     raise
         return folder
+
+    def withdraw(self, ref: ArtifactRef) -> None:
+        """Take a damaged artifact out of sight, so that its stage is run again; what is left of its files is swept."""
+        self.store.delete(_manifest_key(*self._locate(ref)))
 
     def remove(self, ref: ArtifactRef) -> None:
         """Remove an artifact and its local copy; a missing one is fine.
@@ -294,14 +307,33 @@ class ArtifactStore:
                 self._delete_files(files)
             raise
 
-    def _download(self, file: StoredFile, path: Path) -> None:
-        self.store.get_file(file.key, path)
-        size, sha256 = path.stat().st_size, sha256_file(path)
-        if (size, sha256) != (file.size, file.sha256):
+    def _download(self, ref: ArtifactRef, file: StoredFile, path: Path) -> None:
+        first = self._receive(ref, file, path)
+        if first is None:
+            return
+        # Once more: the way from the store may be what does damage, and nothing is thrown away for that.
+        second = self._receive(ref, file, path)
+        if second is not None and second != first:
             raise ChecksumMismatchError(
-                f"{self.store.uri}/{file.key} holds {size} bytes with SHA-256 {sha256}, but its manifest promises "
-                f"{file.size} bytes with {file.sha256}; remove the artifact and run its stage again."
+                f"{self.store.uri}/{file.key} arrives with other bytes each time it is read; check the network and "
+                "this machine."
             )
+        if second is not None:
+            raise _damaged(ref, f"{self.store.uri}/{file.key} {second}")
+
+    def _receive(self, ref: ArtifactRef, file: StoredFile, path: Path) -> str | None:
+        """Download a file; returns what is wrong with it."""
+        promised = f"but its manifest promises {file.size} bytes with {file.sha256}"
+        try:
+            self.store.get_file(file.key, path, max_bytes=file.size)
+        except ArtifactNotFoundError as error:
+            raise _damaged(ref, f"{self.store.uri}/{file.key} is lost") from error
+        except ObjectTooLargeError:
+            return f"holds more than {file.size} bytes, {promised}"
+        size, sha256 = path.stat().st_size, sha256_file(path)
+        if (size, sha256) == (file.size, file.sha256):
+            return None
+        return f"holds {size} bytes with SHA-256 {sha256}, {promised}"
 
     def _delete_files(self, files: tuple[StoredFile, ...]) -> None:
         for file in files:
@@ -346,6 +378,27 @@ def _move(folder: Path, place: Path) -> None:
                 sync(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(place)
+
+
+def fetch_or_withdraw(artifacts: ArtifactStore, ref: ArtifactRef) -> Path:
+    """Fetch what a stage made; if it is damaged, take it out of the store, so that the next run makes it anew.
+
+    Raises:
+        DamagedArtifactError: it is damaged.
+    """
+    try:
+        return artifacts.fetch(ref)
+    except DamagedArtifactError as error:
+        try:
+            artifacts.withdraw(ref)
+        except DemeError:  # Whoever may not write there is told what is damaged.
+            raise error from None
+        mend = "it was taken out of the store: run again, which makes it anew"
+        raise DamagedArtifactError(ref.uri, error.problem, mend) from error
+
+
+def _damaged(ref: ArtifactRef, problem: str) -> DamagedArtifactError:
+    return DamagedArtifactError(ref.uri, problem, f"remove {ref.uri}/manifest.json and run again")
 
 
 def _malformed(uri: str, problem: str) -> ChecksumMismatchError:

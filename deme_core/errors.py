@@ -58,6 +58,10 @@ class StoreUnavailableError(InputError):
     """The object store cannot be reached, refuses the credentials, or has no space left."""
 
 
+class ObjectTooLargeError(InputError):
+    """An object is larger than what is read of its kind, or than its manifest promises."""
+
+
 class TrackingUnavailableError(InputError):
     """The MLflow server cannot be reached."""
 
@@ -99,6 +103,18 @@ class ArtifactNotFoundError(DemeError):
 
 class ChecksumMismatchError(DemeError):
     """A stored object does not hold the bytes its manifest promises."""
+
+
+class DamagedArtifactError(ChecksumMismatchError):
+    """An object of an artifact is lost, or holds other bytes than its manifest promises, each time it is read.
+
+    Attributes:
+        uri: of the artifact.
+    """
+
+    def __init__(self, uri: str, problem: str, mend: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"The artifact {uri} is damaged: {problem}; {mend}.")
 
 
 class NonFiniteLossError(DemeError):

@@ -1,6 +1,7 @@
 """The object store on an S3-compatible server: the only module that knows boto3."""
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from deme_core.errors import ArtifactNotFoundError, StoreUnavailableError
 from deme_core.store import (
+    MAX_BYTES_AT_ONCE,
     NoAnswerError,
     StoredObject,
     check_key,
@@ -21,10 +23,14 @@ from deme_core.store import (
     not_found,
     sync,
     temporary_beside,
+    too_large,
 )
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+
+_CONNECT_TIMEOUT_SEC, _READ_TIMEOUT_SEC = 5.0, 60.0
+_MAX_ATTEMPTS = 4
 
 
 class S3Store:
@@ -62,17 +68,27 @@ class S3Store:
                 raise
         return True
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """Download a file, in parts if it is large."""
         with self._errors(key), local_errors(path), temporary_beside(path) as temporary:
-            self._client.download_file(self._bucket, self._name(key), str(temporary))
+            count = _limit(f"{self.uri}/{key}", max_bytes)
+            self._client.download_file(self._bucket, self._name(key), str(temporary), Callback=count)
             sync(temporary)
             temporary.replace(path)
 
     def get_bytes(self, key: str) -> bytes:
-        """Download in one request."""
+        """Download in one request; in some more if the connection is cut while the body comes."""
         with self._errors(key):
-            return self._client.get_object(Bucket=self._bucket, Key=self._name(key))["Body"].read()
+            for attempt in range(1, _MAX_ATTEMPTS + 1):
+                answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
+                if answer["ContentLength"] > MAX_BYTES_AT_ONCE:
+                    raise too_large(f"{self.uri}/{key}", MAX_BYTES_AT_ONCE)
+                try:
+                    return answer["Body"].read()
+                except BotoCoreError:  # boto3 itself tries again only as long as there is no answer.
+                    if attempt == _MAX_ATTEMPTS:
+                        raise
+            raise AssertionError
 
     def exists(self, key: str) -> bool:
         """Ask for the object's head."""
@@ -133,8 +149,12 @@ class S3Store:
         status, code = _status(error), error.response["Error"]["Code"]
         if code == "NoSuchBucket":
             problem, mend = "has no such bucket", "create it or correct DEME_STORE_URI"
+        elif code == "RequestTimeTooSkewed":
+            problem, mend = "says that this machine's clock is wrong", "set it by a time server"
         elif status in (401, 403):
             problem, mend = f"denies access ({code})", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their rights"
+        elif status >= 500 or status == 429:  # It is overloaded or starting: it may take the next attempt.
+            return NoAnswerError(f"{self.place} answered {status} ({code}); check the server and AWS_ENDPOINT_URL.")
         else:
             problem, mend = f"answered {status} ({code})", "check the server and AWS_ENDPOINT_URL"
         return StoreUnavailableError(f"{self.place} {problem}; {mend}.")
@@ -152,9 +172,27 @@ def _status(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
+def _limit(uri: str, max_bytes: int | None) -> Callable[[int], None]:
+    """Returns what is told of every piece of a download, and breaks it off when more comes than there should be."""
+    received, lock = 0, threading.Lock()
+
+    def count(num_bytes: int) -> None:  # From many threads; negative if a piece has to come again.
+        nonlocal received
+        with lock:
+            received += num_bytes
+            if max_bytes is not None and received > max_bytes:
+                raise too_large(uri, max_bytes)
+
+    return count
+
+
 def connect(bucket: str, prefix: str) -> S3Store:
     """Opens a bucket at the endpoint and with the credentials of the AWS_* variables; contacts nothing yet."""
-    config = Config(connect_timeout=5, read_timeout=60, retries={"mode": "standard", "total_max_attempts": 4})
+    config = Config(
+        connect_timeout=_CONNECT_TIMEOUT_SEC,
+        read_timeout=_READ_TIMEOUT_SEC,
+        retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
+    )
     try:
         client = Session().client("s3", config=config)
     except (BotoCoreError, ValueError) as error:

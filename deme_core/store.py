@@ -22,11 +22,13 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
-from deme_core.errors import ArtifactNotFoundError, InputError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
 
 _TEMPORARY_PREFIX = ".tmp-"
 _ACCESS_DEADLINE_SEC = 25.0
 _ACCESS_WAITS_SEC = (0.5, 1.0, 2.0, 4.0)
+# What is read into memory at once, as manifests with their histories: more is no such thing.
+MAX_BYTES_AT_ONCE = 64 * 2**20
 _URI_RULE = "DEME_STORE_URI must be file:///FOLDER or s3://BUCKET/PREFIX."
 
 
@@ -62,11 +64,14 @@ class ObjectStore(Protocol):
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Store bytes; with ``if_absent`` one writer of a race wins and the others get False."""
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing."""
+    def get_file(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
+        """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing.
+
+        With ``max_bytes`` a larger one is an ObjectTooLargeError, raised before much more than that has come.
+        """
 
     def get_bytes(self, key: str) -> bytes:
-        """Read a small object; ArtifactNotFoundError if missing."""
+        """Read a small object; ArtifactNotFoundError if missing, ObjectTooLargeError beyond MAX_BYTES_AT_ONCE."""
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -105,11 +110,11 @@ class FileStore:
         """Write bytes into the folder."""
         return self._put(key, BytesIO(data), if_absent=if_absent)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """Copy a file out; a link would let a change of the copy reach the store."""
         with (
             self._errors(key),
-            self._path(key).open("rb") as source,
+            self._open(key, max_bytes) as source,
             local_errors(path),
             temporary_beside(path) as temporary,
         ):
@@ -118,8 +123,8 @@ class FileStore:
 
     def get_bytes(self, key: str) -> bytes:
         """Read a file."""
-        with self._errors(key):
-            return self._path(key).read_bytes()
+        with self._errors(key), self._open(key, MAX_BYTES_AT_ONCE) as file:
+            return file.read()
 
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""
@@ -172,6 +177,13 @@ class FileStore:
 
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
+
+    def _open(self, key: str, max_bytes: int | None) -> BinaryIO:
+        file = self._path(key).open("rb")
+        if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
+            file.close()
+            raise too_large(f"{self.uri}/{key}", max_bytes)
+        return file
 
     def _walk(self, folder: Path) -> Iterator[Path]:
         """All files and folders below a folder, the deepest first."""
@@ -293,6 +305,16 @@ def system_errors(place: str, remedy: str) -> Iterator[None]:
         raise StoreUnavailableError(f"Cannot use {place} ({reason}); {first} or {remedy}.") from error
 
 
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises StoreUnavailableError if the disk of a folder that exists has no room for so much."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise StoreUnavailableError(
+            f"Cannot use {folder.parent} ({num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free); free "
+            "space or point DEME_HOME elsewhere."
+        )
+
+
 def local_errors(path: Path) -> AbstractContextManager[None]:
     """The same for a file of the local cache."""
     return system_errors(str(path), "point DEME_HOME elsewhere")
@@ -315,6 +337,11 @@ def _folder_of(uri: str) -> Path:
     if not uri.startswith("file://") or not path.startswith("/"):
         raise InputError(_URI_RULE)
     return Path(path)
+
+
+def too_large(uri: str, max_bytes: int) -> ObjectTooLargeError:
+    """Returns the error for an object that is larger than it may be."""
+    return ObjectTooLargeError(f"{uri} holds more than {max_bytes} bytes, which is no object that DeMe reads so.")
 
 
 def not_found(uri: str) -> ArtifactNotFoundError:

@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from deme_core.artifacts import ArtifactStore
+from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
 from deme_core.errors import TrackingUnavailableError
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
@@ -43,6 +44,14 @@ class Runtime:
     pool: Pool
     tracker: Tracker
     timing: Timing
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """Returns a local, verified folder with the artifact's files.
+
+        Raises:
+            DamagedArtifactError: they are not what they were; the next run makes the artifact anew.
+        """
+        return fetch_or_withdraw(self.artifacts, ref)
 
     def do(
         self, job: Job, report: Callable[[Record], None] = lambda _: None, on_start: Callable[[], None] = lambda: None

@@ -25,7 +25,7 @@ _UNET = {
     "norm_num_groups": 4,
 }
 _TRAINING = {"batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 3}
-STAGES = ("pretrained", "finetune", "merge")
+STAGES = ("pretrained", "finetune", "merged")
 
 
 def make_context(home: Path, store_uri: str | None = None) -> JobContext:

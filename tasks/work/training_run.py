@@ -1,6 +1,6 @@
 """A training run as jobs do it: resumed from its newest checkpoint, with checkpoints published on the way."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from deme_core.encodings import EncodedBatches
-from deme_core.errors import WorkerStoppedError
+from deme_core.errors import ChecksumMismatchError, WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageSubset, TrainingBatches
 from deme_core.recipe import DatasetSpec, TrainingSpec
@@ -76,8 +76,7 @@ def run_training(
         should_stop=context.stop.is_set,
     )
     checkpoints = Checkpoints(context, digest)
-    if resumed := checkpoints.restore(training):
-        yield {"message": f"resumed at step {resumed}"}
+    yield from checkpoints.restore(training)
     history: list[Record] = checkpoints.history
     for progress in training.progress():
         history.append(asdict(progress))
@@ -105,15 +104,23 @@ class Checkpoints:
         self._stage = checkpoint_stage(digest)
         self.history: list[Record] = []
 
-    def restore(self, training: Training) -> int:
-        """Puts ``training`` where the newest whole checkpoint left off; returns its step, 0 without one."""
+    def restore(self, training: Training) -> Iterator[Record]:
+        """Puts ``training`` where the newest whole checkpoint left off, and yields what there is to say of it.
+
+        A damaged checkpoint is removed, and the one before it taken.
+        """
         with self._context.storing() as artifacts:
-            newest = artifacts.newest(self._stage)
-            if newest is None:
-                return 0
-            restore_checkpoint(training, artifacts.fetch(newest))
-            self.history = list(artifacts.manifest(newest).metrics["history"])
-        return training.global_step
+            while (newest := artifacts.newest(self._stage)) is not None:
+                try:
+                    folder, metrics = artifacts.fetch(newest), artifacts.manifest(newest).metrics
+                except ChecksumMismatchError as error:
+                    artifacts.remove(newest)
+                    yield {"message": f"removed a checkpoint: {error}"}
+                    continue
+                restore_checkpoint(training, folder)
+                self.history = list(metrics["history"])
+                yield {"message": f"resumed at step {training.global_step}"}
+                return
 
     def save(self, training: Training, history: list[Record]) -> None:
         """Publishes the state of ``training`` and removes all but the newest checkpoints."""
