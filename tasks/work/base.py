@@ -28,6 +28,7 @@ from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
 from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
+from tasks.patience import patiently
 from tasks.progress import exhaust
 
 T = TypeVar("T")
@@ -131,15 +132,17 @@ class JobContext:
     ) -> ArtifactRef:
         """Stores the files in ``folder`` as an artifact; the folder is gone then."""
         with self.storing() as artifacts:
-            return artifacts.publish(
-                stage,
-                digest,
-                folder,
-                settings=identity.settings,
-                inputs=identity.inputs,
-                dataset=identity.dataset,
-                metrics=metrics,
-                take_folder=True,
+            return patiently(
+                lambda: artifacts.publish(
+                    stage,
+                    digest,
+                    folder,
+                    settings=identity.settings,
+                    inputs=identity.inputs,
+                    dataset=identity.dataset,
+                    metrics=metrics,
+                    take_folder=True,
+                )
             )
 
     def discard_unfinished(self, digest: str) -> None:

@@ -15,6 +15,7 @@ from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.teacher import Teacher
 from deme_core.training import Training, TrainingPlan
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
+from tasks.patience import patiently
 from tasks.work.base import JobContext, Record, checkpoint_stage
 from tasks.work.encodings import Encodings
 
@@ -126,13 +127,15 @@ class Checkpoints:
         """Publishes the state of ``training`` and removes all but the newest checkpoints."""
         with self._context.scratch_folder() as folder, self._context.storing() as artifacts:
             save_checkpoint(training, folder)
-            artifacts.publish(
-                self._stage,
-                f"step-{training.global_step:08d}",
-                folder,
-                settings={},
-                inputs={"run": self._digest},
-                metrics={"history": history},
+            patiently(
+                lambda: artifacts.publish(
+                    self._stage,
+                    f"step-{training.global_step:08d}",
+                    folder,
+                    settings={},
+                    inputs={"run": self._digest},
+                    metrics={"history": history},
+                )
             )
             for old in artifacts.list_refs(self._stage)[:-_NUM_CHECKPOINTS_KEPT]:
                 artifacts.remove(old)
