@@ -28,7 +28,16 @@ from deme_core.errors import (
     InputError,
     ObjectTooLargeError,
 )
-from deme_core.store import FileStore, ObjectStore, check_key, check_space, local_errors, sync, temporary_beside
+from deme_core.store import (
+    FileStore,
+    ObjectStore,
+    check_key,
+    check_space,
+    local_errors,
+    store_time,
+    sync,
+    temporary_beside,
+)
 
 _HEX = "[0-9a-f]"
 # A word, then digests: only so can the stage be told from the store's own path in the URI of an artifact.
@@ -272,12 +281,12 @@ class ArtifactStore:
         """Delete what interrupted uploads and downloads left behind.
 
         Args:
-            older_than: spare anything younger; must exceed the longest transfer and the skew of clocks.
+            older_than: spare anything younger, by the store's own clock; must exceed the longest transfer.
 
         Returns:
             Number of objects deleted.
         """
-        before = datetime.now(UTC) - older_than
+        before = store_time(self.store) - older_than
         suspects: dict[str, set[str]] = {}
         for found in self.store.list(""):
             if found.modified < before and (match := _UPLOADED.fullmatch(found.key)):
@@ -286,8 +295,9 @@ class ArtifactStore:
         orphans = [key for artifact, keys in suspects.items() for key in keys - self._named_keys(artifact)]
         for key in orphans:
             self.store.delete(key)
-        for place in (self.store, FileStore(self.cache)):
-            place.discard_unfinished(before)
+        self.store.discard_unfinished(before)
+        cache = FileStore(self.cache)
+        cache.discard_unfinished(store_time(cache) - older_than)
         return len(orphans)
 
     def _named_keys(self, artifact: str) -> set[str]:

@@ -267,6 +267,16 @@ def _probe(store: ObjectStore) -> None:
         raise StoreUnavailableError(f"{store.place} does not return what is written to it; correct DEME_STORE_URI.")
 
 
+def store_time(store: ObjectStore) -> datetime:
+    """Returns the time by the clock that dates the store's objects: this machine's may be wrong, or jump."""
+    key = f".clock/{uuid4().hex}"
+    store.put_bytes(key, b"")
+    try:
+        return max(found.modified for found in store.list(key))
+    finally:
+        store.delete(key)
+
+
 def is_key(key: str) -> bool:
     """Whether this can name an object: a plain relative POSIX path, and no temporary file."""
     parts = key.split("/")

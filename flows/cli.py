@@ -208,6 +208,19 @@ def generate(
     Console().print(f"wrote {num_images} images to {out}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: deme sweep --older-than 48")
+def sweep(
+    older_than: Annotated[float, typer.Option(min=1, help="Hours; anything younger is spared.")] = 48.0,
+) -> None:
+    """Free the space of what killed runs left half-done in the object store and on this machine."""
+    from datetime import timedelta
+
+    from flows.sweep import sweep as sweep_all
+
+    num_objects, num_folders = sweep_all(timedelta(hours=older_than))
+    Console().print(f"removed {num_objects} objects and {num_folders} scratch folders", highlight=False)
+
+
 @recipes_app.command("list", epilog="Example: deme recipes list")
 def list_recipes() -> None:
     """List the recipes that come with DeMe."""
