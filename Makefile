@@ -1,4 +1,4 @@
-# make install | demo | down | test | test-faults | test-compose | lint | types | lock
+# make install | demo | down | test | test-faults | test-compose | lint | types | lock | audit
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test test-faults test-compose lint types check lock clean
+.PHONY: install demo down test test-faults test-compose lint types check lock audit clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +63,10 @@ check: test lint types
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --extra stack --extra server --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+
+# Known holes in what the lock names; needs PyPI's own service. Strict: what cannot be looked up is no good news.
+audit: | $(UV)
+	$(UV) tool run pip-audit --strict --disable-pip --require-hashes -r requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv
