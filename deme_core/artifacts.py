@@ -329,21 +329,24 @@ class ArtifactStore:
                 "this machine."
             )
         if second is not None:
-            raise _damaged(ref, f"{self.store.uri}/{file.key} {second}")
+            raise _damaged(ref, second)
 
     def _receive(self, ref: ArtifactRef, file: StoredFile, path: Path) -> str | None:
         """Download a file; returns what is wrong with it."""
+        uri = f"{self.store.uri}/{file.key}"
         promised = f"but its manifest promises {file.size} bytes with {file.sha256}"
         try:
             self.store.get_file(file.key, path, max_bytes=file.size)
         except ArtifactNotFoundError as error:
-            raise _damaged(ref, f"{self.store.uri}/{file.key} is lost") from error
+            raise _damaged(ref, f"{uri} is lost") from error
+        except ChecksumMismatchError as error:
+            return str(error).rstrip(".")
         except ObjectTooLargeError:
-            return f"holds more than {file.size} bytes, {promised}"
+            return f"{uri} holds more than {file.size} bytes, {promised}"
         size, sha256 = path.stat().st_size, sha256_file(path)
         if (size, sha256) == (file.size, file.sha256):
             return None
-        return f"holds {size} bytes with SHA-256 {sha256}, {promised}"
+        return f"{uri} holds {size} bytes with SHA-256 {sha256}, {promised}"
 
     def _delete_files(self, files: tuple[StoredFile, ...]) -> None:
         for file in files:

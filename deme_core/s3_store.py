@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from boto3.exceptions import Boto3Error
 from boto3.session import Session
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
 
-from deme_core.errors import ArtifactNotFoundError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, StoreUnavailableError
 from deme_core.store import (
     MAX_BYTES_AT_ONCE,
     NoAnswerError,
@@ -136,6 +136,9 @@ class S3Store:
         """Translate what boto3 raises; where a key is given, 404 means a missing object."""
         try:
             yield
+        except FlexibleChecksumError as error:
+            # The server's own checksum of the object; what the two are tells one kind of damage from another.
+            raise ChecksumMismatchError(f"{self.uri}/{key} is not what was stored: {error}.") from error
         except (Boto3Error, BotoCoreError, ClientError) as error:
             # upload_file hides the answer that it got behind an error of its own.
             cause = error.__context__ if isinstance(error, Boto3Error) else error

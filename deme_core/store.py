@@ -67,6 +67,8 @@ class ObjectStore(Protocol):
     def get_file(self, key: str, path: Path, *, max_bytes: int | None = None) -> None:
         """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing.
 
+        A store that keeps checksums raises ChecksumMismatchError where its own is wrong.
+
         With ``max_bytes`` a larger one is an ObjectTooLargeError, raised before much more than that has come.
         """
 
