@@ -40,9 +40,9 @@ down:
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# kill -9 of every service in the middle of a run; some ten minutes.
+# kill -9 of every service in the middle of a run and more; some ten minutes.
 test-faults: install
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
 
 # docker-compose.yml on a real engine (needs root, and debootstrap where no registry can be reached); some ten minutes.
 test-compose: install

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from deme_core.artifacts import ArtifactStore
 from tests.fault_proxy import FaultProxy, Kind
@@ -28,7 +27,6 @@ _MAX_ATTEMPTS = 600
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
-    torch.set_num_threads(1)
     context = make_context(tmp_path_factory.mktemp("undisturbed"))
     run_all(context)
     return context.artifacts

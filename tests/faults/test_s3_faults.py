@@ -11,7 +11,6 @@ from uuid import uuid4
 
 import botocore.auth
 import pytest
-import torch
 
 from deme_core import s3_store
 from deme_core.artifacts import ArtifactStore
@@ -30,7 +29,6 @@ _ANSWERS: list[Kind] = ["InternalError", "ServiceUnavailable", "SlowDown", "cut"
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
-    torch.set_num_threads(1)
     context = make_context(tmp_path_factory.mktemp("undisturbed"))
     run_all(context)
     return context.artifacts
