@@ -1,6 +1,7 @@
 """What a flow run needs while it runs: workers, store and tracker, started together and stopped together."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 from prefect.logging import get_run_logger
@@ -21,6 +22,10 @@ from tasks.tracked_runs import check_tracking
 from tasks.tracking import Tracker
 from tasks.worker_pool import WorkerPool, plan_slots
 
+# Whether no flow of this process has anything left to do but to tell Prefect how it ended.
+ended = threading.Event()
+ended.set()
+
 # Before any flow starts: a local Prefect server cannot make its own folder's parents.
 make_folders()
 
@@ -34,6 +39,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         PromptsError: the recipe's prompts cannot be read.
     """
     timing, settings, logger = Timing(), Settings(), get_run_logger()
+    ended.clear()
     store = open_store(settings.store_uri)
     pool: Pool
     if recipe.execution.runner == "prefect":
@@ -57,6 +63,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
             yield runtime
     finally:
         pool.close()
+        ended.set()
 
 
 @contextlib.contextmanager

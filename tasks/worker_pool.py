@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -177,10 +178,14 @@ class _Worker:
                     return self._outcome(message)
         except BrokenPipeError:
             pass  # The process died between two jobs; its exit status tells how.
-        except BaseException:
+        except Exception:
             if not answered:
-                self._process.kill()  # What it would still say is about this job; the next one gets a fresh process.
-                self._process.wait()
+                self._wait(0.0)  # What it would still say is about this job; the next one gets a fresh process.
+            raise
+        except BaseException:  # SIGTERM or Ctrl-C, if this is the main thread.
+            self._process.terminate()
+            threading.Thread(target=deque, args=(self._process.stdout, 0), daemon=True).start()
+            self._wait(_SECONDS_TO_STOP)
             raise
         finally:
             self._is_busy = False

@@ -1,6 +1,8 @@
 """A machine that is taken away: SIGTERM, and SIGKILL thirty seconds later."""
 
+import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from deme_core.errors import DemeError, WorkerStoppedError
 from tasks.jobs import FinetuneJob, JobResult
 from tasks.worker_pool import Slot, WorkerPool
 from tests.e2e.command_line import CommandLine
-from tests.e2e.conftest import WriteRecipe, write_recipe
+from tests.e2e.conftest import TOY_RECIPE, WriteRecipe, write_recipe
 from tests.e2e.waiting import wait_for
 from tests.small_run import contents, finetune_job, make_context, pretrain_job
 
@@ -142,6 +144,27 @@ def test_sigterm_to_a_run_ends_it_in_time_and_the_next_one_goes_on(tmp_path: Pat
     expected = CommandLine(tmp_path / "undisturbed").report("run", recipe)
     assert report["merged"]["weights_digest"] == expected["merged"]["weights_digest"]
     assert report["rows"] == expected["rows"]
+
+
+def test_ctrl_c_ends_a_run_in_time_with_a_checkpoint(tmp_path: Path, write_recipe: WriteRecipe) -> None:
+    """The terminal sends it to all: to the workers and to Prefect's temporary server, too."""
+    deme = CommandLine(tmp_path / "home")
+    training = {"num_steps": 5000, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 40}
+    pretrained = TOY_RECIPE["pretrained"] | {"training": training}
+    command = [*deme.command, "pretrain", write_recipe(pretrained=pretrained)]
+    with (tmp_path / "said").open("w") as said:
+        run = subprocess.Popen(command, env=deme.environment, stdout=said, stderr=said, start_new_session=True)
+    try:
+        wait_for(lambda: any(deme.home.glob("store/checkpoints/*/step-00000040/manifest.json")))
+        time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGINT)
+        assert run.wait(GRACE_SEC) == 130
+    finally:
+        run.kill()
+        run.wait()
+    steps = [int(p.parent.name[5:]) for p in deme.home.glob("store/checkpoints/*/step-*/manifest.json")]
+    assert [step for step in steps if step % 40], steps
+    assert "run the same command again to go on" in (tmp_path / "said").read_text()
 
 
 def test_what_is_no_training_is_dropped_at_once(training: Training) -> None:
