@@ -1,5 +1,6 @@
 """Secrets: a real run with marked ones, and then everything that it wrote, said and showed is searched for them."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -23,10 +24,10 @@ _MARKED = {
 
 
 class Watch:
-    """Looks at the command lines of all processes of this machine, as `ps` does, again and again."""
+    """Looks at the command lines of all processes, as `ps` does, and at what ours listen on, again and again."""
 
-    def __init__(self, secrets: list[str]) -> None:
-        self.found: set[str] = set()
+    def __init__(self, home: Path, secrets: list[str]) -> None:
+        self.found, self.addresses, self._home = set[str](), set[str](), str(home)
         self.num_looks, self._secrets, self._end = 0, secrets, threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -45,6 +46,10 @@ class Watch:
                 line = " ".join(process.info["cmdline"] or ())
                 if any(secret in line for secret in self._secrets):
                     self.found.add(line)
+                with contextlib.suppress(psutil.Error):
+                    if process.environ().get("DEME_HOME") == self._home:
+                        sockets = process.net_connections("tcp")
+                        self.addresses |= {s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN}
 
 
 @pytest.fixture
@@ -63,7 +68,7 @@ def test_no_secret_is_written_said_or_shown(
     deme = CommandLine(tmp_path / "home")
     recipe = write_recipe()
     secrets = [s3_server.secret_key, *_MARKED.values()]
-    with Watch(secrets) as watch:
+    with Watch(deme.home, secrets) as watch:
         done = deme.run("run", recipe, "--verbose", "--json", extra=environment)
         wrong = environment | {"AWS_SECRET_ACCESS_KEY": "marked-and-wrong"}
         refused = deme.run("run", recipe, extra=wrong)
@@ -72,6 +77,7 @@ def test_no_secret_is_written_said_or_shown(
     assert json.loads(done.stdout.splitlines()[-1])["merged"]["uri"].startswith("s3://secrets-")
     assert refused.returncode == 2 and "AWS_SECRET_ACCESS_KEY" in refused.stderr
     assert watch.num_looks > 20 and watch.found == set()
+    assert watch.addresses == {"127.0.0.1"}, "Prefect's temporary server"
     said = "".join(r.stdout + r.stderr for r in (done, refused, doctor))
     assert len(said) > 1000
     bucket = environment["DEME_STORE_URI"].split("/")[2]
