@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deme_core.artifacts import ArtifactStore
+from deme_core.artifacts import ArtifactRef, ArtifactStore
 from tests.fault_proxy import FaultProxy, Kind
 from tests.integration.conftest import S3Server, s3_server
 from tests.small_run import check_cache, check_nothing_is_left, contents, in_child, layout, make_context, run_all
@@ -103,3 +103,35 @@ def test_killed_at_every_request_to_the_object_store(
 
         reached = _attempt_until_done(attempt, make_context(tmp_path, uri).artifacts, undisturbed)
     assert len(reached) == 4 and sum(reached) > 40
+
+
+@pytest.mark.parametrize("moment", ["kill within", "kill after"])
+def test_killed_in_the_middle_of_an_upload_in_parts(
+    moment: Kind, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_server.make_bucket(f"parts-{moment.replace(' ', '-')}")
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a").write_bytes(b"a")
+    (tmp_path / "made" / "large").write_bytes(os.urandom(30 * 2**20))
+    artifacts = make_context(tmp_path, f"s3://{bucket}/store").artifacts
+
+    def publish(store: ArtifactStore) -> ArtifactRef:
+        return store.publish("merged", "d", tmp_path / "made", settings={}, inputs={})
+
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+
+        def run() -> None:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.url
+            publish(make_context(tmp_path, f"s3://{bucket}/store").artifacts)
+
+        status = in_child(
+            run, lambda pid: proxy.plan(moment, lambda _, path: "partNumber" in path, after=2, victim=pid)
+        )
+    assert status == -signal.SIGKILL
+    assert contents(artifacts) == {} and artifacts.find("merged", "d") is None
+    assert len(s3_server.client.list_multipart_uploads(Bucket=bucket)["Uploads"]) == 1
+    check_nothing_is_left(artifacts, [])
+    assert not s3_server.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    assert (artifacts.fetch(publish(artifacts)) / "large").stat().st_size == 30 * 2**20
