@@ -43,19 +43,19 @@ class Transfer:
 
 
 def write_files(folder: Path, num_bytes: int) -> int:
-    """Writes random files of mixed sizes, ``num_bytes`` in all but for rounding; returns the exact number of bytes."""
-    generator, total = random.Random(0), 0
+    """Writes random files of mixed sizes, ``num_bytes`` in all, and returns how many."""
+    generator, number = random.Random(0), 0
     for share, size in _MIX:
         part = round(num_bytes * share)
-        for index in range(max(1, round(part / size))):
-            path = folder / f"{size}" / f"{index}.bin"
+        while part > 0:
+            path = folder / f"{size}" / f"{number}.bin"
             path.parent.mkdir(parents=True, exist_ok=True)
             left = min(size, part)
-            total += left
+            part, number = part - left, number + 1
             with path.open("wb") as file:
                 while left > 0:
                     left -= file.write(generator.randbytes(min(left, 1 << 24)))
-    return total
+    return number
 
 
 def deme(way: str, folder: Path, cache: Path, digest: str) -> None:
@@ -169,12 +169,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="deme-store-") as scratch:
         files, server = Path(scratch, "files"), Path(scratch, "server")
         server.mkdir()
-        num_bytes = write_files(files, round(options.megabytes * 1e6))
+        num_bytes = round(options.megabytes * 1e6)
+        num_files = write_files(files, num_bytes)
         with s3_server(server) as variables:
             contest = Contest(files, Path(scratch), variables)
             contestants: dict[str, Callable[[], dict[str, Transfer]]] = {_OURS: contest.deme, _RCLONE: contest.rclone}
             moved = take_turns(contestants, num_rounds=options.rounds)
-    num_files = sum(max(1, round(num_bytes * share / size)) for share, size in _MIX)
     title = f"{num_bytes / 1e6:.0f} MB in {num_files} files, medians of {options.rounds} rounds"
     report(moved, num_bytes, title)
     return None

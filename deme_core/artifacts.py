@@ -6,6 +6,7 @@ In the store::
     <stage>/<digest>/manifest.json             written last, and once: with it the artifact comes to exist
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -310,8 +311,9 @@ class ArtifactStore:
         )
 
     def _download(self, file: StoredFile, path: Path) -> None:
-        self.store.get_file(file.key, path)
-        size, sha256 = path.stat().st_size, sha256_file(path)
+        digest = hashlib.sha256()
+        self.store.get_file(file.key, path, digest)
+        size, sha256 = path.stat().st_size, digest.hexdigest()
         if (size, sha256) != (file.size, file.sha256):
             raise ChecksumMismatchError(
                 f"{self.store.uri}/{file.key} holds {size} bytes with SHA-256 {sha256}, but its manifest promises "

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from boto3.exceptions import Boto3Error
 from boto3.session import Session
@@ -15,6 +15,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from deme_core.errors import ArtifactNotFoundError, StoreUnavailableError
 from deme_core.store import (
+    Digest,
     NoAnswerError,
     StoredObject,
     check_key,
@@ -69,15 +70,15 @@ class S3Store:
                 raise
         return True
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None) -> None:
         """Download a file, in parts side by side if it is large, all of one version of the object."""
         with self._errors(key), local_errors(path), temporary_beside(path) as temporary:
             temporary.touch()
-            self._download(self._name(key), temporary)
+            self._download(self._name(key), temporary, digest)
             sync(temporary)
             temporary.replace(path)
 
-    def _download(self, name: str, path: Path) -> None:
+    def _download(self, name: str, path: Path, digest: Digest | None) -> None:
         try:
             first = self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes=0-{_PART_BYTES - 1}")
         except ClientError as error:
@@ -92,8 +93,11 @@ class S3Store:
         ]
         try:
             self._get_part(name, path, 0, got, version, body=first["Body"])
-            for part in rest:
-                part.result()
+            with path.open("rb") as written:
+                _feed(digest, written, got)
+                for part in rest:
+                    part.result()
+                    _feed(digest, written, _PART_BYTES)
         finally:
             for part in rest:
                 part.cancel()
@@ -202,6 +206,13 @@ class S3Store:
             return StoreUnavailableError(f"Cannot use {self.place} ({kind}); {mend}.")
         mend = "check that it is up and that AWS_ENDPOINT_URL is its address"
         return NoAnswerError(f"Cannot use {self.place} ({kind}); {mend}.")
+
+
+def _feed(digest: Digest | None, file: BinaryIO, num_bytes: int) -> None:
+    """Give the next bytes of a file, or what it still has, to a digest."""
+    while digest is not None and num_bytes > 0 and (piece := file.read(min(num_bytes, _PIECE_BYTES))):
+        digest.update(piece)
+        num_bytes -= len(piece)
 
 
 def _status(error: ClientError) -> int:
