@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # Measured in benchmarks/store.py: boto3's own download_file is half as fast, and pieces of a megabyte, which make the
 # kernel look for huge pages, a third.
 _PART_BYTES, _PIECE_BYTES, _NUM_PARTS_AT_ONCE = 16 << 20, 256 << 10, 8
-_BODY_ATTEMPTS = 5
+_FRUITLESS_ATTEMPTS = 5
 
 
 class S3Store:
@@ -107,7 +107,8 @@ class S3Store:
         """Write the bytes [low, high) of an object into a file; where a body ends early, go on from there."""
         with path.open("r+b") as file:
             file.seek(low)
-            for attempt in range(_BODY_ATTEMPTS):
+            reached, failures = low, 0
+            while True:
                 if body is None:
                     bounds = f"bytes={file.tell()}-{high - 1}"
                     answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=bounds, IfMatch=version)
@@ -120,9 +121,10 @@ class S3Store:
                             file.write(piece)
                     return
                 except BotoCoreError:
-                    if attempt + 1 == _BODY_ATTEMPTS or file.tell() >= high:
+                    failures = 0 if file.tell() > reached else failures + 1
+                    if failures == _FRUITLESS_ATTEMPTS or file.tell() >= high:
                         raise
-                    body = None
+                    reached, body = file.tell(), None
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
