@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from deme_core.errors import InputError
 from deme_core.families import Adapter, ConditioningTensors
+from deme_core.lora import attach_lora
 from deme_core.model_folder import build_denoiser
 from deme_core.projection import attach_projections
+from deme_core.recipe import LoraSpec
 
 # Of CLIP, which reads the captions of Stable Diffusion.
 _NUM_TOKENS = 77
@@ -25,8 +27,8 @@ class DenoiserSize:
     Attributes:
         num_parameters: without projections.
         forward_flops: operations of one forward pass of one image, an addition and a multiplication each counted.
-        num_trained: parameters that are trained: with projections, where there are any.
-        trained_forward_flops: operations of a forward pass with projections.
+        num_trained: parameters that are trained: all, projections too; or an adapter's.
+        trained_forward_flops: operations of a forward pass with projections or adapter.
         latent_size: numbers in the latents of an image; 0 for a model on pixels.
         caption_size: numbers that a caption becomes; 0 for a model that takes none.
     """
@@ -39,25 +41,28 @@ class DenoiserSize:
     caption_size: int = 0
 
 
-def measure_denoiser(adapter: Adapter, *, channel_projection: bool) -> DenoiserSize:
+def measure_denoiser(adapter: Adapter, *, channel_projection: bool, lora: LoraSpec | None = None) -> DenoiserSize:
     """Counts what the denoiser of ``adapter`` takes, on torch's meta device: no memory and no time to speak of.
 
     Args:
         adapter: of a model on pixels, of Stable Diffusion, or conditioned on labels.
         channel_projection: whether copies are trained with projections.
+        lora: the adapter that is trained in their place.
 
     Raises:
-        InputError: the model is of another family.
+        InputError: the model is of another family, or lacks the layers of the adapter.
     """
     conditioning = _conditioning(adapter)
     model = build_denoiser(dict(adapter.denoiser_config), materialize=False).to("meta").eval()
     stock = _count_parameters(model), _count_flops(model, adapter, conditioning)
     if channel_projection:
         attach_projections(model)
+    if lora is not None:
+        attach_lora(model, lora, seed=0)
     caption = conditioning.get("encoder_hidden_states")
     return DenoiserSize(
         *stock,
-        num_trained=_count_parameters(model),
+        num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         trained_forward_flops=_count_flops(model, adapter, conditioning),
         latent_size=prod(adapter.latent_shape) if adapter.frozen_parts else 0,
         caption_size=0 if caption is None else caption.numel(),

@@ -60,6 +60,28 @@ class TrainingSpec(_Spec):
         return self
 
 
+class LoraSpec(_Spec):
+    """A LoRA adapter (arXiv 2106.09685): the weight of a layer becomes W + alpha / rank * B A; B and A learn."""
+
+    rank: int = Field(16, ge=1, description="Rows of A, and columns of B; the control has N times as many.")
+    alpha: float | None = Field(None, gt=0, description="Scale of the product, times the rank; default the rank.")
+    target_modules: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Layers that get an adapter, by how their names end; default all projections of attention.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def times(self, factor: int) -> "LoraSpec":
+        """Returns an adapter of ``factor`` times the rank, and the same scale."""
+        alpha = None if self.alpha is None else self.alpha * factor
+        return self.model_copy(update={"rank": self.rank * factor, "alpha": alpha})
+
+
 class FinetuneSpec(TrainingSpec):
     """How the copies, and the control, are finetuned (METHOD section 1)."""
 
@@ -71,7 +93,26 @@ class FinetuneSpec(TrainingSpec):
         description="Draw the range for each sample, or once per batch with mirrored pairs as the paper's code does.",
     )
     consistency_weight: float = Field(1.0, ge=0, description="Weight of the consistency loss (lambda).")
-    channel_projection: bool = Field(True, description="Train channel-wise projections and fold them after merging.")
+    channel_projection: bool = Field(
+        True, description="Train channel-wise projections and fold them after merging; false with lora."
+    )
+    lora: LoraSpec | None = Field(
+        None,
+        exclude_if=lambda lora: lora is None,
+        description="Train a LoRA adapter on the frozen model instead of a whole copy, and merge adapters.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_projection_with_lora(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("lora") is None:
+            return given
+        if given.get("channel_projection"):
+            raise ValueError(
+                "finetune.lora and channel_projection exclude each other: a projection that is folded changes a weight "
+                "by a matrix of full rank, which no adapter holds; leave channel_projection out"
+            )
+        return given | {"channel_projection": False}
 
 
 class DistillSpec(TrainingSpec):
@@ -309,6 +350,12 @@ class EvaluateSpec(_Spec):
         ge=1,
         exclude_if=lambda scale: bool(scale == 1.0),
         description="Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is none.",
+    )
+    mixed_precision: Precision = Field(
+        "fp32",
+        exclude_if=lambda precision: bool(precision == "fp32"),
+        description="Autocast type of the denoiser while it samples, a condition of all scores; the autoencoder and "
+        "held-out losses stay fp32.",
     )
     batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(

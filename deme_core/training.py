@@ -18,6 +18,7 @@ from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
 from deme_core.families import Adapter, EncodedBatch
+from deme_core.lora import LoraTeacher
 from deme_core.objectives import consistency_loss, diffusion_loss
 from deme_core.optimizer import build_optimizer
 from deme_core.recipe import TrainingSpec
@@ -104,7 +105,7 @@ class Training:
     """A training run: build it, optionally ``restore`` a checkpoint, iterate ``progress``, take ``averaged``.
 
     Args:
-        model: the model to train, on the CPU or already on ``device``; it is changed.
+        model: the model to train, on the CPU or already on ``device``; it is changed, but for what asks no gradient.
         adapter: says how the model is noised and called, and what its target is.
         batches: from the number of the first batch, an endless stream of what the denoiser is trained on.
         spec: optimizer, precision, EMA and the like.
@@ -122,7 +123,7 @@ class Training:
         *,
         spec: TrainingSpec,
         plan: TrainingPlan,
-        teacher: Teacher | None = None,
+        teacher: Teacher | LoraTeacher | None = None,
         device: torch.device | str = "cpu",
         record_every: int = 10,
     ) -> None:
@@ -141,7 +142,9 @@ class Training:
         self.teacher = teacher.to(self.device) if teacher is not None else None
         if spec.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()  # diffusers' own, which torch does not declare.
-        optimizer = build_optimizer(model.to(self.device).train().parameters(), spec)
+        model.to(self.device).train()
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        optimizer = build_optimizer(self.trained.values(), spec)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.lr_scheduler = get_scheduler(
             spec.lr_scheduler,
@@ -150,7 +153,7 @@ class Training:
             num_training_steps=plan.num_steps,
         )
         self.ema = _MovingAverage(
-            model.parameters(),
+            self.trained.values(),
             decay=spec.ema_decay,
             use_ema_warmup=True,
             inv_gamma=spec.ema_inv_gamma,
@@ -197,14 +200,14 @@ class Training:
                 diffusion, consistency = self._losses(number, batch.to(self.device))
                 self.accelerator.backward(self._weighted(diffusion, consistency))
                 if self.accelerator.sync_gradients:
-                    grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
+                    grad_norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.spec.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
             sums.num_images += len(batch)
         sums.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
-        self.ema.step(self.model.parameters())
+        self.ema.step(self.trained.values())
         return torch.cat([losses, grad_norm[None]])
 
     def _losses(self, number: int, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,11 +250,13 @@ class Training:
             gpu_memory_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else 0.0,
         )
 
-    def averaged_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the EMA of every parameter, and the buffers, by name: what is merged."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the trained parameters, and the buffers, by name; without what is frozen, as the base of a LoRA."""
         model = self.accelerator.unwrap_model(self.model)
-        tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        names = [name for name, _ in model.named_parameters()]
-        return tensors | {
-            name: shadow.detach().clone() for name, shadow in zip(names, self.ema.shadow_params, strict=True)
-        }
+        frozen = {name for name, _ in model.named_parameters()} - self.trained.keys()
+        return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
+
+    def averaged_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns the EMA of every trained parameter, and the buffers, by name: what is merged."""
+        averages = dict(zip(self.trained, self.ema.shadow_params, strict=True))
+        return {name: averages.get(name, tensor).detach().clone() for name, tensor in self.tensors().items()}

@@ -133,7 +133,11 @@ class RecipeChecks:
         assert self._num_features is not None
         return estimate_cost(
             self.recipe,
-            measure_denoiser(self._adapter, channel_projection=self.recipe.finetune.channel_projection),
+            measure_denoiser(
+                self._adapter,
+                channel_projection=self.recipe.finetune.channel_projection,
+                lora=self.recipe.finetune.lora,
+            ),
             num_images=self._num_images,
             num_features=self._num_features,
             frozen_bytes=self._frozen_bytes,
@@ -141,12 +145,13 @@ class RecipeChecks:
 
     def _time(self) -> str:
         cost, precision = self._cost, self.recipe.finetune.mixed_precision
-        training, images = UTILIZATION * H100_PEAK[precision], UTILIZATION * H100_PEAK["fp32"]
+        sampling = self.recipe.evaluate.mixed_precision
+        training, images = UTILIZATION * H100_PEAK[precision], UTILIZATION * H100_PEAK[sampling]
         hours = cost.seconds(training_rate=training, image_rate=images) / 3600
         done = (
             f"estimate, not measured: {hours:,.1f} GPU-hours at {UTILIZATION:.0%} of an H100's dense peak, for "
-            f"{cost.training_flops:.2g} operations of training in {precision}, and in fp32 {cost.search_flops:.2g} of "
-            f"searches and {cost.evaluation_flops:.2g} of the report's images"
+            f"{cost.training_flops:.2g} operations of training in {precision}, and in {sampling} "
+            f"{cost.search_flops:.2g} of searches and {cost.evaluation_flops:.2g} of the report's images"
         )
         if self.recipe.execution.runner == "local" and plan_slots(self.recipe.execution)[0].device == "cpu":
             rate = measure_cpu()
