@@ -97,7 +97,7 @@ class Sampling:
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
         scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)
-        scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings())
+        scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings(self.num_inference_steps))
         return scheduler
 
     def step_settings(self, generators: list[torch.Generator]) -> dict[str, Any]:

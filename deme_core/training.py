@@ -18,7 +18,7 @@ from torch import nn
 
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
 from deme_core.families import Adapter, EncodedBatch
-from deme_core.lora import LoraTeacher
+from deme_core.lora import LoraTeacher, is_lora
 from deme_core.objectives import consistency_loss, diffusion_loss
 from deme_core.optimizer import build_optimizer
 from deme_core.recipe import TrainingSpec
@@ -251,12 +251,13 @@ class Training:
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the trained parameters, and the buffers, by name; without what is frozen, as the base of a LoRA."""
+        """Returns parameters and buffers by name; of a model with a LoRA without what is frozen, its base."""
         model = self.accelerator.unwrap_model(self.model)
-        frozen = {name for name, _ in model.named_parameters()} - self.trained.keys()
-        return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in frozen}
+        has_lora = any(is_lora(name) for name in self.trained)
+        base = {name for name, _ in model.named_parameters() if has_lora and name not in self.trained}
+        return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in base}
 
     def averaged_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the EMA of every trained parameter, and the buffers, by name: what is merged."""
+        """Returns `tensors`, the EMA in the place of what is trained: what is merged."""
         averages = dict(zip(self.trained, self.ema.shadow_params, strict=True))
         return {name: averages.get(name, tensor).detach().clone() for name, tensor in self.tensors().items()}

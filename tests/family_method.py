@@ -56,7 +56,7 @@ class Method:
         prompts.write_text("a photo of a cat\na photo of a truck\n")
         self.evaluate = EvaluateSpec(
             num_images=4,
-            sampler="flow_match_euler" if "3" in name else "ddim",
+            sampler="flow_match_euler" if "3" in name or "Flux" in name else "ddim",
             num_inference_steps=2,
             guidance_scale=2.0,
             prompts=str(prompts),

@@ -8,7 +8,7 @@
 - `sum_adapters` and `truncate` make one adapter of several.
 """
 
-from deme_core.lora.attach import attach_lora, trained_factors
+from deme_core.lora.attach import attach_lora, is_lora, trained_factors
 from deme_core.lora.ensemble import LoraEnsemble
 from deme_core.lora.expert import LoraExpert
 from deme_core.lora.factors import LORA_NAME, LoraFactors, read_factors, write_factors
@@ -23,6 +23,7 @@ __all__ = [
     "LoraTeacher",
     "TruncatedAdapter",
     "attach_lora",
+    "is_lora",
     "read_factors",
     "sum_adapters",
     "trained_factors",

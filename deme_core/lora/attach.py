@@ -78,6 +78,11 @@ def _examples(modules: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in modules.items() if _takes_lora(module)][:3]
 
 
+def is_lora(name: str) -> bool:
+    """Whether a tensor of a model with an adapter is the adapter's."""
+    return ".lora_" in name
+
+
 def trained_factors(tensors: Mapping[str, torch.Tensor], spec: LoraSpec) -> dict[str, LoraFactors]:
     """Returns the factors among the trained tensors of a model that has an adapter, by layer, scale included."""
     layers = sorted(name.removesuffix(_DOWN) for name in tensors if name.endswith(_DOWN))

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deme_core.families import Adapter, ConditioningTensors
+from deme_core.lora.attach import is_lora
 from deme_core.model_digest import tensors_digest
 
 
@@ -27,7 +28,7 @@ class LoraTeacher:
 
     def digests(self) -> list[str]:
         """Returns the digest of all that is frozen: equal before and after a training."""
-        frozen = {name: tensor for name, tensor in self.model.state_dict().items() if ".lora_" not in name}
+        frozen = {name: tensor for name, tensor in self.model.state_dict().items() if not is_lora(name)}
         return [tensors_digest(frozen)]
 
     @torch.no_grad()

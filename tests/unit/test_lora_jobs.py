@@ -70,16 +70,20 @@ def one_prediction(pipeline: Any, part: str) -> torch.Tensor:
         return torch.randn(shape, generator=rng)
 
     given: dict[str, Any] = {"encoder_hidden_states": noise(2, 12, denoiser.config.get("cross_attention_dim") or 32)}
+    latents = noise(2, 4, 8, 8)
     if part == "transformer":
         given["pooled_projections"] = noise(2, denoiser.config["pooled_projection_dim"])
-    elif denoiser.config["addition_embed_type"] == "text_time":
+    if "axes_dims_rope" in denoiser.config:
+        given |= {"txt_ids": torch.zeros(12, 3), "img_ids": noise(16, 3).round(), "guidance": torch.ones(2)}
+        latents = latents.view(2, 16, 16)
+    elif denoiser.config.get("addition_embed_type") == "text_time":
         given["added_cond_kwargs"] = {"text_embeds": noise(2, 16), "time_ids": noise(2, 6)}
     with torch.no_grad():
-        prediction: torch.Tensor = denoiser(noise(2, 4, 8, 8), timestep=torch.tensor([3, 700]), **given).sample
+        prediction: torch.Tensor = denoiser(latents, timestep=torch.tensor([3, 700]), **given).sample
     return prediction
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline"])
+@pytest.mark.parametrize("name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"])
 def test_stock_diffusers_makes_the_merged_model_of_one_file(name: str, tmp_path: Path, dataset: DatasetSpec) -> None:
     method = Method(name, tmp_path, dataset)
     part, context = FAMILIES[name].denoiser_part, method.context
