@@ -16,7 +16,7 @@ from deme_core.model_folder import build_denoiser
 from deme_core.projection import attach_projections
 from deme_core.recipe import LoraSpec
 
-# Of CLIP, which reads the captions of Stable Diffusion.
+# Of CLIP, which reads the captions of Stable Diffusion, and of T5 in DeepFloyd IF.
 _NUM_TOKENS = 77
 
 
@@ -64,7 +64,7 @@ def measure_denoiser(adapter: Adapter, *, channel_projection: bool, lora: LoraSp
         *stock,
         num_trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         trained_forward_flops=_count_flops(model, adapter, conditioning),
-        latent_size=prod(adapter.latent_shape) if adapter.frozen_parts else 0,
+        latent_size=prod(adapter.latent_shape) if "vae" in adapter.frozen_parts else 0,
         caption_size=0 if caption is None else caption.numel(),
     )
 
@@ -76,8 +76,8 @@ def _conditioning(adapter: Adapter) -> ConditioningTensors:
     config: Mapping[str, Any] = adapter.denoiser_config
     if adapter.conditioned_on == "nothing":
         return {}
-    if "StableDiffusionPipeline" in adapter.pipelines:
-        shape = (1, _NUM_TOKENS, config["cross_attention_dim"])
+    if {"StableDiffusionPipeline", "IFPipeline"} & set(adapter.pipelines):
+        shape = (1, _NUM_TOKENS, config.get("encoder_hid_dim") or config["cross_attention_dim"])
         return {"encoder_hidden_states": torch.zeros(shape, device="meta")}
     raise InputError(f"The cost of a {adapter.pipeline} is not estimated yet.")
 

@@ -131,14 +131,21 @@ class PretrainedSpec(_Spec):
     noise_scheduler: dict[str, Any] = Field(
         default_factory=dict, description="DDPMScheduler config, for source 'pretrain'."
     )
+    text_encoder: dict[str, Any] | None = Field(
+        None,
+        description="T5 config, for source 'pretrain' of a model that takes text: unet is then that of a "
+        "UNet2DConditionModel, and the encoder, whose random weights stay, knows the words of the captions.",
+    )
     training: TrainingSpec | None = Field(None, description="How to pretrain, for source 'pretrain'.")
 
     @model_validator(mode="after")
     def _training_belongs_to_pretrain(self) -> Self:
         if self.source == "pretrain" and self.training is None:
             raise ValueError("source 'pretrain' needs pretrained.training (at least num_steps)")
-        if self.source != "pretrain" and (self.training or self.unet or self.noise_scheduler):
-            raise ValueError("training, unet and noise_scheduler apply to source 'pretrain' only")
+        if self.source != "pretrain" and (
+            self.training or self.unet or self.noise_scheduler or self.text_encoder is not None
+        ):
+            raise ValueError("training, unet, noise_scheduler and text_encoder apply to source 'pretrain' only")
         return self
 
 
@@ -380,7 +387,7 @@ class EvaluateSpec(_Spec):
         None,
         exclude_if=lambda prompts: prompts is None,
         description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
-        "caption; or imagenet1k, a photo of each of its classes. Image i belongs to prompt i modulo their number.",
+        "caption; or imagenet1k or cifar10, a photo of each class. Image i belongs to prompt i modulo their number.",
     )
     clip_weights: str | None = Field(
         None,
@@ -486,6 +493,13 @@ class Recipe(_Spec):
         num_segments = self.segments.num_segments
         if self.merge.weights is not None and len(self.merge.weights) != num_segments:
             raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
+        if self.pretrained.source == "pretrain" and self.segments.edges is not None:
+            # Of a model from elsewhere this is known once it is there; of this one it would be after its training.
+            num_timesteps = self.pretrained.noise_scheduler.get("num_train_timesteps", 1000)
+            if self.segments.edges[-1] != num_timesteps:
+                raise ValueError(
+                    f"segments.edges {list(self.segments.edges)} must end at {num_timesteps}, the number of timesteps"
+                )
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
         if self.merge.search and not self.merge.search.reaches_every_weight(num_segments):

@@ -11,6 +11,7 @@ from deme_core.errors import InputError
 from deme_core.extractors import load_extractor
 from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, Unconditional, check_conditioned
+from deme_core.families.deepfloyd_if import DeepFloydIF
 from deme_core.generate import Sampling
 from deme_core.images.preview import preview_images
 from deme_core.metrics import needs_prompts
@@ -20,6 +21,7 @@ from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
+from deme_core.untrained_text_model import untrained_text_unet
 from tasks.worker_pool import plan_slots
 
 Check = tuple[str, Callable[[], str]]
@@ -192,18 +194,27 @@ def _untrained(recipe: Recipe) -> Adapter:
     """Returns the adapter of the model that the recipe pretrains.
 
     Raises:
-        InputError: it cannot be built.
+        InputError: it cannot be built, or takes text where there is none.
     """
-    from diffusers import UNet2DModel
+    import diffusers
 
-    channels = _channels(recipe.dataset)
-    fixed = {"sample_size": recipe.dataset.resolution or 8, "in_channels": channels, "out_channels": channels}
-    config: dict[str, Any] = {"_class_name": "UNet2DModel", **recipe.pretrained.unet, **fixed}
+    source, dataset = recipe.pretrained, recipe.dataset
+    channels, size = _channels(dataset), dataset.resolution or 8
+    fixed = {"sample_size": size, "in_channels": channels, "out_channels": channels}
+    config: dict[str, Any] = {"_class_name": "UNet2DModel", **source.unet, **fixed}
+    family: type[Adapter] = Unconditional
     try:
-        config = {**UNet2DModel.from_config(config).config, **config}
+        if source.text_encoder is not None:
+            config = untrained_text_unet(source.unet, source.text_encoder, (channels, size, size))
+            family = DeepFloydIF
+        config = {**getattr(diffusers, config["_class_name"]).from_config(config).config, **config}
     except (TypeError, ValueError) as error:
-        raise InputError(f"pretrained.unet cannot be built: {error}.") from error
-    return Unconditional(denoiser_config=config, scheduler_config=recipe.pretrained.noise_scheduler)
+        raise InputError(f"pretrained.unet or text_encoder cannot be built: {error}.") from error
+    adapter = family(denoiser_config=config, scheduler_config=source.noise_scheduler)
+    check_conditioned(adapter, captions=dataset.caption_column or dataset.caption_template, labels=dataset.label_column)
+    if adapter.conditioned_on == "captions" and recipe.evaluate.prompts is None:
+        raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
+    return adapter
 
 
 def _channels(dataset: DatasetSpec) -> int:
