@@ -3,9 +3,7 @@
 Some three minutes on two cores, and so no part of `make test`: `make test-recipes`.
 """
 
-import json
 import math
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +11,9 @@ import pytest
 from diffusers import DiffusionPipeline
 
 from tests.e2e.command_line import CommandLine
-from tests.tiny_clip import write_tiny_clip
-from tests.tiny_models import tiny_unet, write_tiny_folder
-from tests.tiny_pipelines import save_pipeline
 
-CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg" / "test.tar.xz"
 PIXELS = ("ddpm_cifar10", "ddpm_lsun_church", "ddpm_lsun_bedroom")
 TEXT = ("sd14_coco30k", "sd14_imagenet1k", "sd14_partiprompts")
-CLASSES = ("cat", "dog", "frog", "ship")
-IMAGES_PER_CLASS = 10
 # Not the size of the work alone is the recipe's: precision, checkpointing, losses, search and sampler are.
 FEWER = {
     "finetune.num_steps": 4,
@@ -41,34 +33,6 @@ FEWER = {
     "execution.device": "cpu",
     "execution.num_workers": 2,
 }
-
-pytestmark = pytest.mark.skipif(not CIFAR.exists(), reason="needs ../shared/data/cifar10-jpeg")
-
-
-@pytest.fixture(scope="module")
-def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny models, CIFAR-10 images with captions of their classes, and prompts."""
-    folder = tmp_path_factory.mktemp("stand-ins")
-    write_tiny_folder(folder / "ddpm", tiny_unet(sample_size=16, in_channels=3, out_channels=3), **THREE_CHANNELS)
-    save_pipeline("StableDiffusionPipeline", folder / "sd")
-    write_tiny_clip(folder / "clip")
-    images, rows = folder / "images", []
-    images.mkdir()
-    with tarfile.open(CIFAR) as archive:
-        for member in archive:
-            kind = Path(member.name).parent.name
-            if member.isfile() and kind in CLASSES and sum(row["kind"] == kind for row in rows) < IMAGES_PER_CLASS:
-                file = archive.extractfile(member)
-                assert file is not None
-                name = f"{kind}-{Path(member.name).name}"
-                (images / name).write_bytes(file.read())
-                rows.append({"file_name": name, "text": f"a photo of a {kind}", "kind": kind})
-    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "prompts.tsv").write_text("Prompt\tCategory\tChallenge\na cat\tAnimals\tBasic\na ship\tVehicles\tBasic\n")
-    return folder
-
-
-THREE_CHANNELS = {"sample_size": 16, "in_channels": 3, "out_channels": 3}
 
 
 def settings_of(name: str, folder: Path) -> dict[str, Any]:

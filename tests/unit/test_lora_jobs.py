@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from deme_core.errors import InputError, ModelFolderError
 from deme_core.families import FAMILIES
 from deme_core.model_folder import load_denoiser, open_model_folder
-from deme_core.recipe import DatasetSpec, MethodSpec, RegMeanSpec
+from deme_core.recipe import DatasetSpec, FinetuneSpec, MethodSpec, RegMeanSpec
+from deme_core.settings import Settings
 from flows.model_commands import merge_models
-from tasks.jobs import ConfineJob, GramsJob, HeldoutJob, JobResult, LossJob, MergeJob
+from tasks.jobs import ConfineJob, FinetuneJob, GramsJob, HeldoutJob, ImportJob, JobResult, LossJob, MergeJob
 from tasks.lora_adapter import LoraSummary, write_merged_adapter
+from tasks.work.base import JobContext, execute
 from tests.family_method import WEIGHTS, Method, files_below, two_classes
-from tests.tiny_models import same_bits
+from tests.tiny_models import same_bits, tiny_unet, write_tiny_folder
 
 EDGES = (0, 400, 1000)
 LORA = {"rank": 2, "alpha": 3.0}
@@ -252,3 +254,33 @@ def test_a_pipeline_that_loads_no_lora_is_named(tmp_path: Path, dataset: Dataset
 def test_a_merge_of_no_expert_is_no_lora(method: Method, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No expert takes part in this merge"):
         export(method, merge(method, [], ()), tmp_path / "lora")
+
+
+def test_a_model_on_pixels_has_lora_experts_too(tmp_path: Path) -> None:
+    context = JobContext(Settings.model_validate({"DEME_HOME": tmp_path / "home", "DEME_STORE_URI": None}), "cpu")
+    source = str(write_tiny_folder(tmp_path / "model", tiny_unet()))
+    pretrained = execute(ImportJob(source=source), context, lambda _: None).ref
+    settings: dict[str, Any] = {"num_steps": 2, "batch_size": 4, "learning_rate": 1e-2, "lora": LORA}
+    job = FinetuneJob(
+        label="all",
+        pretrained=pretrained,
+        dataset=DatasetSpec(source="digits", num_images=64),
+        finetune=FinetuneSpec.model_validate(settings),
+        low=0,
+        high=1000,
+        num_steps=2,
+    )
+    expert = execute(job, context, lambda _: None).ref
+    assert files_below(context.fetch(expert)) == {
+        "finetuned_copy.json",
+        "unet/config.json",
+        FILE,
+        "scheduler/scheduler_config.json",
+    }
+    merge = MergeJob(pretrained=pretrained, experts=(expert,), method=MethodSpec(), weights=(1.0,))
+    merged = load_denoiser(context.open_model(execute(merge, context, lambda _: None).ref)).state_dict()
+    alone = load_denoiser(context.open_model(expert)).state_dict()
+    assert all(same_bits(tensor, merged[name]) for name, tensor in alone.items())
+    changed = {name for name, tensor in tiny_unet().state_dict().items() if not same_bits(tensor, merged[name])}
+    assert changed
+    assert all(".to_" in name for name in changed)
