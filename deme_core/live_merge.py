@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from deme_core.lora.expert import LoraExpert
-from deme_core.merge import Expert, check_experts, merged_tensors, one_thread
+from deme_core.merge import Expert, changes, check_experts, merged_tensors, one_thread
 from deme_core.merge_methods import TensorMerge
 from deme_core.model_folder import tensor_infos
 
@@ -14,7 +14,7 @@ from deme_core.model_folder import tensor_infos
 class LiveMerge:
     """Holds theta_0 and the experts in memory and rewrites ``model`` for each candidate; nothing touches the disk.
 
-    Of LoRA experts it holds the factors alone.
+    Of LoRA experts it holds the factors alone, and of theta_0 what they change, beside the model.
 
     Args:
         model: the pretrained model; it is changed by ``apply``.
@@ -27,7 +27,10 @@ class LiveMerge:
     def __init__(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         self.model = model
         device = next(model.parameters()).device
-        self._pretrained = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        self._pretrained = {
+            name: tensor.detach().clone() if any(changes(expert, name) for expert in experts) else tensor.detach()
+            for name, tensor in model.state_dict().items()
+        }
         self._experts = [_held(expert, self._pretrained, device) for expert in experts]
         check_experts(
             tensor_infos(self._pretrained),
@@ -50,7 +53,8 @@ class LiveMerge:
         # long as the arithmetic, which torch's operations on whole lists of tensors would not shorten.
         with one_thread():
             for name, tensor in merged_tensors(self._pretrained, self._experts, method):
-                state[name].copy_(tensor)
+                if tensor.data_ptr() != state[name].data_ptr():  # What no expert changes is the model's own.
+                    state[name].copy_(tensor)
 
 
 def _held(

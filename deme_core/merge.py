@@ -41,7 +41,7 @@ def merged_tensors(
     afterwards, as the paper merges them. What no LoRA changes is theta_0 bit for bit.
     """
     for key in pretrained:
-        if experts and not any(_changes(expert, key) for expert in experts):
+        if experts and not any(changes(expert, key) for expert in experts):
             yield key, pretrained[key]
             continue
         merged = _merge_one(method, key, pretrained[key], [expert[key] for expert in experts])
@@ -53,7 +53,8 @@ def merged_tensors(
         yield key, merged
 
 
-def _changes(expert: Expert, key: str) -> bool:
+def changes(expert: Expert, key: str) -> bool:
+    """Whether an expert may differ from theta_0 in the tensor ``key``; a LoRA does in those of its layers alone."""
     return not isinstance(expert, LoraExpert) or expert.changes(key)
 
 

@@ -52,7 +52,7 @@ def write_untrained_text_model(
         tokenizer = _tokenizer(captions)
         config = untrained_text_unet(unet, text_encoder, image_shape)
         torch.manual_seed(derive_seed("text encoder", seed))
-        encoder = T5EncoderModel(_t5_config(text_encoder, len(tokenizer)))
+        encoder = T5EncoderModel(_t5_config(text_encoder, vocabulary=len(tokenizer)))
         torch.manual_seed(derive_seed("initial weights", seed))
         pipeline = IFPipeline(
             tokenizer=tokenizer,
@@ -77,12 +77,12 @@ def untrained_text_unet(
 ) -> dict[str, Any]:
     """Returns the whole config of the denoiser, which predicts a variance beside the noise as IF's does."""
     channels, size, _ = image_shape
-    width = _t5_config(text_encoder, 1).d_model
+    width = _t5_config(text_encoder, vocabulary=2).d_model  # Pad and end of text, without which T5 complains.
     fixed = {"sample_size": size, "in_channels": channels, "out_channels": 2 * channels, "cross_attention_dim": width}
     return {"_class_name": "UNet2DConditionModel", **unet, **fixed}
 
 
-def _t5_config(settings: Mapping[str, Any], vocabulary: int) -> Any:
+def _t5_config(settings: Mapping[str, Any], *, vocabulary: int) -> Any:
     from transformers import T5Config
 
     return T5Config(**{**settings, "vocab_size": vocabulary})

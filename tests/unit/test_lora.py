@@ -235,6 +235,21 @@ def test_every_method_merges_adapters_as_it_would_whole_copies(
     assert all(torch.allclose(tensor, merged[name], atol=1e-6) for name, tensor in model.state_dict().items())
 
 
+def test_a_live_merge_keeps_of_the_model_what_adapters_change(merge_parts: tuple[Checkpoint, list[LoraExpert]]) -> None:
+    _, experts = merge_parts
+    model = tiny_unet()
+    live = LiveMerge(model, experts)
+    kept = {
+        name for name, tensor in model.state_dict().items() if tensor.data_ptr() != live._pretrained[name].data_ptr()
+    }
+    assert kept == set(experts[0].factors)
+    original = predict(model)
+    live.apply(TaskArithmetic((1.0, 0.0)))
+    assert not predict(model).equal(original)
+    live.apply(TaskArithmetic((0.0, 0.0)))
+    assert predict(model).equal(original)
+
+
 def test_the_ensemble_wears_each_adapter_on_its_own_timesteps(merge_parts: tuple[Checkpoint, list[LoraExpert]]) -> None:
     _, experts = merge_parts
     segments = [TimestepSegment(0, 400), TimestepSegment(400, 1000)]

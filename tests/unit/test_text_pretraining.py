@@ -86,7 +86,13 @@ def test_what_was_learned_from_captions_is_a_stock_pipeline_that_takes_text(
     features = GeneratedFeaturesJob(
         label="row",
         images=GeneratedImages(models=(merged.ref,), edges=None, seed=1),
-        evaluate=EvaluateSpec(num_images=4, num_inference_steps=2, prompts="cifar10", extractor="efficientnet_lite0"),
+        evaluate=EvaluateSpec(
+            num_images=4,
+            num_inference_steps=2,
+            prompts="cifar10",
+            extractor="efficientnet_lite0",
+            extractor_resolution=32,
+        ),
         low=0,
         high=4,
     )
