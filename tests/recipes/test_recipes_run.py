@@ -20,7 +20,7 @@ FEWER = {
     "finetune.batch_size": 4,
     "finetune.gradient_accumulation_steps": 2,
     "finetune.checkpoint_every": 2,
-    "merge.search.max_candidates": 6,
+    "merge.search.max_candidates": 10,
     "merge.search.num_images": 8,
     "merge.search.num_reference_images": 12,
     "evaluate.num_images": 8,
@@ -39,8 +39,11 @@ def settings_of(name: str, folder: Path) -> dict[str, Any]:
     images = folder / "images"
     if name in PIXELS:
         found = {"pretrained.source": folder / "ddpm", "dataset.path": images, "dataset.resolution": 16}
-        images_of_its_own = {"dataset": f"{{source: imagefolder, path: {images}, resolution: 16}}"}
-        return found | (images_of_its_own if name == "ddpm_cifar10" else {})
+        its_own: dict[str, dict[str, Any]] = {
+            "ddpm_cifar10": {"dataset": f"{{source: imagefolder, path: {images}, resolution: 16}}"},
+            "ddpm_lsun_bedroom": {"dataset.num_images": 36},
+        }
+        return found | its_own.get(name, {})
     found = {"pretrained.source": folder / "sd", "dataset.path": images, "dataset.resolution": 16}
     found["evaluate.clip_weights"] = folder / "clip"
     if name != "sd14_imagenet1k":
