@@ -48,7 +48,7 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
     moments = sorted({key.split(".")[1] for key in checkpoint if key.startswith("optimizer.")})
     optimizer_state["state"] = {
         index: {
-            moment: _restored(checkpoint[key])
+            moment: _restored(checkpoint[key], training.trained[name])
             for moment in moments
             if (key := f"optimizer.{moment}.{name}") in checkpoint
         }
@@ -72,6 +72,14 @@ def _flat(moments: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _restored(moment: torch.Tensor) -> torch.Tensor | int:
-    """Returns a moment as its optimizer holds it: torch counts steps in a float32 tensor, bitsandbytes in an int."""
-    return int(moment) if moment.dtype == torch.int64 else moment.clone()
+def _restored(moment: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor | int:
+    """Returns a moment as its optimizer holds it.
+
+    torch counts steps in a float32 tensor, bitsandbytes in an int. What has the shape of its parameter lies in memory
+    as the parameter does (channels last, perhaps): a fused optimizer takes both number by number.
+    """
+    if moment.dtype == torch.int64:
+        return int(moment)
+    if moment.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=moment.dtype, device="cpu", requires_grad=False).copy_(moment)
+    return moment.clone()

@@ -22,6 +22,11 @@ class LoraTeacher:
 
     model: nn.Module
 
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """Models besides the one that is trained: none."""
+        return ()
+
     def to(self, device: torch.device | str) -> "LoraTeacher":
         """Returns the teacher with its model on ``device``."""
         return LoraTeacher(self.model.to(device))
