@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from deme_core.projection import attach_projections, fold_projections, is_projec
 from deme_core.prompts import Prompts
 from deme_core.seeds import generator
 from tests.tiny_models import randomize_projections, tiny_images
-from tests.tiny_pipelines import PIPELINES, save_pipeline
+from tests.tiny_pipelines import PIPELINES, flux, save_pipeline
 
 PROMPTS = Prompts(("a photo of a cat", "a truck", "photo of ship"), {}, "digest")
 NUM_IMAGES = 4
@@ -333,6 +334,24 @@ def test_sd3_needs_no_t5(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     folder = open_model_folder(tmp_path)
     assert_same_images(images_of(folder), stock_images(folder, 1.0, text_encoder_3=None, tokenizer_3=None))
+
+
+def test_sd3_shifts_its_timesteps_by_the_resolution_as_its_pipeline_does(tmp_path: Path) -> None:
+    pipeline = PIPELINES["StableDiffusion3Pipeline"]()
+    pipeline.scheduler.register_to_config(use_dynamic_shifting=True)
+    pipeline.save_pretrained(tmp_path)
+    folder = open_model_folder(tmp_path)
+    assert "mu" in folder.adapter().timestep_settings(3)
+    assert_same_images(images_of(folder), stock_images(folder, 1.0))
+
+
+def test_flux_without_distilled_guidance_is_told_none(tmp_path: Path) -> None:
+    path = tmp_path / "schnell"
+    flux(guidance_embeds=False).save_pretrained(path)
+    config = path / "transformer" / "config.json"
+    assert open_model_folder(path).adapter().latent_shape == (4, 128, 128)  # Of 1024 pixels, as its pipeline makes.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 8}))
+    assert_same_images(images_of(open_model_folder(path)), stock_images(open_model_folder(path), 1.0))
 
 
 def test_a_damaged_text_encoder_is_not_started_at_random(tmp_path: Path) -> None:
