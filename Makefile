@@ -44,7 +44,7 @@ test: install
 test-faults: install
 	$(BIN)/python -m pytest tests/faults
 
-# The paper's six recipes on tiny stand-ins; some three minutes.
+# The paper's six recipes on tiny stand-ins; some five minutes.
 test-recipes: install
 	$(BIN)/python -m pytest tests/recipes
 

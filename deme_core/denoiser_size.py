@@ -16,8 +16,9 @@ from deme_core.model_folder import build_denoiser
 from deme_core.projection import attach_projections
 from deme_core.recipe import LoraSpec
 
-# Of CLIP, which reads the captions of Stable Diffusion, and of T5 in DeepFloyd IF.
-_NUM_TOKENS = 77
+# Lengths of captions: of CLIP, and T5's in DeepFloyd IF; of T5 in Stable Diffusion 3, and in Flux.
+_CLIP_TOKENS, _SD3_T5_TOKENS, _FLUX_TOKENS = 77, 256, 512
+_NUM_SIZES = 6  # That Stable Diffusion XL is told.
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def measure_denoiser(adapter: Adapter, *, channel_projection: bool, lora: LoraSp
     """Counts what the denoiser of ``adapter`` takes, on torch's meta device: no memory and no time to speak of.
 
     Args:
-        adapter: of a model on pixels, of Stable Diffusion, or conditioned on labels.
+        adapter: of any model but PixArt.
         channel_projection: whether copies are trained with projections.
         lora: the adapter that is trained in their place.
 
@@ -73,13 +74,31 @@ def _conditioning(adapter: Adapter) -> ConditioningTensors:
     """Returns tensors in the shapes of those that one image is conditioned on."""
     if adapter.conditioned_on == "labels":
         return {name: tensor.to("meta") for name, tensor in adapter.encode_labels([0]).items()}
-    config: Mapping[str, Any] = adapter.denoiser_config
     if adapter.conditioned_on == "nothing":
         return {}
-    if {"StableDiffusionPipeline", "IFPipeline"} & set(adapter.pipelines):
-        shape = (1, _NUM_TOKENS, config.get("encoder_hid_dim") or config["cross_attention_dim"])
-        return {"encoder_hidden_states": torch.zeros(shape, device="meta")}
-    raise InputError(f"The cost of a {adapter.pipeline} is not estimated yet.")
+    shapes = _caption_shapes(adapter.pipelines[0], adapter.denoiser_config)
+    return {name: torch.zeros(1, *shape, device="meta") for name, shape in shapes.items()}
+
+
+def _caption_shapes(pipeline: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what a caption becomes, in the stock pipelines' own lengths.
+
+    Raises:
+        InputError: the pipeline is of another family.
+    """
+    match pipeline:
+        case "StableDiffusionPipeline" | "IFPipeline":
+            width = config.get("encoder_hid_dim") or config["cross_attention_dim"]
+            return {"encoder_hidden_states": (_CLIP_TOKENS, width)}
+        case "StableDiffusionXLPipeline":
+            pooled = config["projection_class_embeddings_input_dim"] - _NUM_SIZES * config["addition_time_embed_dim"]
+            states = (_CLIP_TOKENS, config["cross_attention_dim"])
+            return {"encoder_hidden_states": states, "text_embeds": (pooled,), "time_ids": (_NUM_SIZES,)}
+        case "StableDiffusion3Pipeline" | "FluxPipeline":
+            tokens = _FLUX_TOKENS if pipeline == "FluxPipeline" else _CLIP_TOKENS + _SD3_T5_TOKENS
+            states = (tokens, config["joint_attention_dim"])
+            return {"encoder_hidden_states": states, "pooled_projections": (config["pooled_projection_dim"],)}
+    raise InputError(f"The cost of a {pipeline} is not estimated yet.")
 
 
 def _count_parameters(model: nn.Module) -> int:

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from deme_core.errors import InputError
 from deme_core.families import Unconditional
 from deme_core.families.pixart import PixArt
 from deme_core.families.stable_diffusion import StableDiffusion
-from deme_core.model_folder import build_denoiser
+from deme_core.model_folder import build_denoiser, open_model_folder
 from deme_core.projection import attach_projections
 from deme_core.recipe import LoraSpec, Recipe
+from tests.tiny_pipelines import save_pipeline
 
 SIZE = DenoiserSize(100, 1000, num_trained=110, trained_forward_flops=1100, latent_size=8, caption_size=20)
 CONTENT: dict[str, Any] = {
@@ -117,6 +119,20 @@ def test_stable_diffusion_is_counted_with_its_captions() -> None:
     size = measure_denoiser(adapter, channel_projection=False)
     assert (size.num_trained, size.trained_forward_flops) == (size.num_parameters, size.forward_flops)
     assert (size.latent_size, size.caption_size) == (4 * 8 * 8, 77 * 16)
+
+
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "IFPipeline", "DiTPipeline"]
+)
+def test_every_denoiser_is_counted_as_it_is_called(name: str, tmp_path: Path) -> None:
+    adapter = open_model_folder(save_pipeline(name, tmp_path)).adapter()
+    size = measure_denoiser(adapter, channel_projection=False, lora=LoraSpec(rank=2))
+    model = build_denoiser(dict(adapter.denoiser_config))
+    assert size.num_parameters == sum(p.numel() for p in model.parameters())
+    assert 0 < size.num_trained < size.num_parameters
+    assert size.trained_forward_flops > size.forward_flops > 0
+    assert (size.caption_size > 0) == (name != "DiTPipeline")
+    assert size.latent_size == (0 if name == "IFPipeline" else 4 * 8 * 8)
 
 
 def test_another_family_is_said_to_be_unknown() -> None:
