@@ -71,3 +71,27 @@ def test_a_recipe_runs_from_end_to_end(name: str, stand_ins: Path, tmp_path: Pat
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "merged")
     prompt = {"prompt": "a photo of a cat"} if name in TEXT else {}
     assert len(pipeline(**prompt, num_inference_steps=2, output_type="np").images) == 1
+
+
+def test_the_model_that_learns_captions_from_nothing(stand_ins: Path, tmp_path: Path) -> None:
+    deme = CommandLine(tmp_path / "home")
+    fewer = {key: value for key, value in FEWER.items() if not key.startswith("merge.search")}
+    settings = fewer | {
+        "pretrained.training.num_steps": 4,
+        "pretrained.training.lr_warmup_steps": 1,
+        "dataset.path": stand_ins / "images",
+        "dataset.caption_template": "a photo of a {kind}",
+        "evaluate.num_images": 20,
+        "evaluate.batch_size": 20,
+        "evaluate.num_reference_images": 20,
+    }
+    arguments = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+    report = deme.report("run", "cifar10_text_tiny", *arguments)
+    assert list(report["rows"]) == ["pretrained", "finetuned", "ensemble", "merged"]
+    page = Path(deme.run("report").stdout.strip()).read_text()
+    assert all(f"a photo of a {kind}" in page for kind in ("airplane", "truck"))
+    done = deme.run("export", "--out", str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stderr
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "merged")
+    made = pipeline("a photo of a frog", num_inference_steps=2, output_type="np").images
+    assert made.shape == (1, 16, 16, 3)
