@@ -6,15 +6,18 @@ In the store::
     <stage>/<digest>/manifest.json             written last, and once: with it the artifact comes to exist
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -44,6 +47,10 @@ _HEX = "[0-9a-f]"
 _STAGE = rf"[a-z][a-z0-9_-]*(?:/{_HEX}{{64}})*"
 _DIGEST = r"(?!upload-)[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _UPLOADED = re.compile(rf"(?P<artifact>{_STAGE}/{_DIGEST})/upload-{_HEX}{{32}}/.+")
+# Files that travel, or are hashed, side by side (benchmarks/store.py).
+_FILES_AT_ONCE = 4
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -210,7 +217,6 @@ class ArtifactStore:
         key = _manifest_key(stage, digest)
         if existing := self.find(stage, digest):
             return existing
-        files = _describe(folder, f"{stage}/{digest}/upload-{uuid4().hex}")
         manifest = Manifest(
             stage=stage,
             digest=digest,
@@ -218,12 +224,13 @@ class ArtifactStore:
             inputs=dict(inputs),
             dataset=dataset,
             metrics=dict(metrics or {}),
-            files=files,
+            files=(),
             code_version=version("deme"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        text = manifest.to_json().encode()
-        self._upload(files, folder)
+        manifest.to_json()  # Before anything travels: what cannot be written must leave nothing behind.
+        files = self._upload(folder, f"{stage}/{digest}/upload-{uuid4().hex}")
+        text = replace(manifest, files=files).to_json().encode()
         # A retry after a lost answer finds our own manifest: then we have won all the same.
         if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
             self._delete_files(files)
@@ -245,8 +252,7 @@ class ArtifactStore:
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
             check_space(temporary, sum(file.size for file in manifest.files))
-            for file in manifest.files:
-                self._download(ref, file, temporary / file.name)
+            _side_by_side(lambda file: self._download(ref, file, temporary / file.name), manifest.files)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -307,15 +313,25 @@ class ArtifactStore:
         except ArtifactNotFoundError:
             return set()
 
-    def _upload(self, files: tuple[StoredFile, ...], folder: Path) -> None:
+    def _upload(self, folder: Path, prefix: str) -> tuple[StoredFile, ...]:
+        """Store all files of a folder under ``prefix``, and hash them meanwhile."""
+        names = _names(folder)
+        work: list[Callable[[], Any]] = []
+        for name in names:
+            path = folder / name
+            work += [partial(self.store.put_file, f"{prefix}/{name}", path), partial(sha256_file, path)]
         try:
-            for file in files:
-                self.store.put_file(file.key, folder / file.name)
+            digests = _side_by_side(lambda act: act(), work)[1::2]
         except BaseException:
             # Above all on a full disk; if it fails too, sweep will do it.
             with suppress(DemeError):
-                self._delete_files(files)
+                for name in names:
+                    self.store.delete(f"{prefix}/{name}")
             raise
+        return tuple(
+            StoredFile(name, f"{prefix}/{name}", (folder / name).stat().st_size, sha256)
+            for name, sha256 in zip(names, digests, strict=True)
+        )
 
     def _download(self, ref: ArtifactRef, file: StoredFile, path: Path) -> None:
         first = self._receive(ref, file, path)
@@ -335,15 +351,16 @@ class ArtifactStore:
         """Download a file; returns what is wrong with it."""
         uri = f"{self.store.uri}/{file.key}"
         promised = f"but its manifest promises {file.size} bytes with {file.sha256}"
+        digest = hashlib.sha256()
         try:
-            self.store.get_file(file.key, path, max_bytes=file.size)
+            self.store.get_file(file.key, path, digest, max_bytes=file.size)
         except ArtifactNotFoundError as error:
             raise _damaged(ref, f"{uri} is lost") from error
         except ChecksumMismatchError as error:
             return str(error).rstrip(".")
         except ObjectTooLargeError:
             return f"{uri} holds more than {file.size} bytes, {promised}"
-        size, sha256 = path.stat().st_size, sha256_file(path)
+        size, sha256 = path.stat().st_size, digest.hexdigest()
         if (size, sha256) == (file.size, file.sha256):
             return None
         return f"{uri} holds {size} bytes with SHA-256 {sha256}, {promised}"
@@ -372,23 +389,28 @@ def _manifest_key(stage: str, digest: str) -> str:
     return f"{stage}/{digest}/manifest.json"
 
 
-def _describe(folder: Path, prefix: str) -> tuple[StoredFile, ...]:
+def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder to publish.")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [check_key(path.relative_to(folder).as_posix()) for path in paths]
-    return tuple(
-        StoredFile(name, f"{prefix}/{name}", path.stat().st_size, sha256_file(path))
-        for name, path in zip(names, paths, strict=True)
-    )
+    return sorted(check_key(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+
+
+def _side_by_side(act: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Returns what ``act`` returned for each item; after a failure nothing more begins and all that began has ended."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        futures = [threads.submit(act, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def _move(folder: Path, place: Path) -> None:
     """Moves a folder into the cache; where that cannot be, it stays, and a fetch downloads what it held."""
     with suppress(OSError):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                sync(path)
+        # Side by side, since one commit of the file system's journal then does for several.
+        _side_by_side(sync, [path for path in folder.rglob("*") if path.is_file()])
         place.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(place)
 

@@ -22,12 +22,14 @@ class PipelineIndex:
         pipeline: class of the pipeline; None for a model on pixels, which the pipeline of any sampler loads.
         frozen_parts: subfolders besides denoiser and scheduler.
         pretrained: for a finetuned copy, which has no frozen parts, digest of the artifact that holds them.
+        lora_base: for a copy that is a LoRA adapter, digest of the pretrained weights.
     """
 
     family: type[Adapter]
     pipeline: str | None = None
     frozen_parts: tuple[str, ...] = ()
     pretrained: str | None = None
+    lora_base: str | None = None
 
 
 def read_index(path: Path) -> PipelineIndex:
@@ -38,10 +40,11 @@ def read_index(path: Path) -> PipelineIndex:
     """
     if (path / COPY_NAME).is_file():
         copy = read_json(path / COPY_NAME)
-        pipeline, digest = copy.get("pipeline"), copy.get("pretrained")
-        if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+        pipeline, digest, base = copy.get("pipeline"), copy.get("pretrained"), copy.get("lora_base")
+        family = _known(path / COPY_NAME, pipeline)
+        if not _is_digest(digest) or not (base is None or _is_digest(base)):
             raise ModelFolderError(f"{path / COPY_NAME} names no pretrained model; fetch it again.")
-        return PipelineIndex(_known(path / COPY_NAME, pipeline), pipeline, (), digest)
+        return PipelineIndex(family, pipeline, (), digest, base)
     index = read_json(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else {}
     named = tuple(sorted(name for name, part in index.items() if isinstance(part, list) and part and part[0]))
     if elsewhere := [name for name in named if not is_plain_name(name)]:
@@ -68,6 +71,10 @@ def _known(file: Path, pipeline: Any) -> type[Adapter]:
     if not isinstance(pipeline, str) or pipeline not in FAMILIES:
         raise _unknown(file, pipeline)
     return FAMILIES[pipeline]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _unknown(file: Path, pipeline: Any) -> ModelFolderError:

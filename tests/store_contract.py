@@ -1,5 +1,6 @@
 """What every object store promises, and artifacts on top: each backend runs it with a `store` fixture of its own."""
 
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from deme_core.errors import (
     ObjectTooLargeError,
     StoreUnavailableError,
 )
-from deme_core.store import ObjectStore, check_access
+from deme_core.store import Digest, ObjectStore, check_access
 
 NUM_WRITERS = 8
 DIGEST = "d" * 64
@@ -69,8 +70,9 @@ class StoreContract:
         source, target = tmp_path / "source", tmp_path / "new" / "folder" / "target"
         source.write_bytes(os.urandom(20 * 2**20 + 1))
         store.put_file("large", source)
-        store.get_file("large", target)
-        assert sha256_file(target) == sha256_file(source)
+        digest = hashlib.sha256()
+        store.get_file("large", target, digest)
+        assert sha256_file(target) == sha256_file(source) == digest.hexdigest()
         assert [path.name for path in target.parent.iterdir()] == ["target"]
 
     def test_a_missing_object_is_named(self, store: ObjectStore, tmp_path: Path) -> None:
@@ -241,9 +243,12 @@ class ArtifactContract:
     ) -> None:
         ref, get_file = self.publish(artifacts, folder), artifacts.store.get_file
 
-        def garble(key: str, path: Path, *, max_bytes: int | None = None) -> None:
+        def garble(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
             get_file(key, path, max_bytes=max_bytes)
-            path.write_bytes(os.urandom(path.stat().st_size))
+            garbled = os.urandom(path.stat().st_size)
+            path.write_bytes(garbled)
+            assert digest is not None
+            digest.update(garbled)
 
         with monkeypatch.context() as patch, pytest.raises(ChecksumMismatchError, match="other bytes each time"):
             patch.setattr(artifacts.store, "get_file", garble)
@@ -255,8 +260,8 @@ class ArtifactContract:
     ) -> None:
         ref, get_file, calls = self.publish(artifacts, folder), artifacts.store.get_file, list[str]()
 
-        def garble_once(key: str, path: Path, *, max_bytes: int | None = None) -> None:
-            get_file(key, path, max_bytes=max_bytes)
+        def garble_once(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+            get_file(key, path, digest, max_bytes=max_bytes)
             calls.append(key)
             if len(calls) == 1:
                 path.write_bytes(b"!")
