@@ -170,6 +170,8 @@ class _Worker:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             for line in self._process.stdout:
+                if not line.endswith("\n"):  # It died in the middle of a word.
+                    break
                 message = json.loads(line)
                 if "record" in message:
                     report(message["record"])
