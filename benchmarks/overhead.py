@@ -97,7 +97,8 @@ def run_segments(num_segments: int, seed: int, stopwatch: Stopwatch) -> Run:
     from tasks.runtime import current_runtime
     from tasks.stages import finetune
 
-    recipe = load_recipe("digits", ["segments.edges=null", f"segments.count={num_segments}", f"finetune.seed={seed}"])
+    overrides = (f"segments={{count: {num_segments}}}", f"finetune.seed={seed}", "merge={method: average}")
+    recipe = load_recipe("digits", overrides)
     uri = "file:///nowhere/pretrained/" + "0" * 64
     jobs = [
         FinetuneJob(
