@@ -142,6 +142,7 @@ class JobContext:
                     dataset=identity.dataset,
                     metrics=metrics,
                     take_folder=True,
+                    look_first=False,  # `execute` has, under the lock.
                 )
             )
 
