@@ -1,4 +1,4 @@
-# make install | demo | down | test | test-faults | test-compose | lint | types | lock
+# make install | demo | down | test | test-faults | test-compose | test-cluster | lint | types | lock
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test test-faults test-compose lint types check lock clean
+.PHONY: install demo down test test-faults test-compose test-cluster lint types check lock clean
 
 install: $(VENV)/.installed
 
@@ -48,6 +48,10 @@ test-faults: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
+# Two Ray nodes on loopback, one of which is killed; about a minute.
+test-cluster: install
+	$(BIN)/python -m pytest tests/cluster
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,7 +66,7 @@ check: test lint types
 # Without bitsandbytes: where it is installed diffusers imports it whether it is needed or not, which takes seconds.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --extra stack --extra server --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+		--no-emit-find-links --extra stack --extra server --extra ray --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 clean:
 	rm -rf $(VENV) .uv

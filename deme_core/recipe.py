@@ -382,10 +382,18 @@ class EvaluateSpec(_Spec):
 class ExecutionSpec(_Spec):
     """Where work runs. Changes the speed of a run, never its result."""
 
-    runner: Literal["local", "prefect"] = Field(
+    runner: Literal["local", "prefect", "ray"] = Field(
         "local",
         description="local: supervised worker processes on this machine. prefect: every job is a flow run of its own, "
-        "on whatever machine serves the work pool deme-gpu or deme-cpu.",
+        "on whatever machine serves the work pool deme-gpu or deme-cpu. ray: on a Ray cluster, wherever it has room.",
+    )
+    ray_address: str | None = Field(
+        None,
+        description="ray: the cluster, e.g. ray://HOST:10001; default RAY_ADDRESS, and without it this machine alone.",
+    )
+    cpus_per_job: int = Field(1, ge=1, description="ray: cores that a job reserves, and threads that it uses.")
+    gpus_per_job: int = Field(
+        1, ge=1, description="ray: GPUs that a job of gpu_stages reserves, if the cluster has any or device is cuda."
     )
     gpu_stages: tuple[
         Literal[
@@ -406,7 +414,7 @@ class ExecutionSpec(_Spec):
         ...,
     ] = Field(
         ("pretrained", "latents", "embeddings", "finetune", "heldout", "grams", "search", "distilled", "features"),
-        description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
+        description="prefect, ray: the stages whose jobs go to deme-gpu, or reserve GPUs; all others take CPUs alone.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     images_per_task: int = Field(

@@ -20,6 +20,7 @@ from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
+from tasks.ray_pool import cluster_address
 from tasks.worker_pool import plan_slots
 
 Check = tuple[str, Callable[[], str]]
@@ -63,6 +64,8 @@ class RecipeChecks:
     def _workers(self) -> str:
         if self.recipe.execution.runner == "prefect":
             return "other machines, by Prefect's work pools; what follows is looked for on this one"
+        if self.recipe.execution.runner == "ray":
+            return f"{cluster_address(self.recipe.execution)}; what follows is looked for on this machine"
         slots = plan_slots(self.recipe.execution)
         return f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
 
