@@ -103,7 +103,8 @@ def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
 def _step_flops(training: TrainingSpec, size: DenoiserSize, *, has_teacher: bool) -> float:
     passes = _FORWARD_AND_BACKWARD + training.gradient_checkpointing
     each = passes * size.trained_forward_flops + has_teacher * size.forward_flops
-    return training.batch_size * training.gradient_accumulation_steps * float(each)
+    images = training.batch_size * training.gradient_accumulation_steps * training.num_processes
+    return images * float(each)
 
 
 def _search_flops(search: SearchSpec | None, num_segments: int, evaluate: EvaluateSpec, size: DenoiserSize) -> float:

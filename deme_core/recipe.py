@@ -27,7 +27,14 @@ class TrainingSpec(_Spec):
     """How one model is trained: shared by pretraining and finetuning."""
 
     num_steps: int = Field(ge=1, description="Optimizer steps (of each segment; the control takes N times as many).")
-    batch_size: int = Field(16, ge=1, description="Images per forward pass.")
+    batch_size: int = Field(16, ge=1, description="Images per forward pass of one process.")
+    num_processes: int = Field(
+        1,
+        ge=1,
+        exclude_if=lambda num_processes: bool(num_processes == 1),
+        description="Processes (GPUs) that share each training, each with a batch of its own: so many times the images "
+        "per step.",
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     # Left out of a dump where they are the default: digests made before there was a choice stay.
@@ -391,9 +398,8 @@ class ExecutionSpec(_Spec):
         None,
         description="ray: the cluster, e.g. ray://HOST:10001; default RAY_ADDRESS, and without it this machine alone.",
     )
-    cpus_per_job: int = Field(1, ge=1, description="ray: cores that a job reserves, and threads that it uses.")
-    gpus_per_job: int = Field(
-        1, ge=1, description="ray: GPUs that a job of gpu_stages reserves, if the cluster has any or device is cuda."
+    cpus_per_job: int = Field(
+        1, ge=1, description="ray: cores that each process of a job reserves, and threads that it uses."
     )
     gpu_stages: tuple[
         Literal[
@@ -414,7 +420,8 @@ class ExecutionSpec(_Spec):
         ...,
     ] = Field(
         ("pretrained", "latents", "embeddings", "finetune", "heldout", "grams", "search", "distilled", "features"),
-        description="prefect, ray: the stages whose jobs go to deme-gpu, or reserve GPUs; all others take CPUs alone.",
+        description="prefect: the stages whose jobs go to deme-gpu. ray: those whose jobs reserve a GPU for each of "
+        "their processes, if the cluster has any or device is cuda. All others take CPUs alone.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     images_per_task: int = Field(
@@ -441,6 +448,12 @@ class Recipe(_Spec):
     )
     evaluate: EvaluateSpec
     execution: ExecutionSpec = ExecutionSpec()
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the training that takes most."""
+        trainings = (self.finetune, self.pretrained.training, self.distill)
+        return max(training.num_processes for training in trainings if training)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

@@ -41,7 +41,10 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
     elif recipe.execution.runner == "ray":
         pool = RayPool(recipe.execution, settings, store)
     else:
-        pool = WorkerPool(plan_slots(recipe.execution), log=lambda line: logger.info("worker: %s", line))
+        pool = WorkerPool(
+            plan_slots(recipe.execution, num_processes=recipe.num_processes),
+            log=lambda line: logger.info("worker: %s", line),
+        )
     try:
         pool.start()  # First, since the imports of the workers take longest.
         check_access(store)

@@ -66,7 +66,7 @@ class RecipeChecks:
             return "other machines, by Prefect's work pools; what follows is looked for on this one"
         if self.recipe.execution.runner == "ray":
             return f"{cluster_address(self.recipe.execution)}; what follows is looked for on this machine"
-        slots = plan_slots(self.recipe.execution)
+        slots = plan_slots(self.recipe.execution, num_processes=self.recipe.num_processes)
         return f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
 
     def _model(self) -> str:

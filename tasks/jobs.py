@@ -45,6 +45,11 @@ class Job(BaseModel):
         """How many images the work generates."""
         return 0
 
+    @property
+    def num_processes(self) -> int:
+        """How many processes do it together, on a GPU each where there are any."""
+        return 1
+
 
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
@@ -56,6 +61,11 @@ class PretrainJob(Job):
     unet: dict[str, Any]
     noise_scheduler: dict[str, Any]
     training: TrainingSpec
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.training.num_processes
 
 
 class ImportJob(Job):
@@ -124,6 +134,11 @@ class FinetuneJob(Job):
     num_steps: int
     latents: tuple[ArtifactRef, ...] = ()
     embeddings: tuple[ArtifactRef, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.finetune.num_processes
 
 
 class RealFeaturesJob(Job):
@@ -320,6 +335,11 @@ class DistillJob(Job):
     distill: DistillSpec
     latents: tuple[ArtifactRef, ...] = ()
     embeddings: tuple[ArtifactRef, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.distill.num_processes
 
 
 class GeneratedImages(BaseModel):

@@ -147,8 +147,8 @@ class RayPool:
             cause = getattr(error, "cause", None) or error
             reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
             raise InputError(
-                f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed and the object "
-                f"store {self._store.uri}."
+                f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed and the "
+                f"object store {self._store.uri}."
             ) from error
         if found != version("deme"):
             raise InputError(f"Node {name} of the Ray cluster has DeMe {found}, this machine {version('deme')}.")
@@ -176,7 +176,7 @@ class RayPool:
                 {
                     "job": job,
                     "environment": self._environment,
-                    "num_threads": self._execution.cpus_per_job,
+                    "num_threads": self._execution.cpus_per_job * job.num_processes,
                     "needs_gpu": options.get("num_gpus", 0) > 0,
                     "post": Post(self._mailbox, ticket),
                 },
@@ -200,13 +200,13 @@ class RayPool:
         execution = self._execution
         # Ray would do a lost task again by itself, under the same Prefect task run; the stage does that with a new one.
         options: dict[str, Any] = {
-            "num_cpus": execution.cpus_per_job,
+            "num_cpus": execution.cpus_per_job * job.num_processes,
             "max_retries": 0,
             "scheduling_strategy": "SPREAD",
         }
         wants_gpu = execution.device == "cuda" or (execution.device == "auto" and self._has_gpus)
         if wants_gpu and job.stage in execution.gpu_stages:
-            options["num_gpus"] = execution.gpus_per_job
+            options["num_gpus"] = job.num_processes
         return options
 
     def _follow(self, done: Any, ticket: str, report: Report, on_start: Callable[[], None]) -> None:
@@ -258,4 +258,5 @@ class Post:
         self._mailbox, self._ticket = mailbox, ticket
 
     def __call__(self, record: dict[str, Any]) -> None:
+        """Sends one record."""
         self._mailbox.post.remote(self._ticket, record)

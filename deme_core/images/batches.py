@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from deme_core.data_parallel import current_share
 from deme_core.errors import DatasetError
 from deme_core.images.dataset import ImageDataset
 from deme_core.images.draws import BatchDraws, BatchSchedule
@@ -59,7 +60,7 @@ class TrainingBatches:
         num_bytes = len(dataset) * dataset.channels * dataset.resolution**2
         self._in_memory = not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY
         cropper = CropsInMemory(dataset) if self._in_memory else Crops(dataset, random_crop=random_crop)
-        schedule = BatchSchedule(len(dataset), batch_size, seed, random_flip, caption_dropout)
+        schedule = BatchSchedule(len(dataset), batch_size, seed, random_flip, caption_dropout, current_share())
         self._stream = _Stream(dataset, cropper, schedule)
 
     def __iter__(self) -> Iterator[TrainingBatch]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deme_core.data_parallel import agree
 from deme_core.encodings import EncodedBatches
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageSubset, TrainingBatches
@@ -89,7 +90,7 @@ class Checkpoints:
     def restore(self, training: Training) -> int:
         """Puts ``training`` where the newest whole checkpoint left off; returns its step, 0 without one."""
         with self._context.storing() as artifacts:
-            newest = artifacts.newest(self._stage)
+            newest = agree(artifacts.newest(self._stage))
             if newest is None:
                 return 0
             restore_checkpoint(training, artifacts.fetch(newest))
@@ -97,7 +98,9 @@ class Checkpoints:
         return training.global_step
 
     def save(self, training: Training, history: list[Record]) -> None:
-        """Publishes the state of ``training`` and removes all but the newest checkpoints."""
+        """Publishes the state of ``training``, once for all its processes, and removes all but the newest ones."""
+        if training.share.rank > 0:
+            return
         with self._context.scratch_folder() as folder, self._context.storing() as artifacts:
             save_checkpoint(training, folder)
             artifacts.publish(

@@ -38,7 +38,8 @@ def _recipe(num_steps: int, **execution: Any) -> Recipe:
     finetune = {"num_steps": num_steps, "batch_size": 4, "checkpoint_every": _CHECKPOINT_EVERY}
     execution = {"device": "cpu", "num_workers": 2, **execution}
     return Recipe.model_validate(
-        TOY_RECIPE | {"segments": {"count": 4}, "finetune": finetune, "execution": execution}
+        TOY_RECIPE
+        | {"segments": {"count": 4}, "merge": {"weights": [0.25] * 4}, "finetune": finetune, "execution": execution}
     )
 
 
