@@ -132,7 +132,7 @@ def _encoding_bytes(recipe: Recipe, size: DenoiserSize, num_images: int) -> int:
     """Latents, those of mirror images too, and captions; nothing for models on pixels, or where it is switched off."""
     dataset = recipe.dataset
     is_cached = dataset.crop == "center" if dataset.cache_latents is None else dataset.cache_latents
-    if not size.latent_size or not is_cached:
+    if not size.latent_size or not is_cached or dataset.stream:
         return 0
     latents = size.latent_size * (2 if dataset.random_flip else 1)
     return num_images * (latents + size.caption_size) * _BYTES[dataset.cache_precision]

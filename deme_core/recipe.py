@@ -147,6 +147,15 @@ class DatasetSpec(_Spec):
         "crop is random.",
     )
     cache_precision: Precision = Field("fp32", description="How the cache stores numbers: half of them take half.")
+    stream: bool = Field(
+        False,
+        description="webdataset below an object-store prefix: keep no copy of it, but read the tars through a bounded "
+        "cache, for data sets larger than a disk. Images then train in another order.",
+    )
+    stream_window: int = Field(8, ge=1, description="stream: so many tars, drawn at random, are mixed at a time.")
+    cache_gb: float = Field(
+        50.0, gt=0, description="stream: bound of the cache on each machine, 10^9 bytes; each training needs a window."
+    )
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
@@ -167,6 +176,10 @@ class DatasetSpec(_Spec):
     def _cache(self) -> Self:
         if self.cache_latents and self.crop == "random":
             raise ValueError("cache_latents needs crop: center, since every random crop has latents of its own")
+        if self.stream and (self.source != "webdataset" or not str(self.path).startswith(("s3://", "file://"))):
+            raise ValueError("stream needs source webdataset, and as its path a prefix of an object store")
+        if self.stream and self.cache_latents:
+            raise ValueError("cache_latents keeps all latents on disk; leave it out where stream is set")
         return self
 
     @model_validator(mode="after")

@@ -41,6 +41,7 @@ class BatchSchedule:
         random_flip: mirror half of the images.
         caption_dropout: chance that caption and label are dropped.
         share: which part of larger batches this process trains on.
+        windows: for a data set that is streamed, which images may be near each other.
     """
 
     num_images: int
@@ -49,6 +50,7 @@ class BatchSchedule:
     random_flip: bool
     caption_dropout: float = 0.0
     share: Share = field(default_factory=Share)
+    windows: "ShardWindows | None" = None
 
     def __getitem__(self, number: int) -> BatchDraws:
         """Returns the draws of batch ``number``; the global random generators are neither read nor moved."""
@@ -66,9 +68,38 @@ class BatchSchedule:
         batch_size = self.batch_size * self.share.num_processes
         first, last = number * batch_size, (number + 1) * batch_size
         epochs = range(first // self.num_images, (last - 1) // self.num_images + 1)
-        order = torch.cat([_epoch_order(self.num_images, self.seed, epoch) for epoch in epochs])
+        order = torch.cat([self._epoch(epoch) for epoch in epochs])
         start = first - epochs.start * self.num_images
         return order[start : start + batch_size]
+
+    def _epoch(self, epoch: int) -> torch.Tensor:
+        if self.windows is not None:
+            return self.windows.order(self.seed, epoch)
+        return _epoch_order(self.num_images, self.seed, epoch)
+
+
+class ShardWindows:
+    """Permutations that read a few shards at a time: shards are shuffled, and images within each ``size`` of them.
+
+    Args:
+        shards: number of the shard that each image is in, int64 (num_images,).
+        size: shards that are mixed at a time.
+    """
+
+    def __init__(self, shards: torch.Tensor, size: int) -> None:
+        self._shards, self._size = shards, size
+        self._orders: dict[tuple[int, int], torch.Tensor] = {}
+
+    def order(self, seed: int, epoch: int) -> torch.Tensor:
+        """Returns the order of one epoch, int64 (num_images,); a function of its arguments alone."""
+        if (seed, epoch) not in self._orders:
+            rng = generator("windows", seed, epoch)
+            places = torch.randperm(int(self._shards.max()) + 1, generator=rng)
+            order = torch.randperm(len(self._shards), generator=rng)
+            window = places[self._shards[order]] // self._size
+            self._orders = {key: kept for key, kept in self._orders.items() if key[1] == epoch - 1}
+            self._orders[seed, epoch] = order[window.argsort(stable=True)]
+        return self._orders[seed, epoch]
 
 
 def _uniform(shape: tuple[int, ...], what: str, seed: int, number: int) -> torch.Tensor:

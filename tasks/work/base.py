@@ -129,7 +129,9 @@ class JobContext:
     def images(self, spec: DatasetSpec) -> ImageDataset:
         """Opens a data set, once per process."""
         key = spec.model_dump_json()
-        return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
+        return self.remember(
+            key, lambda: load_images(spec, cache=self.settings.cache_folder, index_store=self.artifacts.store)
+        )
 
     def training_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that training sees."""
