@@ -70,12 +70,19 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     logs = Path(tempfile.mkdtemp(prefix="ray"))  # A short path, for Ray makes sockets in it.
     ports = free_ports(2)
     found = RayCluster(*ports, logs)
-    head = ["--head", f"--port={ports[0]}", f"--ray-client-server-port={ports[1]}", f"--temp-dir={logs}"]
+    head = [
+        "--head",
+        "--include-dashboard=false",
+        f"--port={ports[0]}",
+        f"--ray-client-server-port={ports[1]}",
+        f"--temp-dir={logs}",
+    ]
     try:
         for name, options in (("a", head), ("b", [f"--address=127.0.0.1:{ports[0]}"])):
             found.nodes.append(_start_node(tmp_path_factory.mktemp(f"node-{name}"), options))
             if name == "a":
                 _wait_for_port(ports[0])
+        _wait_for_nodes(found)
         yield found
     finally:
         for node in found.nodes:
@@ -86,7 +93,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
 def _start_node(home: Path, options: list[str]) -> "subprocess.Popen[bytes]":
     command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1"]
     command += ["--min-worker-port=20000", "--max-worker-port=20999", "--object-store-memory=100000000"]
-    command += [f"--num-cpus={_CPUS_PER_NODE}", "--num-gpus=0", "--include-dashboard=false", *options]
+    command += [f"--num-cpus={_CPUS_PER_NODE}", "--num-gpus=0", *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "DEME_"))}
     # The flow of the test is imported there, too.
     environment |= {"DEME_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -99,6 +106,17 @@ def _wait_for_port(port: int) -> None:
     while not any(c.laddr.port == port and c.status == psutil.CONN_LISTEN for c in psutil.net_connections("tcp")):
         assert time.monotonic() < deadline, "The head of the Ray cluster did not start."
         time.sleep(0.2)
+
+
+def _wait_for_nodes(cluster: RayCluster) -> None:
+    import ray
+
+    ray.init(cluster.address, log_to_driver=False)
+    deadline = time.monotonic() + 60
+    while len([node for node in ray.nodes() if node["Alive"]]) < len(cluster.nodes):
+        assert time.monotonic() < deadline, "The second node of the Ray cluster did not join."
+        time.sleep(0.2)
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")
