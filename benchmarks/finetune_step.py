@@ -1,140 +1,326 @@
-"""What one finetuning step of DeMe costs, over the plain step of a diffusers training script.
+"""What one finetuning step of DeMe costs: over plain steps of diffusers' kind, and over the machine's matrix products.
 
 The plain step is forward, backward, fused AdamW. DeMe adds one forward pass of the frozen pretrained model for the
-consistency loss (1 of 3 passes more: 1.33), gradient clipping, the moving average, and channel projections.
+consistency loss (1 of 3 passes more: 1.33), gradient clipping, the moving average, and channel projections. The loop of
+a training script does the same work as DeMe does: diffusers' example, with a second forward pass for consistency. All
+draw the same noise and timesteps, so that their losses can be compared. `--options` adds DeMe's options for GPUs.
 """
 
 import argparse
 import copy
+import gc
 import itertools
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, UNet2DModel
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measurement import Duration, median_ratio, print_result, print_table, take_turns, timed
-from deme_core.families import EncodedBatch, Unconditional
+from benchmarks.shapes import SHAPES, adapter_of, random_batch
+from deme_core.families import Adapter, EncodedBatch
 from deme_core.model_digest import model_digest
+from deme_core.model_folder import build_denoiser
 from deme_core.projection import attach_projections
 from deme_core.recipe import FinetuneSpec
+from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import Training, TrainingPlan
 
-GOAL = 1.40
-_PLAIN, _OFF, _ON = "plain step", "DeMe, channel_projection off", "DeMe, channel_projection on"
+# Over the plain step; on a GPU with its options, over the loop of a training script.
+GOAL, GPU_GOAL = 1.40, 0.5
+_PLAIN, _SCRIPT = "plain step", "training script, second forward pass"
+_OFF, _ON = "DeMe, channel_projection off", "DeMe, channel_projection on"
 _NEVER = 1_000_000
-Durations = dict[str, list[Duration]]
+_SAMPLER = TimestepSampler(TimestepSegment(0, 250), 1000, 0.3)
+# Each with all before it; keys of `finetune` in a recipe.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "+ allow_tf32": {"allow_tf32": True},
+    "+ bf16 autocast": {"mixed_precision": "bf16"},
+    "+ channels_last": {"channels_last": True},
+    "+ compile": {"compile": True},
+}
 
 
-def build_model(*, quick: bool) -> nn.Module:
-    """Returns the architecture of google/ddpm-cifar10-32 (35.7 million parameters), or half its width."""
-    width = 64 if quick else 128
-    model: nn.Module = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-    )
-    return model
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What every contestant trains on.
+
+    Attributes:
+        model: theta_0.
+        adapter: says how it is called.
+        batch: always the same.
+    """
+
+    model: nn.Module
+    adapter: Adapter
+    batch: EncodedBatch
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything lies."""
+        return self.batch.latents.device
 
 
-def plain_steps(model: nn.Module, clean_images: torch.Tensor) -> Iterator[None]:
-    """Trains as diffusers' example does, without its optional parts."""
-    noise_scheduler = DDPMScheduler()
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=5e-5, fused=True)
-    while True:
-        noise = torch.randn_like(clean_images)
-        timesteps = torch.randint(0, 1000, (len(clean_images),), device=clean_images.device)
-        noisy_images = noise_scheduler.add_noise(clean_images, noise, timesteps)
-        loss = F.mse_loss(model(noisy_images, timesteps).sample, noise)
+@dataclass
+class Measured:
+    """One contestant: how long its steps took, and its diffusion loss at each step."""
+
+    durations: list[Duration] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+
+def build_problem(shape: str, *, tiny: bool, size: int | None, batch_size: int, device: str) -> Problem:
+    """Returns a denoiser of a shape of `benchmarks.shapes` with random weights, and a batch."""
+    config = SHAPES[shape](tiny=tiny) | ({"sample_size": size} if size else {})
+    torch.manual_seed(0)
+    model = build_denoiser(config).to(device)
+    latents, conditioning = random_batch(config, batch_size, device)
+    return Problem(model, adapter_of(config), EncodedBatch(latents, conditioning))
+
+
+def _draws(problem: Problem, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns noise and timesteps of a step: those that `Training` draws."""
+    rng = generator("training", 0, number, device=problem.device)
+    clean = problem.batch.latents
+    return torch.randn(clean.shape, generator=rng, device=problem.device), _SAMPLER(len(clean), rng)
+
+
+def plain_steps(problem: Problem) -> Iterator[float]:
+    """Trains as diffusers' example does, without its optional parts; yields the loss."""
+    model = copy.deepcopy(problem.model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)
+    process, batch = problem.adapter.noise_process, problem.batch
+    for number in itertools.count():
+        noise, timesteps = _draws(problem, number)
+        noisy = process.add_noise(batch.latents, noise, timesteps)
+        told = process.model_timesteps(timesteps)
+        loss = F.mse_loss(problem.adapter.predict(model, noisy, told, batch.conditioning), noise)
         torch.autograd.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-        yield
+        yield loss.item()
 
 
-def build_training(pretrained: nn.Module, clean_images: torch.Tensor, *, channel_projection: bool) -> Training:
+def script_steps(problem: Problem) -> Iterator[float]:
+    """Trains as diffusers' train_unconditional.py does, with a second forward pass; yields the diffusion loss."""
+    accelerator = Accelerator(cpu=problem.device.type == "cpu")
+    frozen = copy.deepcopy(problem.model).eval().requires_grad_(False)
+    model = copy.deepcopy(problem.model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    lr_scheduler = get_scheduler("constant", optimizer=optimizer)
+    ema = EMAModel(model.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    model, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
+    process, batch = problem.adapter.noise_process, problem.batch
+    for number in itertools.count():
+        with accelerator.accumulate(model):
+            noise, timesteps = _draws(problem, number)
+            noisy = process.add_noise(batch.latents, noise, timesteps)
+            told = process.model_timesteps(timesteps)
+            prediction = problem.adapter.predict(model, noisy, told, batch.conditioning)
+            with torch.no_grad():
+                taught = problem.adapter.predict(frozen, noisy, told, batch.conditioning)
+            diffusion = F.mse_loss(prediction.float(), noise.float())
+            accelerator.backward(diffusion + F.mse_loss(prediction.float(), taught.float()))
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        ema.step(model.parameters())
+        yield diffusion.item()
+
+
+def build_training(problem: Problem, *, channel_projection: bool, **spec: Any) -> Training:
     """Returns a finetuning run as shipped, on one segment and always the same batch."""
-    model = copy.deepcopy(pretrained)
+    model = copy.deepcopy(problem.model)
     if channel_projection:
         attach_projections(model)
+    batch_size = len(problem.batch)
     return Training(
         model,
-        Unconditional(denoiser_config=dict(pretrained.config), scheduler_config={}),
-        lambda _first_batch: itertools.repeat(EncodedBatch(clean_images, {})),
-        spec=FinetuneSpec(num_steps=_NEVER, batch_size=len(clean_images), checkpoint_every=_NEVER),
-        plan=TrainingPlan("benchmark", TimestepSampler(TimestepSegment(0, 250), 1000, 0.3), _NEVER, 1.0),
-        teacher=Teacher([copy.deepcopy(pretrained)]),
-        device=clean_images.device,
+        problem.adapter,
+        lambda _first_batch: itertools.repeat(problem.batch),
+        spec=FinetuneSpec(num_steps=_NEVER, batch_size=batch_size, checkpoint_every=_NEVER, **spec),
+        plan=TrainingPlan("benchmark", _SAMPLER, _NEVER, 1.0),
+        teacher=Teacher([copy.deepcopy(problem.model)]),
+        device=problem.device,
         record_every=1,
     )
 
 
-def parts(training: Training, clean_images: torch.Tensor) -> dict[str, Callable[[], object]]:
+def deme_steps(problem: Problem, *, channel_projection: bool, **spec: Any) -> Iterator[float]:
+    """Trains as DeMe does; yields the diffusion loss."""
+    training = build_training(problem, channel_projection=channel_projection, **spec)
+    return (progress.diffusion_loss for progress in training.progress())
+
+
+def contestants_of(*, with_options: bool, compiles: bool) -> dict[str, Callable[[Problem], Iterator[float]]]:
+    """Returns who takes part."""
+    known: dict[str, Callable[[Problem], Iterator[float]]] = {
+        _PLAIN: plain_steps,
+        _SCRIPT: script_steps,
+        _OFF: partial(deme_steps, channel_projection=False),
+        _ON: partial(deme_steps, channel_projection=True),
+    }
+    spec: dict[str, Any] = {}
+    for name, option in OPTIONS.items() if with_options else ():
+        spec |= option
+        if compiles or "compile" not in spec:
+            known[name] = partial(deme_steps, channel_projection=True, **spec)
+    return known
+
+
+def parts(training: Training, batch: EncodedBatch) -> dict[str, Callable[[], object]]:
     """Returns what DeMe adds to a step, and what it adds to a run, each as a call."""
     assert training.teacher is not None
-    model, frozen = training.model, training.teacher.models[0]
-    assert frozen is not None
-    timesteps = torch.zeros(len(clean_images), dtype=torch.int64, device=clean_images.device)
+    model, teacher, frozen = training.model, training.teacher, training.teacher.models[0]
+    timesteps = torch.zeros(len(batch), dtype=torch.int64, device=batch.latents.device)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     return {
-        "of it: frozen forward pass": torch.no_grad()(lambda: frozen(clean_images, timesteps)),
+        "of it: frozen forward pass": lambda: teacher.predict(
+            training.adapter, batch.latents, timesteps, batch.conditioning
+        ),
         "of it: clipping": lambda: training.accelerator.clip_grad_norm_(model.parameters(), 1.0),
         "of it: moving average": lambda: training.ema.step(model.parameters()),
         "once per run, twice: digest of the frozen model": lambda: model_digest(frozen),
     }
 
 
-def measure(model: nn.Module, clean_images: torch.Tensor, num_rounds: int) -> tuple[Durations, Durations]:
-    """Returns the durations of the three steps, and of the parts, one per round."""
-    training = build_training(model, clean_images, channel_projection=True)
-    steps: dict[str, Iterator[object]] = {
-        _PLAIN: plain_steps(copy.deepcopy(model), clean_images),
-        _OFF: build_training(model, clean_images, channel_projection=False).progress(),
-        _ON: training.progress(),
+def step_flops(problem: Problem) -> int:
+    """Returns the operations of one step of DeMe, with projections, as torch counts them."""
+    steps = deme_steps(problem, channel_projection=True)
+    next(steps)
+    with FlopCounterMode(display=False) as counter:
+        next(steps)
+    return counter.get_total_flops()
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Returns how many operations per second the device does: large products of matrices, the best of ten."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = torch.rand(2, side, side, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(11):
+        _wait(device)
+        started = time.perf_counter()
+        left @ right
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return 2 * side**3 / min(seconds[1:])
+
+
+def measure(
+    problem: Problem, contestants: Mapping[str, Any], num_rounds: int, *, in_turns: bool
+) -> dict[str, Measured]:
+    """Returns what each contestant measured, one entry per round, after two rounds that warm up.
+
+    Args:
+        problem: what is trained.
+        contestants: who takes part.
+        num_rounds: steps of each.
+        in_turns: all are in memory, and take turns; otherwise one after the other, as GPUs' memory wants it, and
+            mixed precision, which is one setting of the whole process to accelerate.
+    """
+    measured = {name: Measured() for name in contestants}
+    groups = [list(contestants)] if in_turns else [[name] for name in contestants]
+    for group in groups:
+        steps = {name: contestants[name](problem) for name in group}
+        calls = {name: partial(_step, steps[name], measured[name], problem.device) for name in group}
+        take_turns(calls, num_rounds=2)  # Holds the digest that a run begins with, and compilation.
+        for name in group:
+            measured[name] = found = Measured(losses=measured[name].losses)
+            calls[name] = partial(_step, steps[name], found, problem.device)
+        take_turns(calls, num_rounds=num_rounds)
+        del steps, calls
+        gc.collect()
+        if problem.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return measured
+
+
+def _step(steps: Iterator[float], found: Measured, device: torch.device) -> None:
+    def step() -> None:
+        found.losses.append(next(steps))
+        _wait(device)
+
+    found.durations.append(timed(step))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_parts(problem: Problem, num_rounds: int) -> dict[str, list[Duration]]:
+    """Returns how long each part of a step took."""
+
+    def waited(call: Callable[[], object]) -> Duration:
+        return timed(lambda: (call(), _wait(problem.device)))
+
+    of_it = parts(build_training(problem, channel_projection=True), problem.batch)
+    contestants = {name: partial(waited, call) for name, call in of_it.items()}
+    take_turns(contestants, num_rounds=1)
+    return take_turns(contestants, num_rounds=num_rounds)
+
+
+def report(
+    measured: Mapping[str, Measured], of_it: Mapping[str, Sequence[Duration]], *, title: str, on_gpu: bool, flops: int
+) -> None:
+    """Prints the table and the result; on a CPU it is processor time that counts, but for the share of the rate."""
+    wall = {name: [duration.wall_sec for duration in found.durations] for name, found in measured.items()}
+    cpu = {name: [duration.cpu_sec for duration in found.durations] for name, found in measured.items()}
+    counted = wall if on_gpu else cpu
+    over = {
+        base: {name: median_ratio(own, counted[base]) for name, own in counted.items()} for base in (_PLAIN, _SCRIPT)
     }
-    contestants = {name: _waited(step.__next__, clean_images.device) for name, step in steps.items()}
-    take_turns(contestants, num_rounds=1)  # Warms up; holds the digest that a run begins with.
-    durations = take_turns(contestants, num_rounds=num_rounds)
-    of_it = {name: _waited(call, clean_images.device) for name, call in parts(training, clean_images).items()}
-    take_turns(of_it, num_rounds=1)
-    return durations, take_turns(of_it, num_rounds=num_rounds)
-
-
-def _waited(call: Callable[[], object], device: torch.device) -> Callable[[], Duration]:
-    def wait() -> None:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    return lambda: timed(wait)
-
-
-def report(durations: Durations, of_it: Durations, *, title: str, on_gpu: bool) -> None:
-    """Prints the table and the result; on a CPU it is processor time that counts."""
-    wall = {name: [duration.wall_sec for duration in values] for name, values in durations.items()}
-    cpu = {name: [duration.cpu_sec for duration in values] for name, values in durations.items()}
-    wall_ratios = {name: median_ratio(values, wall[_PLAIN]) for name, values in wall.items()}
-    ratios = wall_ratios if on_gpu else {name: median_ratio(values, cpu[_PLAIN]) for name, values in cpu.items()}
-    rows = [(name, *_medians(values), f"{ratios[name]:.2f}") for name, values in durations.items()]
-    rows += [(name, *_medians(values), "") for name, values in of_it.items()]
-    print_table(title, ("", "processor s", "wall s", "over plain"), rows)
+    wall_ratios = {name: median_ratio(own, wall[_PLAIN]) for name, own in wall.items()}
+    device = torch.device("cuda" if on_gpu else "cpu")
+    rates = {
+        dtype: matmul_rate(device, dtype) for dtype in ([torch.float32, torch.bfloat16] if on_gpu else [torch.float32])
+    }
+    rate = rates[torch.float32]
+    rows = [
+        (
+            name,
+            *_medians(found.durations),
+            f"{over[_PLAIN][name]:.2f}",
+            f"{over[_SCRIPT][name]:.2f}",
+            f"{flops / statistics.median(wall[name]) / rate:.0%}" if name not in (_PLAIN, _OFF) else "",
+            f"{statistics.fmean(found.losses):.5f}",
+        )
+        for name, found in measured.items()
+    ]
+    rows += [(name, *_medians(durations), "", "", "", "") for name, durations in of_it.items()]
+    columns = ("", "processor s", "wall s", "over plain", "over script", "of matmul rate", "diffusion loss")
+    print_table(title, columns, rows)
+    fastest = min((name for name in measured if name not in (_PLAIN, _SCRIPT)), key=lambda name: over[_SCRIPT][name])
+    shipped = max(over[_PLAIN][_OFF], over[_PLAIN][_ON])
     print_result(
         "finetune_step",
-        ratio=max(ratios[_OFF], ratios[_ON]),
-        goal=GOAL,
-        holds=max(ratios[_OFF], ratios[_ON]) <= GOAL,
-        ratio_channel_projection_off=ratios[_OFF],
-        ratio_channel_projection_on=ratios[_ON],
+        ratio=over[_SCRIPT][fastest] if on_gpu else shipped,
+        goal=GPU_GOAL if on_gpu else GOAL,
+        holds=over[_SCRIPT][fastest] <= GPU_GOAL if on_gpu else shipped <= GOAL,
+        fastest=fastest,
+        ratio_channel_projection_off=over[_PLAIN][_OFF],
+        ratio_channel_projection_on=over[_PLAIN][_ON],
         wall_ratio_channel_projection_off=wall_ratios[_OFF],
         wall_ratio_channel_projection_on=wall_ratios[_ON],
+        ratio_over_script={name: ratio for name, ratio in over[_SCRIPT].items() if name != _SCRIPT},
+        mean_losses={name: statistics.fmean(found.losses) for name, found in measured.items()},
+        step_flops=flops,
+        matmul_flops_per_sec={str(dtype).removeprefix("torch."): found for dtype, found in rates.items()},
     )
 
 
@@ -149,26 +335,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = build_model(quick=options.quick).to(options.device)
-    clean_images = torch.rand(options.batch_size, 3, 32, 32, device=options.device) * 2 - 1
-    durations, of_it = measure(model, clean_images, options.rounds)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    problem = build_problem(
+        options.shape, tiny=options.tiny, size=options.size, batch_size=options.batch_size, device=options.device
+    )
+    on_gpu = problem.device.type == "cuda"
+    flops = step_flops(problem)
+    contestants = contestants_of(with_options=options.options, compiles=not options.no_compile)
+    measured = measure(problem, contestants, options.rounds, in_turns=not options.options)
+    of_it = measure_parts(problem, options.rounds)
+    num_parameters = sum(parameter.numel() for parameter in problem.model.parameters())
+    _, height, width = problem.batch.latents.shape[1:]
     title = (
-        f"One finetuning step: {num_parameters / 1e6:.1f} M parameters, batch {options.batch_size}, fp32, "
+        f"One finetuning step: {options.shape}{', tiny' if options.tiny else ''}, {num_parameters / 1e6:.1f} M "
+        f"parameters, {height} x {width}, batch {options.batch_size}, fp32 unless said otherwise, "
         f"{options.device}, {torch.get_num_threads()} threads, medians of {options.rounds} rounds"
     )
-    report(durations, of_it, title=title, on_gpu=clean_images.is_cuda)
+    report(measured, of_it, title=title, on_gpu=on_gpu, flops=flops)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.finetune_step", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a narrow model and few rounds: shows that it runs")
+    parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: shows that it runs")
+    parser.add_argument("--shape", choices=[name for name in SHAPES if name != "sdxl"], default="cifar10")
+    parser.add_argument("--tiny", action="store_true", help="the shape's parts at a tiny width")
+    parser.add_argument("--size", type=int, help="side of images or latents (default the shape's own)")
+    parser.add_argument("--options", action="store_true", help="also DeMe's options for GPUs (default on cuda)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, help="images per step (default 4)", default=4)
     parser.add_argument("--rounds", type=int, help="steps of each kind (default 9, quick 3)")
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU (default all cores)")
     options = parser.parse_args(arguments)
     options.rounds = options.rounds or (3 if options.quick else 9)
+    options.tiny = options.tiny or options.quick
+    options.options = options.options or options.device.startswith("cuda")
     return options
 
 

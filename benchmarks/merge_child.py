@@ -8,51 +8,15 @@ merge needs counts as its own.
 
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch  # noqa: F401  # Idle memory is that of an interpreter with torch.
 
+from benchmarks.memory import PeakAnonymousMemory, anonymous_bytes
+
 WEIGHTS_PATH = Path("unet/diffusion_pytorch_model.safetensors")
-_SAMPLE_EVERY_SEC = 0.002
-
-
-def anonymous_bytes() -> int:
-    """Returns RssAnon of this process: memory that is not backed by a file, so no page cache."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no RssAnon; this benchmark needs Linux.")
-
-
-class PeakAnonymousMemory:
-    """Samples `anonymous_bytes` in a thread while the context lasts; ``peak_bytes`` is the largest."""
-
-    def __init__(self) -> None:
-        self.peak_bytes = anonymous_bytes()
-        self._left = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-
-    def _sample(self) -> None:
-        while True:
-            left = self._left.wait(_SAMPLE_EVERY_SEC)
-            self.peak_bytes = max(self.peak_bytes, anonymous_bytes())
-            if left:
-                return
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._left.set()
-        self._thread.join()
 
 
 def prepare_copy(pretrained: Path, experts: Sequence[Path], weights: Sequence[float], out: Path) -> Callable[[], None]:

@@ -6,15 +6,18 @@ In the store::
     <stage>/<digest>/manifest.json             written last, and once: with it the artifact comes to exist
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from uuid import uuid4
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
@@ -28,6 +31,10 @@ _HEX = "[0-9a-f]"
 _STAGE = rf"[a-z][a-z0-9_-]*(?:/{_HEX}{{64}})*"
 _DIGEST = r"(?!upload-)[A-Za-z0-9_-][A-Za-z0-9._-]*"
 _UPLOADED = re.compile(rf"(?P<artifact>{_STAGE}/{_DIGEST})/upload-{_HEX}{{32}}/.+")
+# Files that travel, or are hashed, side by side (benchmarks/store.py).
+_FILES_AT_ONCE = 4
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -194,7 +201,6 @@ class ArtifactStore:
         key = _manifest_key(stage, digest)
         if existing := self.find(stage, digest):
             return existing
-        files = _describe(folder, f"{stage}/{digest}/upload-{uuid4().hex}")
         manifest = Manifest(
             stage=stage,
             digest=digest,
@@ -202,12 +208,13 @@ class ArtifactStore:
             inputs=dict(inputs),
             dataset=dataset,
             metrics=dict(metrics or {}),
-            files=files,
+            files=(),
             code_version=version("deme"),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        text = manifest.to_json().encode()
-        self._upload(files, folder)
+        manifest.to_json()  # Before anything travels: what cannot be written must leave nothing behind.
+        files = self._upload(folder, f"{stage}/{digest}/upload-{uuid4().hex}")
+        text = replace(manifest, files=files).to_json().encode()
         # A retry after a lost answer finds our own manifest: then we have won all the same.
         if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
             self._delete_files(files)
@@ -227,8 +234,7 @@ class ArtifactStore:
         manifest = self.manifest(ref)
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
-            for file in manifest.files:
-                self._download(file, temporary / file.name)
+            _side_by_side(lambda file: self._download(file, temporary / file.name), manifest.files)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -284,19 +290,30 @@ class ArtifactStore:
         except ArtifactNotFoundError:
             return set()
 
-    def _upload(self, files: tuple[StoredFile, ...], folder: Path) -> None:
+    def _upload(self, folder: Path, prefix: str) -> tuple[StoredFile, ...]:
+        """Store all files of a folder under ``prefix``, and hash them meanwhile."""
+        names = _names(folder)
+        work: list[Callable[[], Any]] = []
+        for name in names:
+            path = folder / name
+            work += [partial(self.store.put_file, f"{prefix}/{name}", path), partial(sha256_file, path)]
         try:
-            for file in files:
-                self.store.put_file(file.key, folder / file.name)
+            digests = _side_by_side(lambda act: act(), work)[1::2]
         except BaseException:
             # Above all on a full disk; if it fails too, sweep will do it.
             with suppress(DemeError):
-                self._delete_files(files)
+                for name in names:
+                    self.store.delete(f"{prefix}/{name}")
             raise
+        return tuple(
+            StoredFile(name, f"{prefix}/{name}", (folder / name).stat().st_size, sha256)
+            for name, sha256 in zip(names, digests, strict=True)
+        )
 
     def _download(self, file: StoredFile, path: Path) -> None:
-        self.store.get_file(file.key, path)
-        size, sha256 = path.stat().st_size, sha256_file(path)
+        digest = hashlib.sha256()
+        self.store.get_file(file.key, path, digest)
+        size, sha256 = path.stat().st_size, digest.hexdigest()
         if (size, sha256) != (file.size, file.sha256):
             raise ChecksumMismatchError(
                 f"{self.store.uri}/{file.key} holds {size} bytes with SHA-256 {sha256}, but its manifest promises "
@@ -327,15 +344,21 @@ def _manifest_key(stage: str, digest: str) -> str:
     return f"{stage}/{digest}/manifest.json"
 
 
-def _describe(folder: Path, prefix: str) -> tuple[StoredFile, ...]:
+def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder to publish.")
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    names = [check_key(path.relative_to(folder).as_posix()) for path in paths]
-    return tuple(
-        StoredFile(name, f"{prefix}/{name}", path.stat().st_size, sha256_file(path))
-        for name, path in zip(names, paths, strict=True)
-    )
+    return sorted(check_key(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
+
+
+def _side_by_side(act: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Returns what ``act`` returned for each item; after a failure nothing more begins and all that began has ended."""
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
+        futures = [threads.submit(act, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
 
 
 def _move(folder: Path, place: Path) -> None:

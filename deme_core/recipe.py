@@ -48,6 +48,22 @@ class TrainingSpec(_Spec):
         exclude_if=lambda checkpointing: not checkpointing,
         description="Compute activations again in the backward pass instead of keeping them: less memory, more time.",
     )
+    # These three change results by rounding, so they are part of digests where they are set.
+    channels_last: bool = Field(
+        False,
+        exclude_if=lambda channels_last: not channels_last,
+        description="Keep weights and feature maps of convolutions in channels-last order: for GPUs, in bf16 or fp16.",
+    )
+    allow_tf32: bool = Field(
+        False,
+        exclude_if=lambda allow_tf32: not allow_tf32,
+        description="fp32 on a GPU: multiply matrices in TF32, with 10 bits of mantissa.",
+    )
+    compile: bool = Field(
+        False,
+        exclude_if=lambda compiles: not compiles,
+        description="torch.compile the model and its teacher: a minute or more at the start, faster steps afterwards.",
+    )
     lr_scheduler: LrScheduler = Field("constant", description="Learning rate over the steps, by diffusers' names.")
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
     adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW.")

@@ -25,6 +25,8 @@ from uuid import uuid4
 from deme_core.errors import ArtifactNotFoundError, InputError, StoreUnavailableError
 
 _TEMPORARY_PREFIX = ".tmp-"
+# Larger writes make the kernel look for huge pages, see deme_core.checkpoint.
+_BYTES_PER_PIECE = 256 << 10
 _ACCESS_DEADLINE_SEC = 25.0
 _ACCESS_WAITS_SEC = (0.5, 1.0, 2.0, 4.0)
 _URI_RULE = "DEME_STORE_URI must be file:///FOLDER or s3://BUCKET/PREFIX."
@@ -45,6 +47,13 @@ class StoredObject:
     modified: datetime
 
 
+class Digest(Protocol):
+    """What `hashlib` makes."""
+
+    def update(self, data: bytes, /) -> None:
+        """Takes the next bytes."""
+
+
 class ObjectStore(Protocol):
     """Named byte strings; keys are relative POSIX paths. Every method may raise StoreUnavailableError."""
 
@@ -62,8 +71,11 @@ class ObjectStore(Protocol):
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Store bytes; with ``if_absent`` one writer of a race wins and the others get False."""
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing."""
+    def get_file(self, key: str, path: Path, digest: Digest | None = None) -> None:
+        """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing.
+
+        ``digest`` is given all bytes, in order, while others still arrive.
+        """
 
     def get_bytes(self, key: str) -> bytes:
         """Read a small object; ArtifactNotFoundError if missing."""
@@ -108,7 +120,7 @@ class FileStore:
         """Write bytes into the folder."""
         return self._put(key, BytesIO(data), if_absent=if_absent)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None) -> None:
         """Copy a file out; a link would let a change of the copy reach the store."""
         with (
             self._errors(key),
@@ -116,7 +128,7 @@ class FileStore:
             local_errors(path),
             temporary_beside(path) as temporary,
         ):
-            _copy(source, temporary)
+            _copy(source, temporary, digest)
             temporary.replace(path)
 
     def get_bytes(self, key: str) -> bytes:
@@ -307,9 +319,12 @@ def local_errors(path: Path) -> AbstractContextManager[None]:
     return system_errors(str(path), "point DEME_HOME elsewhere")
 
 
-def _copy(source: BinaryIO, path: Path) -> None:
+def _copy(source: BinaryIO, path: Path, digest: Digest | None = None) -> None:
     with path.open("xb") as file:
-        shutil.copyfileobj(source, file)
+        while piece := source.read(_BYTES_PER_PIECE):
+            file.write(piece)
+            if digest is not None:
+                digest.update(piece)
     sync(path)
 
 

@@ -38,7 +38,6 @@ class Teacher:
         """Returns the digest of each model's weights: equal before and after a training."""
         return [model_digest(model) for model in self.models]
 
-    @torch.no_grad()
     def predict(
         self, adapter: Adapter, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: ConditioningTensors
     ) -> torch.Tensor:
@@ -50,6 +49,13 @@ class Teacher:
             timesteps: int64 (B,), in [0, T).
             conditioning: tensors of B rows.
         """
+        with torch.inference_mode():
+            prediction = self._predict(adapter, noisy, timesteps, conditioning)
+        return prediction.clone()  # A tensor of inference mode cannot be kept for a backward pass.
+
+    def _predict(
+        self, adapter: Adapter, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: ConditioningTensors
+    ) -> torch.Tensor:
         told = adapter.noise_process.model_timesteps(timesteps)
         if not self.segments:
             return adapter.predict(self.models[0], noisy, told, conditioning)

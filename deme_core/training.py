@@ -6,6 +6,7 @@ Pretraining, the N copies and the control are all this, with other settings. Eve
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -101,6 +102,25 @@ class _MovingAverage(EMAModel):
         torch._foreach_lerp_(self.shadow_params, list(parameters), 1 - self.cur_decay_value)
 
 
+def _arrange(model: nn.Module, spec: TrainingSpec) -> None:
+    """Orders and compiles a model as ``spec`` says; names and shapes of its tensors stay."""
+    if spec.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if spec.compile:
+        model.compile()  # In place: a module that wraps it would rename every parameter.
+
+
+@contextmanager
+def matrix_precision(*, allow_tf32: bool) -> Iterator[None]:
+    """Lets a GPU multiply float32 matrices in TF32 while the context lasts; a process trains several models in turn."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allow_tf32 else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Training:
     """A training run: build it, optionally ``restore`` a checkpoint, iterate ``progress``, take ``averaged``.
 
@@ -143,6 +163,8 @@ class Training:
         self.teacher = teacher.to(self.device) if teacher is not None else None
         if spec.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()  # diffusers' own, which torch does not declare.
+        for trained_or_frozen in (model, *(self.teacher.models if self.teacher is not None else ())):
+            _arrange(trained_or_frozen, spec)
         optimizer = build_optimizer(model.to(self.device).train().parameters(), spec)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.lr_scheduler = get_scheduler(
@@ -169,6 +191,10 @@ class Training:
             TimestepHistogramError: the timesteps drawn contradict the sampler.
             FrozenModelChangedError: the teacher is not what it was at the start.
         """
+        with matrix_precision(allow_tf32=self.spec.allow_tf32):
+            yield from self._progress()
+
+    def _progress(self) -> Iterator[TrainingProgress]:
         frozen_digests = self.teacher.digests() if self.teacher is not None else None
         first_batch = self.global_step * self.spec.gradient_accumulation_steps
         batches = enumerate(self.batches(first_batch), start=first_batch)

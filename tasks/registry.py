@@ -4,7 +4,7 @@ MLflow is imported late, as in `tasks.tracking`.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,14 +59,24 @@ def register(
         )
     except MlflowException as error:
         return Registration(name, None, "not registered", f"MLflow at {settings.tracking_uri} refused: {error.message}")
-    client.set_registered_model_alias(name, CHALLENGER, version.version)
+    _write(client.set_registered_model_alias, name, CHALLENGER, version.version)
     decision, reason = _decide(_champion(client, name), version, report, scores, metric)
     if decision == "promoted":
-        client.set_registered_model_alias(name, CHAMPION, version.version)
+        _write(client.set_registered_model_alias, name, CHAMPION, version.version)
     for key, value in {"deme.decision": decision, "deme.reason": reason}.items():
-        client.set_model_version_tag(name, version.version, key, value)
+        _write(client.set_model_version_tag, name, version.version, key, value)
     # A database gives a number, a server text.
     return Registration(name, str(version.version), decision, reason)
+
+
+def _write(call: Callable[..., object], *arguments: object) -> None:
+    """Calls twice if need be: of two runs that add one row at once MLflow refuses one, which then finds it."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call(*arguments)
+    except MlflowException:
+        call(*arguments)
 
 
 def _find_version(client: "MlflowClient", name: str, report: Mapping[str, Any]) -> "ModelVersion | None":

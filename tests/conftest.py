@@ -14,7 +14,6 @@ _SHARED = {
     "test_run.py": "run",
     "test_report_page.py": "run",
     "test_faults.py": "run",
-    "test_bad_input.py": "run",
 }
 
 

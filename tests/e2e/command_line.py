@@ -13,14 +13,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The ``deme`` command in a state folder of its own, as a user runs it."""
+    """The ``deme`` command in a state folder of its own, as a user runs it.
+
+    Attributes:
+        home: DEME_HOME.
+        prefect_api: of a Prefect server; without one each run starts a server of its own for a while.
+    """
 
     home: Path
+    prefect_api: str | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "MLFLOW_", "DEME_"))}
-        return kept | {"DEME_HOME": str(self.home), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        server = {"PREFECT_API_URL": self.prefect_api} if self.prefect_api else {}
+        return kept | server | {"DEME_HOME": str(self.home), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
 
     @property
     def command(self) -> list[str]:

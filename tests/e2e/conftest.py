@@ -1,15 +1,23 @@
+import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import yaml
 from selenium import webdriver
 
+from flows.stack import services
+from flows.stack.ports import NAMES
+from flows.stack.processes import stop_tree
 from tests.e2e.browser import open_browser
 from tests.e2e.command_line import CommandLine
 from tests.e2e.platform import Platform, belongs
+from tests.e2e.waiting import wait_for
+from tests.integration.conftest import free_ports
 
 TOY_RECIPE: dict[str, Any] = {
     "name": "toy",
@@ -31,12 +39,14 @@ TOY_RECIPE: dict[str, Any] = {
     "merge": {"search": {"max_candidates": 3, "num_images": 8}},
     "evaluate": {
         "num_images": 8,
+        "batch_size": 4,
         "num_inference_steps": 2,
         "extractor": "efficientnet_lite0",
         "extractor_resolution": 32,
         "kid_subset_size": 4,
     },
-    "execution": {"num_workers": 2, "device": "cpu"},
+    # To start a process takes longer than its share of the work; parallel ones: test_prompted_run, test_watch.
+    "execution": {"num_workers": 1, "device": "cpu"},
 }
 
 
@@ -56,20 +66,44 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory) -> WriteRecipe:
 
 
 @pytest.fixture(scope="session")
-def deme(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One Prefect server for all commands: five seconds of processor time less for each."""
+    layout = services.Layout(tmp_path_factory.mktemp("prefect"), dict.fromkeys(NAMES, free_ports(1)[0]))
+    service = services.prefect(layout)
+    service.prepare()
+    with (layout.home / "log").open("wb") as log:
+        process = subprocess.Popen(service.command, env=dict(service.environment), stdout=log, stderr=log)
+    try:
+        wait_for(lambda: _answers(service))
+        yield layout.client_environment()["PREFECT_API_URL"]
+    finally:
+        stop_tree(psutil.Process(process.pid), seconds=15.0)
+        process.wait()
+
+
+def _answers(service: services.Service) -> bool:
+    try:
+        service.check()
+    except httpx.HTTPError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def deme(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> CommandLine:
     """One state folder for the tests that build on one another's artifacts."""
-    return CommandLine(tmp_path_factory.mktemp("home"))
+    return CommandLine(tmp_path_factory.mktemp("home"), prefect_api)
 
 
 @pytest.fixture
-def fresh_deme(tmp_path: Path) -> CommandLine:
-    return CommandLine(tmp_path / "home")
+def fresh_deme(tmp_path: Path, prefect_api: str) -> CommandLine:
+    return CommandLine(tmp_path / "home", prefect_api)
 
 
 @pytest.fixture(scope="session")
 def first_report(deme: CommandLine, write_recipe: WriteRecipe) -> dict[str, Any]:
-    """The report of the toy recipe, run once for the session."""
-    return deme.report("run", write_recipe())
+    """The report of the toy recipe, run once for the session, without any server."""
+    return replace(deme, prefect_api=None).report("run", write_recipe())
 
 
 @pytest.fixture(scope="module")

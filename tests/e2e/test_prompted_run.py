@@ -22,8 +22,11 @@ def test_the_highest_clip_score_is_searched_and_a_gain_is_positive(
         "prompts": str(tmp_path / "prompts.tsv"),
         "clip_weights": str(write_tiny_clip(tmp_path / "clip", seed=3)),
     }
-    recipe = write_recipe(evaluate=TOY_RECIPE["evaluate"] | changed)
-    report = fresh_deme.report("run", recipe)
+    execution = TOY_RECIPE["execution"] | {"num_workers": 2}
+    done = fresh_deme.run("run", write_recipe(evaluate=TOY_RECIPE["evaluate"] | changed, execution=execution))
+    assert done.returncode == 0, done.stderr
+    assert "higher of clip_score" in " ".join(done.stdout.split())
+    report = json.loads(next((fresh_deme.home / "mlartifacts").rglob("report.json")).read_text())
     assert report["metric"] == "clip_score"
     assert list(report["rows"]["merged"]) == ["clip_score", "fd_efficientnet_lite0"]
     assert {"prompts", "clip"} < set(report["conditions"])
@@ -46,5 +49,3 @@ def test_the_highest_clip_score_is_searched_and_a_gain_is_positive(
         for path in fresh_deme.home.glob("store/evaluate/*/manifest.json")
     ]
     assert {tuple(found) for found in details} == {("clip_score/category/Abstract", "clip_score/category/Animals")}
-    done = fresh_deme.run("run", recipe)
-    assert "higher of clip_score" in " ".join(done.stdout.split())

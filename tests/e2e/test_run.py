@@ -2,6 +2,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,11 @@ def test_the_exported_model_loads_in_stock_diffusers_and_scores_as_its_row_did(
     assert [row["verdict"] for row in compared.values()] == ["baseline", "too close to call"]
 
     # In slices, by tasks of their own and in another home: the same images, real ones too, and so the same scores.
-    one_at_once = ["--set", "evaluate.batch_size=4", "--set", "evaluate.seeds=[7,8,9]"]
-    whole = deme.report("evaluate", str(out), "--recipe", write_recipe(), *one_at_once)
-    sliced = CommandLine(tmp_path / "home").report(
-        "evaluate", str(out), "--recipe", write_recipe(), *one_at_once, "--set", "execution.images_per_task=4"
+    sliced = replace(deme, home=tmp_path / "home").report(
+        "evaluate", str(out), "--recipe", write_recipe(), "--set", "execution.images_per_task=4"
     )
-    assert sliced["scores"] == whole["scores"]
-    assert sliced["fingerprint"] == whole["fingerprint"]
+    assert sliced["scores"] == evaluated["scores"]
+    assert sliced["fingerprint"] == evaluated["fingerprint"]
     slices = [json.loads(path.read_text()) for path in (tmp_path / "home").glob("store/features/*/manifest.json")]
     assert sorted(m["settings"]["slice"] for m in slices if "slice" in m["settings"]) == [[0, 4]] * 3 + [[4, 8]] * 3
 

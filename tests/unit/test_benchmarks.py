@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, claim_cell, conditioning_cache, demo, features, finetune_step, merge_child, search
+from benchmarks import claim, claim_cell, conditioning_cache, demo, features, finetune_step, merge_child, search, shapes
 from benchmarks.measurement import median_ratio, take_turns
+from deme_core.denoiser_size import measure_denoiser
 from deme_core.model_folder import write_model_folder
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, interval
@@ -41,6 +42,14 @@ def test_the_finetuning_benchmark_ends_with_its_result(capsys: pytest.CaptureFix
     finetune_step.main(["--quick", "--rounds", "1", "--batch-size", "1"])
     result = last_line(capsys.readouterr().out)
     assert result["ratio"] == max(result["ratio_channel_projection_off"], result["ratio_channel_projection_on"]) > 0
+    # All draw the same noise and timesteps; projections begin as the identity.
+    losses = list(result["mean_losses"].values())
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-2)
+    # Three passes for the forward and the backward pass of each, one for the frozen model's: 4 to 4.5 of one.
+    config = shapes.cifar10(tiny=True)
+    size = measure_denoiser(shapes.adapter_of(config), channel_projection=True)
+    expected = 3 * size.trained_forward_flops + size.forward_flops
+    assert result["step_flops"] == pytest.approx(expected, rel=0.02)
 
 
 def test_the_features_benchmark_compares_equal_features(capsys: pytest.CaptureFixture[str]) -> None:

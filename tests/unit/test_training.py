@@ -2,6 +2,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,10 +168,15 @@ def model_with_everything(**config: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("precision", "per_batch_mirrored"), [("fp32", False), ("fp32", True), ("bf16", True)])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, precision: str, per_batch_mirrored: bool) -> None:
+@pytest.mark.parametrize(
+    ("precision", "per_batch_mirrored", "channels_last"),
+    [("fp32", False, False), ("fp32", True, True), ("bf16", True, False)],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, precision: str, per_batch_mirrored: bool, channels_last: bool
+) -> None:
     sampler = TimestepSampler(TimestepSegment(500, 1000), 1000, 0.3, per_batch_mirrored)
-    settings = EVERYTHING | {"sampler": sampler, "mixed_precision": precision}
+    settings = EVERYTHING | {"sampler": sampler, "mixed_precision": precision, "channels_last": channels_last}
     whole = build(model_with_everything(), **settings)
     records = []
     for progress in whole.progress():
@@ -206,6 +212,27 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
     run(kept)
     run(computed_again)
     assert differing(computed_again, kept) == []
+
+
+def test_channels_last_and_a_compiled_model_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor's code takes a minute of C++ compilation; what is traced, and that names stay, is tested all the same.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    settings = EVERYTHING | {"num_steps": 2}
+    # Without dropout, which draws its mask in the order of memory.
+    plain = build(one_level_unet(), **settings)
+    fast = build(one_level_unet(), **settings, channels_last=True, compile=True, allow_tf32=True)
+    assert fast.teacher is not None
+    for model in (fast.model, *fast.teacher.models):
+        weight = next(parameter for parameter in model.parameters() if parameter.dim() == 4 and parameter.shape[1] > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert model._compiled_call_impl is not None
+    run(plain)
+    run(fast)
+    assert torch.get_float32_matmul_precision() == "highest"  # As it was: the next training is another one.
+    expected, actual = plain.averaged_tensors(), fast.averaged_tensors()
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(actual[name], tensor, atol=1e-4, rtol=1e-4)
 
 
 WIDE: dict[str, Any] = {"block_out_channels": [32]}  # Small tensors keep moments of 32 bits.
