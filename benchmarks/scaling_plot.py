@@ -46,17 +46,17 @@ def draw(out: Path) -> None:
 
     sizes = [10 ** (8 + step / 10) for step in range(0, 22)]
     right.plot(
-        [s / 1e9 for s in sizes], [6 * 4 * s / 1e9 for s in sizes], color="#1b6ca8", label="memory of a training, GB"
+        [s / 1e9 for s in sizes], [6 * 4 * s / 1e9 for s in sizes], color="#1b6ca8", label="memory of a training"
     )
     right.axhline(80, color="#1b6ca8", linestyle=":", label="memory of an H100")
-    right.plot(
-        [s / 1e9 for s in sizes], [66 * 4 * s / 1e9 for s in sizes], color="#c4631a", label="read by a merge of 64, GB"
-    )
+    right.plot([s / 1e9 for s in sizes], [66 * 4 * s / 1e9 for s in sizes], color="#c4631a", label="read by a merge")
     right.axhline(4000, color="#c4631a", linestyle=":", label="disk assumed")
     right.plot(
-        [s / 1e9 for s in sizes], [65 * 2 * 16 * s / 1e9 for s in sizes], color="#3d8b4f", label="checkpoints kept, GB"
+        [s / 1e9 for s in sizes], [65 * 2 * 16 * s / 1e9 for s in sizes], color="#3d8b4f", label="checkpoints kept"
     )
-    right.set(xscale="log", yscale="log", xlabel="billion parameters", title="What breaks, with 64 segments")
+    right.set(
+        xscale="log", yscale="log", xlabel="billion parameters", ylabel="GB", title="What breaks, with 64 segments"
+    )
     right.legend(fontsize=8)
     right.grid(alpha=0.3)
     figure.savefig(out, dpi=110)

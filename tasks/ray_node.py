@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -37,6 +38,7 @@ _SENT = (
     "HF_TOKEN",
 )
 _KEYS = _SENT[:3]
+_ANSWER_SECONDS = 20.0
 
 
 class SentEnvironment:
@@ -83,14 +85,21 @@ class Mailbox:
         return self._records.pop(ticket, [])
 
 
-def look_around(environment: SentEnvironment, key: str) -> str:
-    """Returns the version of DeMe of this node, once it has read the object ``key``.
+def look_around(environment: SentEnvironment, key: str, api_url: str) -> str:
+    """Returns the version of DeMe of this node, once it has read the object ``key`` and heard from Prefect.
 
     Raises:
         StoreUnavailableError: the node cannot use the object store.
         ArtifactNotFoundError: it has another store by the same URI, such as a folder of its own.
+        InputError: it cannot reach the Prefect server.
     """
     environment.apply()
+    try:
+        httpx.get(f"{api_url.rstrip('/')}/health", timeout=_ANSWER_SECONDS)
+    except httpx.HTTPError as error:
+        raise InputError(
+            f"No answer from {api_url} ({type(error).__name__}); set PREFECT_API_URL to a server that nodes can reach."
+        ) from None
     store = open_store(Settings().store_uri)
     check_access(store)
     store.get_bytes(key)

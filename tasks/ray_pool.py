@@ -7,11 +7,11 @@ prefect-ray, the extra ``ray``, are imported when the pool starts.
 
 import contextlib
 import os
+import socket
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from prefect.client.orchestration import get_client
@@ -30,7 +30,7 @@ from tasks.worker_pool import Report
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 90.0
 _PATIENCE_SECONDS = 15.0
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_CONNECT_SECONDS = 10.0
 
 
 def cluster_address(execution: ExecutionSpec) -> str:
@@ -71,38 +71,34 @@ class RayPool:
             from prefect_ray import RayTaskRunner
         except ImportError as error:
             raise InputError("execution.runner is ray, but Ray is not installed: pip install 'deme[ray]'.") from error
-        self._api_url = self._find_api()
+        self._check_address()
+        with get_client(sync_client=True) as client:
+            self._api_url = str(client.api_url)
         try:
             runner = RayTaskRunner(self._address, init_kwargs=self._init_options())
             self._stack.callback(ray.shutdown)
             self._runner = self._stack.enter_context(runner)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise InputError(
-                f"The Ray cluster {self._address} cannot be joined ({reason}); correct execution.ray_address or "
-                "RAY_ADDRESS."
-            ) from error
+            raise self._cannot_join(str(error).strip().partition("\n")[0]) from error
         check_access(self._store)
         self._look_at_nodes()
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
         # On the head, whose end is the cluster's end too; a cluster without a name for it is one of tests.
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, resources=self._head()).remote()
 
-    def _find_api(self) -> str:
-        """Returns the Prefect server that nodes tell how their tasks go.
+    def _check_address(self) -> None:
+        """Raises an InputError if nobody listens there: Ray would wait for minutes, and then end this process."""
+        address = self._address.removeprefix("ray://")
+        host, _, port = address.rpartition(":")
+        try:
+            if address not in ("local", "auto"):
+                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise self._cannot_join(str(error)) from error
 
-        Raises:
-            InputError: it is one that only this machine can reach, and the cluster is not here.
-        """
-        with get_client(sync_client=True) as client:
-            url = str(client.api_url)
-        elsewhere = self._address.startswith("ray://") and urlsplit(self._address).hostname not in _LOOPBACK
-        if elsewhere and urlsplit(url).hostname in _LOOPBACK:
-            raise InputError(
-                f"The nodes of {self._address} cannot reach the Prefect server {url} of this machine; set "
-                "PREFECT_API_URL to a server that they can."
-            )
-        return url
+    def _cannot_join(self, reason: str) -> InputError:
+        mend = "correct execution.ray_address or RAY_ADDRESS"
+        return InputError(f"The Ray cluster {self._address} cannot be joined ({reason}); {mend}.")
 
     def _init_options(self) -> dict[str, Any]:
         if self._address.startswith("ray://"):
@@ -129,7 +125,7 @@ class RayPool:
             nodes = {
                 f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": look.options(
                     num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(self._environment, key)
+                ).remote(self._environment, key, self._api_url)
                 for node in ray.nodes()
                 if node["Alive"]
             }
@@ -147,8 +143,8 @@ class RayPool:
             cause = getattr(error, "cause", None) or error
             reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
             raise InputError(
-                f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed and the "
-                f"object store {self._store.uri}."
+                f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed, and "
+                f"the object store {self._store.uri}."
             ) from error
         if found != version("deme"):
             raise InputError(f"Node {name} of the Ray cluster has DeMe {found}, this machine {version('deme')}.")
