@@ -3,6 +3,7 @@
 Imported on every node, so torch is not imported here, and Ray only once it runs.
 """
 
+import contextvars
 import os
 import socket
 from collections.abc import Callable, Mapping
@@ -133,6 +134,7 @@ def do_job(
         JobFailedError: the job failed.
     """
     environment.apply()
+    _log_in_context(get_run_logger())
     post({"started": _node_name()})
     try:
         return _pool(num_threads, needs_gpu).run(job, post)
@@ -143,8 +145,15 @@ def do_job(
             used.close()
 
 
-# Of this Ray worker, which serves one flow run: a process that has imported torch is kept for its next job.
+# Of this Ray worker, which serves one flow run and one job at a time: a process that has imported torch is kept.
 _pools: dict[int, WorkerPool] = {}
+_write_log: list[Callable[[str], None]] = []
+
+
+def _log_in_context(logger: Any) -> None:
+    """Sends what worker processes print to the present task run; another thread reads it, which knows no settings."""
+    context = contextvars.copy_context()
+    _write_log[:] = [lambda line: context.run(logger.info, "worker: %s", line)]
 
 
 def _pool(num_threads: int, needs_gpu: bool) -> WorkerPool:
@@ -153,5 +162,5 @@ def _pool(num_threads: int, needs_gpu: bool) -> WorkerPool:
         if needs_gpu and not gpus:
             raise InputError("Ray reserved a GPU on a node that shows none; check the node's drivers.")
         slot = Slot("cuda", ",".join(gpus), num_threads) if gpus else Slot("cpu", None, num_threads)
-        _pools[num_threads] = WorkerPool([slot], log=lambda line: get_run_logger().info("worker: %s", line))
+        _pools[num_threads] = WorkerPool([slot], log=lambda line: _write_log[0](line))
     return _pools[num_threads]
