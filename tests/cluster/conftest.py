@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,6 +126,15 @@ def prefect_server() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def two_cores() -> Iterator[None]:
+    """One thread for each of two local workers on any machine, as on the nodes: with two, last bits differ."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, set(sorted(cores)[:2]))
+    yield
+    os.sched_setaffinity(0, cores)
+
+
 @pytest.fixture
 def flow_machine(
     cluster: RayCluster, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -134,8 +144,4 @@ def flow_machine(
     monkeypatch.setenv("DEME_STORE_URI", f"s3://{s3_server.make_bucket(f'deme-{secrets.token_hex(4)}')}/store")
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    # A thread per worker process on any machine: a bit differs between one thread and two.
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, set(sorted(cores)[:_CPUS_PER_NODE]))
     yield s3_server
-    os.sched_setaffinity(0, cores)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import defaultdict
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -25,17 +25,18 @@ from flows.trainings import Trainings
 from tasks.jobs import JobResult
 from tasks.progress import Event, subscribe
 from tasks.stages import obtain_pretrained
-from tests.cluster.conftest import RayCluster
+from tests.cluster.conftest import RayCluster, two_cores
 from tests.e2e.conftest import TOY_RECIPE
 from tests.integration.conftest import S3Server
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(280)]
 
 _CHECKPOINT_EVERY = 20
+_NUM_STEPS = 6 * _CHECKPOINT_EVERY
 
 
-def _recipe(num_steps: int, **execution: Any) -> Recipe:
-    finetune = {"num_steps": num_steps, "batch_size": 4, "checkpoint_every": _CHECKPOINT_EVERY}
+def _recipe(**execution: Any) -> Recipe:
+    finetune = {"num_steps": _NUM_STEPS, "batch_size": 4, "checkpoint_every": _CHECKPOINT_EVERY}
     execution = {"device": "cpu", "num_workers": 2, **execution}
     return Recipe.model_validate(
         TOY_RECIPE
@@ -54,23 +55,31 @@ def train(recipe: Recipe) -> tuple[str, dict[str, JobResult]]:
         return str(flow_run.id), {"pretrained": pretrained} | {name: each.result() for name, each in futures.items()}
 
 
-def _weights(results: dict[str, JobResult]) -> dict[str, list[tuple[str, str]]]:
-    """Returns name and SHA-256 of every file of every model."""
-    artifacts = ArtifactStore(open_store(Settings().store_uri), Settings().cache_folder)
-    manifests = {name: artifacts.manifest(result.ref) for name, result in results.items()}
-    return {name: [(file.name, file.sha256) for file in each.files] for name, each in manifests.items()}
+@dataclass(frozen=True)
+class Trained:
+    """Digests and weights (SHA-256) of all models."""
+
+    digests: dict[str, str]
+    weights: dict[str, str]
+
+    @classmethod
+    def of(cls, results: dict[str, JobResult]) -> "Trained":
+        artifacts = ArtifactStore(open_store(Settings().store_uri), Settings().cache_folder)
+        files = {name: artifacts.manifest(result.ref).files for name, result in results.items()}
+        return cls(
+            {name: result.ref.digest for name, result in results.items()},
+            {name: f.sha256 for name, each in files.items() for f in each if f.name.endswith(".safetensors")},
+        )
 
 
-def _expected(
-    recipe: Recipe, bucket: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[dict[str, JobResult], dict[str, list[tuple[str, str]]]]:
-    """What the local runner makes of it, with a store of its own."""
-    with monkeypatch.context() as patch:
-        patch.setenv("DEME_HOME", str(tmp_path / "local"))
-        patch.setenv("DEME_STORE_URI", (tmp_path / "local" / "store").as_uri())
-        local = recipe.model_copy(update={"execution": recipe.execution.model_copy(update={"runner": "local"})})
-        _, results = train(local)
-        return results, _weights(results)
+@pytest.fixture(scope="module")
+def expected(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """What the local runner makes of the same recipe, with a store of its own."""
+    home = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch, two_cores():
+        patch.setenv("DEME_HOME", str(home))
+        patch.delenv("DEME_STORE_URI", raising=False)
+        return Trained.of(train(_recipe(runner="local"))[1])
 
 
 class Watcher:
@@ -95,22 +104,18 @@ def _training_nodes(watcher: Watcher) -> dict[str, list[str]]:
 
 
 def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_runner(
-    cluster: RayCluster, flow_machine: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained
 ) -> None:
     # As from a laptop outside of the cluster.
-    recipe = _recipe(_CHECKPOINT_EVERY, runner="ray", ray_address=cluster.client_address)
     watcher = Watcher()
     unsubscribe = subscribe(watcher)
-    _, results = train(recipe)
+    _, results = train(_recipe(runner="ray", ray_address=cluster.client_address))
     unsubscribe()
 
-    nodes = _training_nodes(watcher)
+    nodes = {task: each for task, each in watcher.nodes.items() if task.startswith("finetune")}
     assert len(nodes) == 5
     assert len({node for each in nodes.values() for node in each}) == 2
-    weights = _weights(results)
-    expected, expected_weights = _expected(recipe, flow_machine, tmp_path, monkeypatch)
-    assert {k: v.ref.digest for k, v in results.items()} == {k: v.ref.digest for k, v in expected.items()}
-    assert weights == expected_weights
+    assert Trained.of(results) == expected
     # Nobody without the keys may read them off the machine.
     assert not [p for p in psutil.process_iter(["cmdline"]) if flow_machine.secret_key in str(p.info["cmdline"])]
     logs = [path for path in cluster.logs.rglob("*") if path.is_file()]
@@ -119,9 +124,8 @@ def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_
 
 
 def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_other(
-    cluster: RayCluster, flow_machine: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained
 ) -> None:
-    recipe = _recipe(6 * _CHECKPOINT_EVERY, runner="ray", ray_address=cluster.address)
     killed: dict[str, int] = {}
 
     class Killer(Watcher):
@@ -138,7 +142,7 @@ def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_othe
 
     watcher = Killer()
     unsubscribe = subscribe(watcher)
-    flow_run_id, results = train(recipe)
+    flow_run_id, results = train(_recipe(runner="ray", ray_address=cluster.address))
     unsubscribe()
 
     (segment,) = killed
@@ -150,9 +154,8 @@ def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_othe
     steps = watcher.steps[segment]
     turn = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
     assert steps[turn] > watcher.resumed[segment]
-    assert steps[-1] == 6 * _CHECKPOINT_EVERY
-    weights = _weights(results)
-    assert weights == _expected(recipe, flow_machine, tmp_path, monkeypatch)[1]
+    assert steps[-1] == _NUM_STEPS
+    assert Trained.of(results) == expected
     assert _states(flow_run_id) <= {"Completed", "Crashed", "Failed"}
 
 
