@@ -174,8 +174,10 @@ def compare(count: int, width: int, num_steps: int) -> dict[str, tuple[float, fl
         stored = sum(found.size for found in store.list(""))
         store.calls["list"] -= 1
         models = Path(folder) / "store" / "pretrained"
-        config = next(models.rglob("unet/config.json")), next(models.rglob("scheduler_config.json"))
-        adapter = Unconditional(*(json.loads(path.read_text()) for path in config))
+        denoiser, scheduler = (
+            json.loads(next(models.rglob(name)).read_text()) for name in ("unet/config.json", "scheduler_config.json")
+        )
+        adapter = Unconditional(denoiser_config=denoiser, scheduler_config=scheduler)
         num_real, num_features = (measured.reference.metrics[name] for name in ("num_images", "num_features"))
     size = measure_denoiser(adapter, channel_projection=recipe.finetune.channel_projection)
     artifacts = measure_artifacts(recipe, size, num_real=num_real, num_features=num_features)
