@@ -1,4 +1,4 @@
-# make install | demo | down | test | test-faults | test-compose | test-cluster | lint | types | lock
+# make install | demo | down | test | test-faults | test-recipes | test-compose | test-cluster | lint | types | lock
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test test-faults test-compose test-cluster lint types check lock clean
+.PHONY: install demo down test test-faults test-recipes test-compose test-cluster lint types check lock clean
 
 install: $(VENV)/.installed
 
@@ -43,6 +43,10 @@ test: install
 # kill -9 of every service in the middle of a run; some ten minutes.
 test-faults: install
 	$(BIN)/python -m pytest tests/faults
+
+# The paper's six recipes on tiny stand-ins; some five minutes.
+test-recipes: install
+	$(BIN)/python -m pytest tests/recipes
 
 # docker-compose.yml on a real engine (needs root, and debootstrap where no registry can be reached); some ten minutes.
 test-compose: install

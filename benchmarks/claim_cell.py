@@ -66,9 +66,9 @@ def ablation_overrides(recipe: Recipe, name: str) -> tuple[str, ...]:
     return changed
 
 
-def run_cell(recipe: Recipe, merges: Sequence[str]) -> Cell:
+def run_cell(recipe: Recipe, merges: Sequence[str], **laboratory_settings: Any) -> Cell:
     """Does what a cell needs and the store does not have."""
-    laboratory = Laboratory(recipe)
+    laboratory = Laboratory(recipe, **laboratory_settings)
     rows, weights = _models(laboratory, merges)
     experts = laboratory.experts()
     scores = {row: laboratory.scores((model,)) for row, model in rows.items()}

@@ -3,7 +3,7 @@
 Everything is kept in the store of DEME_HOME, where the flow's artifacts are too: nothing is done twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from deme_core.artifacts import ArtifactRef
@@ -35,16 +35,20 @@ from tasks.weight_search import search_artifact
 class Laboratory:
     """The jobs of one recipe; what the store has is not done again.
 
+    Args:
+        device: where they are done.
+        before_job: called before each job; what it raises ends the work between two jobs.
+
     Attributes:
         recipe: what is done.
         pretrained: theta_0.
         edges: 0, inner edges, T of the segments.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, *, device: str = "cpu", before_job: Callable[[], None] = lambda: None) -> None:
         from tasks.work.base import JobContext
 
-        self.recipe, self.context = recipe, JobContext(Settings(), "cpu")
+        self.recipe, self.context, self._before_job = recipe, JobContext(Settings(), device), before_job
         source = recipe.pretrained
         if source.source == "pretrain":
             assert source.training is not None
@@ -64,6 +68,7 @@ class Laboratory:
         """Does a job, or takes its result from the store."""
         from tasks.work.base import execute
 
+        self._before_job()
         return execute(job, self.context, lambda _: None)
 
     def experts(self) -> tuple[ArtifactRef, ...]:

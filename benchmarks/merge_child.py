@@ -1,11 +1,12 @@
 """One merge, or the copying it is compared with, in a fresh process.
 
 Run by benchmarks.merge as ``python -m benchmarks.merge_child METHOD QUANTITY FOLDER WEIGHT…`` with a method from
-`METHODS` and a quantity from `QUANTITIES`; prints the number. Time and memory are measured in processes of their own,
-since sampling the memory slows a merge down. Only torch is imported before the idle memory is read: whatever else a
-merge needs counts as its own.
+`METHODS` and a quantity from `QUANTITIES`; prints the numbers. The method mergekit runs in an environment of its own.
+Time and memory are measured in processes of their own, since sampling the memory slows a merge down. Only torch is
+imported before the idle memory is read: whatever else a merge needs counts as its own.
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -58,30 +59,70 @@ def prepare_load_all(
     return merge
 
 
-def measure_seconds(prepare: Callable[[], Callable[[], None]]) -> float:
+def prepare_mergekit(
+    pretrained: Path, experts: Sequence[Path], weights: Sequence[float], out: Path
+) -> Callable[[], None]:
+    """Imports mergekit and returns what its command ``mergekit-pytorch`` does, in float32 as DeMe's merge."""
+    from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
+    from safetensors import safe_open
+
+    with safe_open(pretrained / WEIGHTS_PATH, "pt") as file:
+        stored = file.get_slice(next(iter(file.keys()))).get_dtype()
+    models = [
+        {"model": str(folder / WEIGHTS_PATH), "parameters": {"weight": weight}}
+        for folder, weight in zip(experts, weights, strict=True)
+    ]
+    config = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(pretrained / WEIGHTS_PATH),
+        "models": models,
+        "dtype": "float32",
+        "out_dtype": {"BF16": "bfloat16", "F32": "float32"}[stored],
+    }
+    recipe = out.parent / "mergekit.yaml"
+    recipe.write_text(json.dumps(config))  # Which is YAML too.
+    return lambda: mergekit_pytorch([str(recipe), str(out)], standalone_mode=False)
+
+
+def measure_both(prepare: Callable[[], Callable[[], None]]) -> tuple[float, int]:
+    """Returns seconds and peak of one merge: for models so large that sampling the memory costs nothing beside."""
+    idle = anonymous_bytes()
+    with PeakAnonymousMemory() as memory:
+        merge = prepare()
+        started = time.perf_counter()
+        merge()
+        seconds = time.perf_counter() - started
+    return seconds, memory.peak_bytes - idle
+
+
+def measure_seconds(prepare: Callable[[], Callable[[], None]]) -> tuple[float]:
     """Returns how long a merge takes once everything is imported."""
     merge = prepare()
     started = time.perf_counter()
     merge()
-    return time.perf_counter() - started
+    return (time.perf_counter() - started,)
 
 
-def measure_peak_bytes(prepare: Callable[[], Callable[[], None]]) -> int:
+def measure_peak_bytes(prepare: Callable[[], Callable[[], None]]) -> tuple[int]:
     """Returns the peak of anonymous memory, imports included, over what this process had before."""
     idle = anonymous_bytes()
     with PeakAnonymousMemory() as memory:
         prepare()()
-    return memory.peak_bytes - idle
+    return (memory.peak_bytes - idle,)
 
 
-METHODS = {"copy": prepare_copy, "deme": prepare_deme, "load_all": prepare_load_all}
-QUANTITIES = {"seconds": measure_seconds, "peak_bytes": measure_peak_bytes}
+METHODS = {"copy": prepare_copy, "deme": prepare_deme, "load_all": prepare_load_all, "mergekit": prepare_mergekit}
+QUANTITIES: dict[str, Callable[[Callable[[], Callable[[], None]]], tuple[float, ...]]] = {
+    "seconds": measure_seconds,
+    "peak_bytes": measure_peak_bytes,
+    "both": measure_both,
+}
 
 
 def main(method: str, quantity: str, folder: Path, weights: Sequence[float]) -> None:
     """Merges ``folder``/0 and its experts ``folder``/1, 2, … into ``folder``/out."""
     experts = [folder / str(index + 1) for index in range(len(weights))]
-    print(QUANTITIES[quantity](lambda: METHODS[method](folder / "0", experts, weights, folder / "out")))
+    print(*QUANTITIES[quantity](lambda: METHODS[method](folder / "0", experts, weights, folder / "out")))
 
 
 if __name__ == "__main__":

@@ -364,9 +364,8 @@ def _side_by_side(act: Callable[[T], R], items: Iterable[T]) -> list[R]:
 def _move(folder: Path, place: Path) -> None:
     """Moves a folder into the cache; where that cannot be, it stays, and a fetch downloads what it held."""
     with suppress(OSError):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                sync(path)
+        # Side by side, since one commit of the file system's journal then does for several.
+        _side_by_side(sync, [path for path in folder.rglob("*") if path.is_file()])
         place.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(place)
 

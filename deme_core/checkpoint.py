@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import torch
@@ -116,7 +117,12 @@ def check_same_tensors(
         )
 
 
-def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def write_tensors(
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Writes a safetensors file while holding one tensor at a time.
 
     safetensors' own ``save_file`` wants every tensor at once. The file appears under its name when it is whole.
@@ -125,11 +131,12 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
         path: the file to write.
         infos: shape and dtype of every tensor, in the order in which ``tensors`` yields them.
         tensors: names and values; values are cast to the announced dtype.
+        metadata: texts for the file's header.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with partial.open("wb") as file:
-            write_header(file, infos)
+            write_header(file, infos, metadata)
             for (name, tensor), (expected, info) in zip(tensors, infos.items(), strict=True):
                 assert name == expected, (name, expected)
                 assert tensor.shape == info.shape, (name, tensor.shape, info.shape)
@@ -139,9 +146,11 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
         partial.unlink(missing_ok=True)
 
 
-def write_header(file: BinaryIO, infos: Mapping[str, TensorInfo]) -> None:
+def write_header(
+    file: BinaryIO, infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Writes the beginning of a safetensors file, whose tensors follow in the order of ``infos``."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, info in infos.items():
         end = offset + info.num_bytes
@@ -164,8 +173,10 @@ def write_tensor(file: BinaryIO, tensor: torch.Tensor) -> None:
         file.write(data[start : start + _BYTES_PER_WRITE])
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Writes ``tensors`` as a safetensors file, sorted by name."""
+def save_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes ``tensors`` as a safetensors file, sorted by name; see `write_tensors`."""
     names = sorted(tensors)
     infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in names}
-    write_tensors(path, infos, ((name, tensors[name].detach()) for name in names))
+    write_tensors(path, infos, ((name, tensors[name].detach()) for name in names), metadata)

@@ -12,8 +12,8 @@ from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, Tra
 
 _FP32 = 4  # Bytes.
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# A backward pass takes two forward passes.
-_FORWARD_AND_BACKWARD = 3
+# A backward pass takes two forward passes; one where the weights are frozen, and only activations have gradients.
+_FORWARD_AND_BACKWARD, _FROZEN_FORWARD_AND_BACKWARD = 3, 2
 _ROWS = 4
 _SEARCHES = 2  # The merge weights, and the control's scale.
 
@@ -30,7 +30,8 @@ class CostEstimate:
         training_flops: of all copies and the control.
         search_flops: of both searches, with the whole budget of candidates.
         evaluation_flops: of the images of all rows and seeds.
-        memory_bytes: of one training: weights, gradients, moments, moving average and frozen model.
+        memory_bytes: of one training: weights, gradients, moments, moving average and frozen model; with LoRA, the
+            control's, whose adapter is the largest.
         checkpoint_bytes: of one training while it runs.
         model_bytes: of all models: pretrained, copies, control, scaled control and merged.
         feature_bytes: of generated images.
@@ -56,7 +57,7 @@ class CostEstimate:
 
         Args:
             training_rate: operations per second in the recipe's precision of training.
-            image_rate: operations per second in float32, in which images are generated.
+            image_rate: operations per second in the precision in which images are generated.
         """
         return self.training_flops / training_rate + (self.search_flops + self.evaluation_flops) / image_rate
 
@@ -75,14 +76,16 @@ def estimate_cost(
     """
     num_segments, finetune, evaluate = recipe.segments.num_segments, recipe.finetune, recipe.evaluate
     trained, stock = _FP32 * size.num_trained, _FP32 * size.num_parameters
+    # The control's adapter has the summed rank of all.
+    control = trained * (num_segments if finetune.lora else 1)
     rows = _ROWS + (recipe.distill is not None)
     return CostEstimate(
         training_flops=_training_flops(recipe, size),
         search_flops=_search_flops(recipe.merge.search, num_segments, evaluate, size),
         evaluation_flops=rows * len(evaluate.seeds) * evaluate.num_images * _image_flops(evaluate, size),
-        memory_bytes=_training_memory(finetune, trained, stock),
-        checkpoint_bytes=2 * trained + _moment_bytes(finetune, trained),
-        model_bytes=(num_segments + 1) * trained + (rows - 1) * (stock + frozen_bytes),
+        memory_bytes=_training_memory(finetune, control, stock),
+        checkpoint_bytes=2 * control + _moment_bytes(finetune, control),
+        model_bytes=num_segments * trained + control + (rows - 1) * (stock + frozen_bytes),
         feature_bytes=rows * len(evaluate.seeds) * evaluate.num_images * num_features * _FP32,
         encoding_bytes=_encoding_bytes(recipe, size, num_images),
     )
@@ -101,7 +104,9 @@ def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
 
 
 def _step_flops(training: TrainingSpec, size: DenoiserSize, *, has_teacher: bool) -> float:
-    passes = _FORWARD_AND_BACKWARD + training.gradient_checkpointing
+    is_frozen = isinstance(training, FinetuneSpec) and training.lora is not None
+    passes = _FROZEN_FORWARD_AND_BACKWARD if is_frozen else _FORWARD_AND_BACKWARD
+    passes += training.gradient_checkpointing
     each = passes * size.trained_forward_flops + has_teacher * size.forward_flops
     images = training.batch_size * training.gradient_accumulation_steps * training.num_processes
     return images * float(each)
@@ -120,6 +125,8 @@ def _image_flops(evaluate: EvaluateSpec, size: DenoiserSize) -> float:
 
 
 def _training_memory(finetune: FinetuneSpec, trained: int, stock: int) -> int:
+    if finetune.lora:  # The one model is trained and, its adapter switched off, the frozen one.
+        return stock + 3 * trained + _moment_bytes(finetune, trained)
     frozen = stock if finetune.consistency_weight > 0 else 0
     return 3 * trained + _moment_bytes(finetune, trained) + frozen
 

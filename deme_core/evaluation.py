@@ -64,7 +64,7 @@ class FeatureSource:
             "num_inference_steps": self.sampling.num_inference_steps,
             "eta": self.sampling.eta,
             "scheduler": spell_infinities(config),
-            "dtype": "float32",
+            "dtype": self.sampling.dtype,
             "shape": list(self.adapter.image_shape),
             "extractor": self.extractor.digest,
             **({"guidance_scale": self.sampling.guidance_scale} if self.sampling.guidance_scale != 1.0 else {}),

@@ -1,6 +1,7 @@
 """Generation: images from initial noise that depends on (seed, image index) and on nothing else."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,10 +12,11 @@ from deme_core.errors import InputError, NonFiniteImagesError
 from deme_core.families import Adapter
 from deme_core.guidance import image_guidance
 from deme_core.prompts import Prompts
-from deme_core.recipe import Sampler
+from deme_core.recipe import Precision, Sampler
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 
+_AUTOCAST: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCHEDULERS: dict[Sampler, str] = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -66,6 +68,7 @@ class Sampling:
         timestep_spacing: None keeps the scheduler config's.
         guidance_scale: of classifier-free guidance; 1 is none.
         batch_size: images per batch; changes the speed only.
+        precision: autocast type of the denoiser; all else, as the scheduler's steps, is float32.
     """
 
     sampler: Sampler = "ddim"
@@ -74,6 +77,7 @@ class Sampling:
     timestep_spacing: str | None = None
     guidance_scale: float = 1.0
     batch_size: int = 64
+    precision: Precision = "fp32"
 
     def build_scheduler(self, adapter: Adapter) -> Any:
         """Returns the diffusers scheduler, its timesteps set.
@@ -93,7 +97,7 @@ class Sampling:
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
         scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)
-        scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings())
+        scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings(self.num_inference_steps))
         return scheduler
 
     def step_settings(self, generators: list[torch.Generator]) -> dict[str, Any]:
@@ -105,6 +109,17 @@ class Sampling:
                 return {"generator": generators}
             case "flow_match_euler":
                 return {}
+
+    @property
+    def dtype(self) -> str:
+        """What the denoiser computes in, as the conditions of a score name it."""
+        return str(_AUTOCAST[self.precision]).removeprefix("torch.")
+
+    def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
+        """Returns what the denoiser predicts under."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(torch.device(device).type, dtype=_AUTOCAST[self.precision])
 
 
 def initial_noise(
@@ -155,7 +170,8 @@ def generate(
         for timestep in scheduler.timesteps.tolist():
             model = denoiser.model_at(adapter.noise_process.training_timestep(timestep))
             timesteps = torch.full((len(latents),), timestep, device=device)
-            prediction = guidance.predict(adapter, model, latents, timesteps)
+            with sampling.autocast(device):
+                prediction = guidance.predict(adapter, model, latents, timesteps)
             finite &= _are_finite(prediction)  # A scheduler that clips would hide it.
             step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
             latents = step.prev_sample

@@ -27,12 +27,12 @@ class Guidance:
     scale: float = 1.0
 
     def predict(self, adapter: Adapter, model: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """Returns the guided prediction for noisy latents (B, C, H, W); see `Adapter.predict`."""
+        """Returns the guided prediction for noisy latents (B, C, H, W), float32; see `Adapter.predict`."""
         if self.unconditional is None:
-            return adapter.predict(model, noisy, timesteps, self.conditioning)
+            return adapter.predict(model, noisy, timesteps, self.conditioning).float()
         both = {name: torch.cat([self.unconditional[name], tensor]) for name, tensor in self.conditioning.items()}
         predictions = adapter.predict(model, torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), both)
-        unconditional, conditional = predictions.chunk(2)
+        unconditional, conditional = predictions.float().chunk(2)  # What guidance multiplies would be coarse in bf16.
         return unconditional + self.scale * (conditional - unconditional)
 
 

@@ -5,14 +5,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from deme_core.checkpoint import Checkpoint
-from deme_core.merge import check_experts, merged_tensors, one_thread
+from deme_core.lora.expert import LoraExpert
+from deme_core.merge import Expert, changes, check_experts, merged_tensors, one_thread
 from deme_core.merge_methods import TensorMerge
 from deme_core.model_folder import tensor_infos
 
 
 class LiveMerge:
     """Holds theta_0 and the experts in memory and rewrites ``model`` for each candidate; nothing touches the disk.
+
+    Of LoRA experts it holds the factors alone, and of theta_0 what they change, beside the model.
 
     Args:
         model: the pretrained model; it is changed by ``apply``.
@@ -22,14 +24,20 @@ class LiveMerge:
         IncompatibleCheckpointsError: the experts do not match the model.
     """
 
-    def __init__(self, model: nn.Module, experts: Sequence[Checkpoint | Mapping[str, torch.Tensor]]) -> None:
+    def __init__(self, model: nn.Module, experts: Sequence[Expert]) -> None:
         self.model = model
         device = next(model.parameters()).device
-        self._pretrained = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        self._experts = [{name: expert[name].to(device) for name in expert} for expert in experts]
+        self._pretrained = {
+            name: tensor.detach().clone() if any(changes(expert, name) for expert in experts) else tensor.detach()
+            for name, tensor in model.state_dict().items()
+        }
+        self._experts = [_held(expert, self._pretrained, device) for expert in experts]
         check_experts(
             tensor_infos(self._pretrained),
-            {f"expert {index}": tensor_infos(expert) for index, expert in enumerate(self._experts)},
+            {
+                f"expert {index}": expert.infos if isinstance(expert, LoraExpert) else tensor_infos(expert)
+                for index, expert in enumerate(self._experts)
+            },
         )
 
     @property
@@ -45,4 +53,14 @@ class LiveMerge:
         # long as the arithmetic, which torch's operations on whole lists of tensors would not shorten.
         with one_thread():
             for name, tensor in merged_tensors(self._pretrained, self._experts, method):
-                state[name].copy_(tensor)
+                if tensor.data_ptr() != state[name].data_ptr():  # What no expert changes is the model's own.
+                    state[name].copy_(tensor)
+
+
+def _held(
+    expert: Expert, pretrained: Mapping[str, torch.Tensor], device: torch.device
+) -> LoraExpert | dict[str, torch.Tensor]:
+    """Returns an expert as it is kept on ``device``."""
+    if isinstance(expert, LoraExpert):
+        return expert.on(pretrained)
+    return {name: expert[name].to(device) for name in expert}

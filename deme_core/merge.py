@@ -7,8 +7,12 @@ from pathlib import Path
 import torch
 
 from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, write_tensors
+from deme_core.lora.expert import LoraExpert
 from deme_core.merge_methods import TensorMerge
 from deme_core.projection import fold_into, is_projection, projection_key
+
+# Theta_i, whichever way it is kept.
+Expert = Mapping[str, torch.Tensor] | Checkpoint | LoraExpert
 
 
 @contextmanager
@@ -28,15 +32,18 @@ def one_thread() -> Iterator[None]:
 
 def merged_tensors(
     pretrained: Mapping[str, torch.Tensor] | Checkpoint,
-    experts: Sequence[Mapping[str, torch.Tensor] | Checkpoint],
+    experts: Sequence[Expert],
     method: TensorMerge,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the merged stock tensors, float32, one at a time, with merged projections folded in.
 
     Projections are merged as parameters of their own, with the identity as their pretrained value, and folded
-    afterwards, as the paper merges them.
+    afterwards, as the paper merges them. What no LoRA changes is theta_0 bit for bit.
     """
     for key in pretrained:
+        if experts and not any(changes(expert, key) for expert in experts):
+            yield key, pretrained[key]
+            continue
         merged = _merge_one(method, key, pretrained[key], [expert[key] for expert in experts])
         projection = projection_key(key)
         if experts and projection in experts[0]:
@@ -44,6 +51,11 @@ def merged_tensors(
             identity = torch.eye(len(projections[0]), device=projections[0].device)
             merged = fold_into(merged, _merge_one(method, projection, identity, projections))
         yield key, merged
+
+
+def changes(expert: Expert, key: str) -> bool:
+    """Whether an expert may differ from theta_0 in the tensor ``key``; a LoRA does in those of its layers alone."""
+    return not isinstance(expert, LoraExpert) or expert.changes(key)
 
 
 @one_thread()
@@ -76,7 +88,7 @@ def _projects(key: str, info: TensorInfo, pretrained: Mapping[str, TensorInfo]) 
 
 
 def merge_checkpoints(
-    pretrained: Checkpoint, experts: Mapping[str, Checkpoint], method: TensorMerge, path: Path
+    pretrained: Checkpoint, experts: Mapping[str, Checkpoint | LoraExpert], method: TensorMerge, path: Path
 ) -> None:
     """Writes the merge of ``experts`` as a safetensors file with the pretrained model's names and dtypes.
 

@@ -3,7 +3,7 @@
 Both layouts of the hub are read: ``unet/`` or ``transformer/`` and ``scheduler/`` beside ``model_index.json``, and, for
 models on pixels, everything in one folder. What is written is always the first and loads in stock diffusers; the frozen
 parts of a pipeline are copied byte for byte. Only a finetuned copy of such a pipeline is written without them, with the
-digest of the pretrained artifact that holds them.
+digest of the pretrained artifact that holds them; and of a copy that is a LoRA, the adapter alone.
 """
 
 import json
@@ -18,6 +18,9 @@ from torch import nn
 from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, save_tensors
 from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
 from deme_core.families import Adapter
+from deme_core.lora.expert import LoraExpert
+from deme_core.lora.factors import LORA_NAME, LoraFactors, read_factors, write_factors
+from deme_core.model_digest import tensors_digest
 from deme_core.model_json import INDEX_NAME, read_json
 from deme_core.needed_files import needed_files
 from deme_core.pipeline_index import COPY_NAME, PipelineIndex, read_index
@@ -36,7 +39,7 @@ class ModelFolder:
     Attributes:
         path: the folder as it was given.
         index: pipeline, family and frozen parts.
-        weights: the safetensors files, or the one pickled file.
+        weights: the safetensors files, or the one pickled file; of a LoRA, the adapter.
         denoiser_config: config.json of the denoiser.
         scheduler_config: scheduler_config.json.
         frozen: folder that holds the frozen parts; None if it is not known, as for a finetuned copy by itself.
@@ -57,6 +60,25 @@ class ModelFolder:
     def checkpoint(self) -> Checkpoint:
         """Opens the weights as they are stored."""
         return Checkpoint(*self.weights)
+
+    def expert(self, base: "ModelFolder") -> Checkpoint | LoraExpert:
+        """Opens a finetuned copy of ``base``: its weights, or what its LoRA adapter makes of those of ``base``.
+
+        Raises:
+            ModelFolderError: the adapter was trained on other pretrained weights.
+        """
+        if self.index.lora_base is None:
+            return self.checkpoint()
+        if (found := weights_digest(base)) != self.index.lora_base:
+            raise ModelFolderError(
+                f"{self.path} is a LoRA of the pretrained weights {self.index.lora_base[:12]}, not of {base.path}, "
+                f"whose digest is {found[:12]}; give the model that it was trained on."
+            )
+        return LoraExpert(base.checkpoint(), self.lora_factors())
+
+    def lora_factors(self) -> dict[str, LoraFactors]:
+        """Returns the adapter of a copy that is a LoRA, by layer."""
+        return read_factors(self.weights[0], part=self.index.family.denoiser_part)
 
     def adapter(self, device: torch.device | str = "cpu") -> Adapter:
         """Returns all that DeMe knows of the model besides its denoiser's weights."""
@@ -105,7 +127,7 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
     return ModelFolder(
         path=path,
         index=index,
-        weights=_find_weights(denoiser, allow_pickle=allow_pickle),
+        weights=(path / LORA_NAME,) if index.lora_base else _find_weights(denoiser, allow_pickle=allow_pickle),
         denoiser_config=config,
         scheduler_config=read_json(scheduler / "scheduler_config.json"),
         frozen=frozen if index.pretrained else path,
@@ -141,7 +163,15 @@ def _pickled(file: Path) -> ModelFolderError:
 
 
 def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
-    """Returns the stored tensors under the names that diffusers uses today."""
+    """Returns the stored tensors under the names that diffusers uses today; of a LoRA, those of the model it makes.
+
+    Raises:
+        ModelFolderError: the file is damaged; or it is a LoRA, and the pretrained model is another or not at hand.
+    """
+    if folder.index.lora_base is not None:
+        if folder.frozen is None:
+            raise ModelFolderError(f"{folder.path} holds a LoRA adapter alone; give a whole {folder.index.pipeline}.")
+        return folder.expert(open_model_folder(folder.frozen)).tensors()
     if folder.weights[0].suffix == ".bin":
         try:
             tensors = torch.load(folder.weights[0], map_location="cpu", weights_only=True)
@@ -152,6 +182,20 @@ def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
     else:
         tensors = folder.checkpoint().tensors()
     return {_current_name(name): tensor for name, tensor in tensors.items()}
+
+
+def weights_digest(folder: ModelFolder) -> str:
+    """Returns the digest of the denoiser's weights in float32, whatever their names and dtypes in the file.
+
+    It is computed once per process and files, since every candidate of a search may ask.
+    """
+    stats = tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in folder.weights)
+    if stats not in _DIGESTS:
+        _DIGESTS[stats] = tensors_digest({name: tensor.float() for name, tensor in load_tensors(folder).items()})
+    return _DIGESTS[stats]
+
+
+_DIGESTS: dict[tuple[tuple[Path, int, int], ...], str] = {}
 
 
 def _current_name(name: str) -> str:
@@ -284,10 +328,28 @@ def write_like(
     return path / part / WEIGHTS_NAME
 
 
+def write_lora_copy(path: Path, model: ModelFolder, factors: dict[str, LoraFactors], *, copy_of: str) -> None:
+    """Writes a finetuned copy that is a LoRA: the adapter, and which model it belongs to.
+
+    Args:
+        path: the folder, made if need be.
+        model: the pretrained model.
+        factors: the adapter by layer.
+        copy_of: digest of the pretrained artifact.
+    """
+    part, base = model.index.family.denoiser_part, weights_digest(model)
+    _write_json(path / part / "config.json", model.denoiser_config)
+    _write_json(path / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    pipeline = model.index.pipeline or model.index.family.pipelines[0]
+    _write_json(path / COPY_NAME, {"pipeline": pipeline, "pretrained": copy_of, "lora_base": base})
+    write_factors(path / LORA_NAME, factors, part=part, base_digest=base)
+
+
 def _copy_file(source: Path, destination: Path) -> None:
     destination.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, destination)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -21,12 +21,14 @@ class PipelineIndex:
         pipeline: class of the pipeline; None for a model on pixels, which the pipeline of any sampler loads.
         frozen_parts: subfolders besides denoiser and scheduler.
         pretrained: for a finetuned copy, which has no frozen parts, digest of the artifact that holds them.
+        lora_base: for a copy that is a LoRA adapter, digest of the pretrained weights.
     """
 
     family: type[Adapter]
     pipeline: str | None = None
     frozen_parts: tuple[str, ...] = ()
     pretrained: str | None = None
+    lora_base: str | None = None
 
 
 def read_index(path: Path) -> PipelineIndex:
@@ -38,7 +40,8 @@ def read_index(path: Path) -> PipelineIndex:
     if (path / COPY_NAME).is_file():
         copy = read_json(path / COPY_NAME)
         pipeline = copy.get("pipeline")
-        return PipelineIndex(_known(path / COPY_NAME, pipeline), pipeline, (), str(copy.get("pretrained")))
+        family = _known(path / COPY_NAME, pipeline)
+        return PipelineIndex(family, pipeline, (), str(copy.get("pretrained")), copy.get("lora_base"))
     index = read_json(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else {}
     named = tuple(sorted(name for name, part in index.items() if isinstance(part, list) and part and part[0]))
     pipeline = index.get("_class_name")

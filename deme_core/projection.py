@@ -18,6 +18,8 @@ _PROJECTED_LAYERS: Mapping[str, tuple[str, ...]] = {
     "Downsample2D": ("conv",),
     "Upsample2D": ("conv", "Conv2d_0"),
     "Attention": ("to_out.0", "to_add_out"),
+    "FluxAttention": ("to_out.0", "to_add_out"),
+    "FluxSingleTransformerBlock": ("proj_out",),
     "FeedForward": ("net.2",),
     "Transformer2DModel": ("proj_out",),
 }

@@ -15,8 +15,9 @@ from deme_core.store import open_store
 # Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
 _PROMPT_COLUMNS = ("prompt", "caption")
 _MEND = "set evaluate.prompts to a text file with one prompt per line, or a .tsv or .csv file with a header"
-# Not a file: prompts made of the names of ImageNet's classes.
-IMAGENET_1K = "imagenet1k"
+# Not files: prompts made of the names of classes.
+IMAGENET_1K, CIFAR_10 = "imagenet1k", "cifar10"
+_CIFAR_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
     Args:
         path_or_uri: path or object-store URI; ``.tsv`` and ``.csv`` files are tables, all others plain text, of which
             empty lines are left out. A quotation mark in a TSV stands for itself, as PartiPrompts has it. Or
-            ``imagenet1k``, for "a photo of a …" with each of ImageNet's 1,000 classes, in their usual order.
+            ``imagenet1k`` or ``cifar10``, for "a photo of a …" with each of ImageNet's 1,000 classes, or of CIFAR-10's
+            ten, in their usual order.
         cache: what a URI names is fetched into this folder, once for each version of it.
 
     Returns:
@@ -55,6 +57,8 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
     """
     if path_or_uri == IMAGENET_1K:
         return _prompts(_imagenet_prompts(), {})
+    if path_or_uri == CIFAR_10:
+        return _prompts(tuple(f"a photo of a {name}" for name in _CIFAR_10), {})
     path = _fetched(path_or_uri, cache) if "://" in path_or_uri else Path(path_or_uri).expanduser()
     try:
         text = path.read_bytes().decode("utf-8-sig")

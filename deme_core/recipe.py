@@ -83,6 +83,28 @@ class TrainingSpec(_Spec):
         return self
 
 
+class LoraSpec(_Spec):
+    """A LoRA adapter (arXiv 2106.09685): the weight of a layer becomes W + alpha / rank * B A; B and A learn."""
+
+    rank: int = Field(16, ge=1, description="Rows of A, and columns of B; the control has N times as many.")
+    alpha: float | None = Field(None, gt=0, description="Scale of the product, times the rank; default the rank.")
+    target_modules: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Layers that get an adapter, by how their names end; default all projections of attention.",
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    def times(self, factor: int) -> "LoraSpec":
+        """Returns an adapter of ``factor`` times the rank, and the same scale."""
+        alpha = None if self.alpha is None else self.alpha * factor
+        return self.model_copy(update={"rank": self.rank * factor, "alpha": alpha})
+
+
 class FinetuneSpec(TrainingSpec):
     """How the copies, and the control, are finetuned (METHOD section 1)."""
 
@@ -94,7 +116,26 @@ class FinetuneSpec(TrainingSpec):
         description="Draw the range for each sample, or once per batch with mirrored pairs as the paper's code does.",
     )
     consistency_weight: float = Field(1.0, ge=0, description="Weight of the consistency loss (lambda).")
-    channel_projection: bool = Field(True, description="Train channel-wise projections and fold them after merging.")
+    channel_projection: bool = Field(
+        True, description="Train channel-wise projections and fold them after merging; false with lora."
+    )
+    lora: LoraSpec | None = Field(
+        None,
+        exclude_if=lambda lora: lora is None,
+        description="Train a LoRA adapter on the frozen model instead of a whole copy, and merge adapters.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_projection_with_lora(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or given.get("lora") is None:
+            return given
+        if given.get("channel_projection"):
+            raise ValueError(
+                "finetune.lora and channel_projection exclude each other: a projection that is folded changes a weight "
+                "by a matrix of full rank, which no adapter holds; leave channel_projection out"
+            )
+        return given | {"channel_projection": False}
 
 
 class DistillSpec(TrainingSpec):
@@ -113,14 +154,21 @@ class PretrainedSpec(_Spec):
     noise_scheduler: dict[str, Any] = Field(
         default_factory=dict, description="DDPMScheduler config, for source 'pretrain'."
     )
+    text_encoder: dict[str, Any] | None = Field(
+        None,
+        description="T5 config, for source 'pretrain' of a model that takes text: unet is then that of a "
+        "UNet2DConditionModel, and the encoder, whose random weights stay, knows the words of the captions.",
+    )
     training: TrainingSpec | None = Field(None, description="How to pretrain, for source 'pretrain'.")
 
     @model_validator(mode="after")
     def _training_belongs_to_pretrain(self) -> Self:
         if self.source == "pretrain" and self.training is None:
             raise ValueError("source 'pretrain' needs pretrained.training (at least num_steps)")
-        if self.source != "pretrain" and (self.training or self.unet or self.noise_scheduler):
-            raise ValueError("training, unet and noise_scheduler apply to source 'pretrain' only")
+        if self.source != "pretrain" and (
+            self.training or self.unet or self.noise_scheduler or self.text_encoder is not None
+        ):
+            raise ValueError("training, unet, noise_scheduler and text_encoder apply to source 'pretrain' only")
         return self
 
 
@@ -346,6 +394,12 @@ class EvaluateSpec(_Spec):
         exclude_if=lambda scale: bool(scale == 1.0),
         description="Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is none.",
     )
+    mixed_precision: Precision = Field(
+        "fp32",
+        exclude_if=lambda precision: bool(precision == "fp32"),
+        description="Autocast type of the denoiser while it samples, a condition of all scores; the autoencoder and "
+        "held-out losses stay fp32.",
+    )
     batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
         "inception", description="Feature extractor; distances are named after it."
@@ -369,7 +423,7 @@ class EvaluateSpec(_Spec):
         None,
         exclude_if=lambda prompts: prompts is None,
         description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
-        "caption; or imagenet1k, a photo of each of its classes. Image i belongs to prompt i modulo their number.",
+        "caption; or imagenet1k or cifar10, a photo of each class. Image i belongs to prompt i modulo their number.",
     )
     clip_weights: str | None = Field(
         None,
@@ -489,6 +543,13 @@ class Recipe(_Spec):
         num_segments = self.segments.num_segments
         if self.merge.weights is not None and len(self.merge.weights) != num_segments:
             raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
+        if self.pretrained.source == "pretrain" and self.segments.edges is not None:
+            # Of a model from elsewhere this is known once it is there; of this one it would be after its training.
+            num_timesteps = self.pretrained.noise_scheduler.get("num_train_timesteps", 1000)
+            if self.segments.edges[-1] != num_timesteps:
+                raise ValueError(
+                    f"segments.edges {list(self.segments.edges)} must end at {num_timesteps}, the number of timesteps"
+                )
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
         if self.merge.search and not self.merge.search.reaches_every_weight(num_segments):

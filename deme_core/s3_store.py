@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # Measured in benchmarks/store.py: boto3's own download_file is half as fast, and pieces of a megabyte, which make the
 # kernel look for huge pages, a third.
 _PART_BYTES, _PIECE_BYTES, _NUM_PARTS_AT_ONCE = 16 << 20, 256 << 10, 8
-_BODY_ATTEMPTS = 5
+_LARGE_BYTES = 8 << 20
+_FRUITLESS_ATTEMPTS = 5
 
 
 class S3Store:
@@ -52,7 +53,11 @@ class S3Store:
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file, in parts if it is large: memory stays bounded."""
         with self._errors():
-            self._client.upload_file(str(path), self._bucket, self._name(key))
+            if path.stat().st_size >= _LARGE_BYTES:
+                self._client.upload_file(str(path), self._bucket, self._name(key))
+                return
+            with path.open("rb") as file:  # upload_file starts threads of its own, which takes longer than the upload.
+                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=file)
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Upload bytes in one request."""
@@ -107,7 +112,8 @@ class S3Store:
         """Write the bytes [low, high) of an object into a file; where a body ends early, go on from there."""
         with path.open("r+b") as file:
             file.seek(low)
-            for attempt in range(_BODY_ATTEMPTS):
+            reached, failures = low, 0
+            while True:
                 if body is None:
                     bounds = f"bytes={file.tell()}-{high - 1}"
                     answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=bounds, IfMatch=version)
@@ -120,9 +126,10 @@ class S3Store:
                             file.write(piece)
                     return
                 except BotoCoreError:
-                    if attempt + 1 == _BODY_ATTEMPTS or file.tell() >= high:
+                    failures = 0 if file.tell() > reached else failures + 1
+                    if failures == _FRUITLESS_ATTEMPTS or file.tell() >= high:
                         raise
-                    body = None
+                    reached, body = file.tell(), None
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

@@ -20,6 +20,7 @@ from torch import nn
 from deme_core.data_parallel import current_share
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
 from deme_core.families import Adapter, EncodedBatch
+from deme_core.lora import LoraTeacher, is_lora
 from deme_core.objectives import consistency_loss, diffusion_loss
 from deme_core.optimizer import build_optimizer
 from deme_core.recipe import TrainingSpec
@@ -125,7 +126,7 @@ class Training:
     """A training run: build it, optionally ``restore`` a checkpoint, iterate ``progress``, take ``averaged``.
 
     Args:
-        model: the model to train, on the CPU or already on ``device``; it is changed.
+        model: the model to train, on the CPU or already on ``device``; it is changed, but for what asks no gradient.
         adapter: says how the model is noised and called, and what its target is.
         batches: from the number of the first batch, an endless stream of what the denoiser is trained on.
         spec: optimizer, precision, EMA and the like.
@@ -143,7 +144,7 @@ class Training:
         *,
         spec: TrainingSpec,
         plan: TrainingPlan,
-        teacher: Teacher | None = None,
+        teacher: Teacher | LoraTeacher | None = None,
         device: torch.device | str = "cpu",
         record_every: int = 10,
     ) -> None:
@@ -165,7 +166,9 @@ class Training:
             cast(Any, model).enable_gradient_checkpointing()  # diffusers' own, which torch does not declare.
         for trained_or_frozen in (model, *(self.teacher.models if self.teacher is not None else ())):
             _arrange(trained_or_frozen, spec)
-        optimizer = build_optimizer(model.to(self.device).train().parameters(), spec)
+        model.to(self.device).train()
+        self.trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        optimizer = build_optimizer(self.trained.values(), spec)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.lr_scheduler = get_scheduler(
             spec.lr_scheduler,
@@ -174,7 +177,7 @@ class Training:
             num_training_steps=plan.num_steps,
         )
         self.ema = _MovingAverage(
-            model.parameters(),
+            self.trained.values(),
             decay=spec.ema_decay,
             use_ema_warmup=True,
             inv_gamma=spec.ema_inv_gamma,
@@ -226,14 +229,14 @@ class Training:
                 diffusion, consistency = self._losses(number, batch.to(self.device))
                 self.accelerator.backward(self._weighted(diffusion, consistency))
                 if self.accelerator.sync_gradients:
-                    grad_norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.spec.max_grad_norm)
+                    grad_norm = self.accelerator.clip_grad_norm_(self.trained.values(), self.spec.max_grad_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
             sums.num_images += len(batch) * self.share.num_processes
         sums.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
-        self.ema.step(self.model.parameters())
+        self.ema.step(self.trained.values())
         return torch.cat([losses, grad_norm[None]])
 
     def _losses(self, number: int, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,11 +283,14 @@ class Training:
             gpu_memory_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else 0.0,
         )
 
-    def averaged_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the EMA of every parameter, and the buffers, by name: what is merged."""
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Returns parameters and buffers by name; of a model with a LoRA without what is frozen, its base."""
         model = self.accelerator.unwrap_model(self.model)
-        tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-        names = [name for name, _ in model.named_parameters()]
-        return tensors | {
-            name: shadow.detach().clone() for name, shadow in zip(names, self.ema.shadow_params, strict=True)
-        }
+        has_lora = any(is_lora(name) for name in self.trained)
+        base = {name for name, _ in model.named_parameters() if has_lora and name not in self.trained}
+        return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in base}
+
+    def averaged_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns `tensors`, the EMA in the place of what is trained: what is merged."""
+        averages = dict(zip(self.trained, self.ema.shadow_params, strict=True))
+        return {name: averages.get(name, tensor).detach().clone() for name, tensor in self.tensors().items()}

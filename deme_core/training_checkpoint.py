@@ -13,10 +13,9 @@ _STATE_NAME, _TENSORS_NAME = "state.json", "tensors.safetensors"
 
 
 def save_checkpoint(training: Training, folder: Path) -> None:
-    """Writes model, EMA, optimizer, learning-rate schedule, gradient scaler and step number into ``folder``."""
-    model = training.accelerator.unwrap_model(training.model)
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    names = [name for name, _ in model.named_parameters()]
+    """Writes what is trained, EMA, optimizer, learning-rate schedule, gradient scaler and step into ``folder``."""
+    tensors = {f"model.{name}": tensor for name, tensor in training.tensors().items()}
+    names = list(training.trained)
     for name, shadow in zip(names, training.ema.shadow_params, strict=True):
         tensors[f"ema.{name}"] = shadow
     for index, moments in training.optimizer.state_dict()["state"].items():
@@ -39,10 +38,9 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
     """Puts ``training``, built with the same settings, into the state that ``save_checkpoint`` wrote."""
     state = json.loads((folder / _STATE_NAME).read_text())
     checkpoint = Checkpoint(folder / _TENSORS_NAME)
-    model = training.accelerator.unwrap_model(training.model)
-    model.load_state_dict({name: checkpoint[f"model.{name}"] for name in model.state_dict()})
-    parameters = dict(model.named_parameters())
-    names = list(parameters)
+    for name, tensor in training.tensors().items():
+        tensor.copy_(checkpoint[f"model.{name}"])
+    names = list(training.trained)
     for name, shadow in zip(names, training.ema.shadow_params, strict=True):
         shadow.copy_(checkpoint[f"ema.{name}"])
     training.ema.optimization_step = state["ema_step"]
@@ -50,7 +48,7 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
     moments = sorted({key.split(".")[1] for key in checkpoint if key.startswith("optimizer.")})
     optimizer_state["state"] = {
         index: {
-            moment: _restored(checkpoint[key], parameters[name])
+            moment: _restored(checkpoint[key], training.trained[name])
             for moment in moments
             if (key := f"optimizer.{moment}.{name}") in checkpoint
         }

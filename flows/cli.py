@@ -152,11 +152,22 @@ def export(
     row: Annotated[
         Literal["merged", "distilled"], typer.Option(help="Which model; distilled where the recipe distills.")
     ] = "merged",
+    lora: Annotated[
+        bool, typer.Option("--lora", help="Of LoRA experts: one LoRA for load_lora_weights, not a whole model.")
+    ] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="With --lora: the nearest one of this rank, not the exact sum.")
+    ] = None,
 ) -> None:
     """Write the merged model of a run as a folder that stock diffusers loads."""
-    from flows.model_commands import export_model
+    from flows.model_commands import export_lora, export_model
 
-    Console().print(f"wrote {export_model(run, out, row)}", highlight=False, soft_wrap=True)
+    if rank is not None and not lora:
+        raise InputError("--rank is that of a LoRA; add --lora.")
+    if lora and row != "merged":
+        raise InputError("A distilled model is no LoRA; leave out --lora, or --row distilled.")
+    wrote = export_lora(run, out, rank) if lora else export_model(run, out, row)
+    Console().print(f"wrote {wrote}", highlight=False, soft_wrap=True)
 
 
 @app.command(

@@ -1,10 +1,12 @@
 """What the command line does with models: export, merge, generate. Folders appear whole or not at all."""
 
 import contextlib
+import json
 import math
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast, get_args
 
@@ -20,16 +22,44 @@ from deme_core.store import local_errors, open_store
 
 def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
     """Writes the merged or distilled model of a run, by default the newest that has one, into ``out``."""
+    artifacts, ref = _find_model(run, row)
+    with new_folder(out) as folder:
+        shutil.copytree(artifacts.fetch(ref), folder, dirs_exist_ok=True)
+    return out
+
+
+def export_lora(run: str | None, out: Path, rank: int | None) -> str:
+    """Writes the merged model of a run of LoRA experts as one adapter into ``out``; returns what it is, in words.
+
+    Args:
+        run: as in `export_model`.
+        out: the folder; ``lora.json`` in it has the error by layer.
+        rank: of the adapter; None for the exact sum.
+
+    Raises:
+        InputError: there is no such run, or its merge is no adapter, or none of that kind.
+    """
+    artifacts, ref = _find_model(run, "merged")
+    from tasks.lora_adapter import write_merged_adapter
+
+    with new_folder(out) as folder:
+        found = write_merged_adapter(artifacts, ref, rank, folder)
+        (folder / "lora.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+    words = f"{out}, a LoRA of rank {found.rank} for {found.num_layers} layers"
+    if not found.errors:
+        return f"{words}, the exact sum of the experts'"
+    worst = max(found.errors, key=lambda layer: found.errors[layer])
+    return f"{words}; relative error {found.error:.3g}, at most {found.errors[worst]:.3g} of one layer, {worst}"
+
+
+def _find_model(run: str | None, row: str) -> tuple[ArtifactStore, ArtifactRef]:
     from tasks.tracked_runs import find_tag
 
     settings = Settings()
     uri = find_tag(settings, f"deme.{row}.uri", run)
     prefix, digest = uri.rsplit("/", 1)
     store_uri = prefix.rsplit("/", 1)[0]
-    with new_folder(out) as folder:
-        fetched = ArtifactStore(open_store(store_uri), settings.cache_folder).fetch(ArtifactRef(uri, digest))
-        shutil.copytree(fetched, folder, dirs_exist_ok=True)
-    return out
+    return ArtifactStore(open_store(store_uri), settings.cache_folder), ArtifactRef(uri, digest)
 
 
 def merge_models(pretrained: Path, experts: list[Path], weights: str, out: Path) -> Path:

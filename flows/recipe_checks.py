@@ -11,6 +11,7 @@ from deme_core.errors import InputError
 from deme_core.extractors import load_extractor
 from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, Unconditional, check_conditioned
+from deme_core.families.deepfloyd_if import DeepFloydIF
 from deme_core.generate import Sampling
 from deme_core.images.preview import preview_images
 from deme_core.metrics import needs_prompts
@@ -20,6 +21,7 @@ from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
+from deme_core.untrained_text_model import untrained_text_unet
 from tasks.ray_pool import cluster_address
 from tasks.worker_pool import plan_slots
 
@@ -136,7 +138,11 @@ class RecipeChecks:
         assert self._num_features is not None
         return estimate_cost(
             self.recipe,
-            measure_denoiser(self._adapter, channel_projection=self.recipe.finetune.channel_projection),
+            measure_denoiser(
+                self._adapter,
+                channel_projection=self.recipe.finetune.channel_projection,
+                lora=self.recipe.finetune.lora,
+            ),
             num_images=self._num_images,
             num_features=self._num_features,
             frozen_bytes=self._frozen_bytes,
@@ -144,12 +150,13 @@ class RecipeChecks:
 
     def _time(self) -> str:
         cost, precision = self._cost, self.recipe.finetune.mixed_precision
-        training, images = UTILIZATION * H100_PEAK[precision], UTILIZATION * H100_PEAK["fp32"]
+        sampling = self.recipe.evaluate.mixed_precision
+        training, images = UTILIZATION * H100_PEAK[precision], UTILIZATION * H100_PEAK[sampling]
         hours = cost.seconds(training_rate=training, image_rate=images) / 3600
         done = (
             f"estimate, not measured: {hours:,.1f} GPU-hours at {UTILIZATION:.0%} of an H100's dense peak, for "
-            f"{cost.training_flops:.2g} operations of training in {precision}, and in fp32 {cost.search_flops:.2g} of "
-            f"searches and {cost.evaluation_flops:.2g} of the report's images"
+            f"{cost.training_flops:.2g} operations of training in {precision}, and in {sampling} "
+            f"{cost.search_flops:.2g} of searches and {cost.evaluation_flops:.2g} of the report's images"
         )
         if self.recipe.execution.runner == "local" and plan_slots(self.recipe.execution)[0].device == "cpu":
             rate = measure_cpu()
@@ -190,18 +197,27 @@ def _untrained(recipe: Recipe) -> Adapter:
     """Returns the adapter of the model that the recipe pretrains.
 
     Raises:
-        InputError: it cannot be built.
+        InputError: it cannot be built, or takes text where there is none.
     """
-    from diffusers import UNet2DModel
+    import diffusers
 
-    channels = _channels(recipe.dataset)
-    fixed = {"sample_size": recipe.dataset.resolution or 8, "in_channels": channels, "out_channels": channels}
-    config: dict[str, Any] = {"_class_name": "UNet2DModel", **recipe.pretrained.unet, **fixed}
+    source, dataset = recipe.pretrained, recipe.dataset
+    channels, size = _channels(dataset), dataset.resolution or 8
+    fixed = {"sample_size": size, "in_channels": channels, "out_channels": channels}
+    config: dict[str, Any] = {"_class_name": "UNet2DModel", **source.unet, **fixed}
+    family: type[Adapter] = Unconditional
     try:
-        config = {**UNet2DModel.from_config(config).config, **config}
+        if source.text_encoder is not None:
+            config = untrained_text_unet(source.unet, source.text_encoder, (channels, size, size))
+            family = DeepFloydIF
+        config = {**getattr(diffusers, config["_class_name"]).from_config(config).config, **config}
     except (TypeError, ValueError) as error:
-        raise InputError(f"pretrained.unet cannot be built: {error}.") from error
-    return Unconditional(denoiser_config=config, scheduler_config=recipe.pretrained.noise_scheduler)
+        raise InputError(f"pretrained.unet or text_encoder cannot be built: {error}.") from error
+    adapter = family(denoiser_config=config, scheduler_config=source.noise_scheduler)
+    check_conditioned(adapter, captions=dataset.caption_column or dataset.caption_template, labels=dataset.label_column)
+    if adapter.conditioned_on == "captions" and recipe.evaluate.prompts is None:
+        raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
+    return adapter
 
 
 def _channels(dataset: DatasetSpec) -> int:

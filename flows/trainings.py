@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from prefect.futures import PrefectFuture
 
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import DistillSpec, Recipe
+from deme_core.recipe import DistillSpec, FinetuneSpec, Recipe
 from deme_core.segments import TimestepSegment
 from flows.encodings import EncodedDataset
 from tasks.jobs import DistillJob, FinetuneJob, JobResult
@@ -29,28 +29,33 @@ class Trainings:
     segments: tuple[TimestepSegment, ...]
 
     def control(self) -> PrefectFuture[JobResult]:
-        """Submits the control: all timesteps, and as many optimizer steps as all other trainings together."""
-        spec = self.recipe
+        """Submits the control: all timesteps, and as many optimizer steps as all other trainings together.
+
+        A LoRA has the summed rank of the copies', as their merge has.
+        """
+        spec, finetune = self.recipe, self.recipe.finetune
+        if finetune.lora is not None:
+            finetune = finetune.model_copy(update={"lora": finetune.lora.times(len(self.segments))})
         num_steps = spec.finetune.num_steps * len(self.segments) + (spec.distill.num_steps if spec.distill else 0)
         everything = TimestepSegment(self.segments[0].low, self.segments[-1].high)
-        return self._finetune(everything, num_steps, "all timesteps", "finetune/all")
+        return self._finetune(finetune, everything, num_steps, "all timesteps", "finetune/all")
 
     def copies(self) -> list[PrefectFuture[JobResult]]:
         """Submits one copy per segment."""
-        num_steps = self.recipe.finetune.num_steps
+        finetune = self.recipe.finetune
         return [
-            self._finetune(segment, num_steps, f"segment {i} {segment}", f"finetune/segment-{i}")
+            self._finetune(finetune, segment, finetune.num_steps, f"segment {i} {segment}", f"finetune/segment-{i}")
             for i, segment in enumerate(self.segments)
         ]
 
     def _finetune(
-        self, segment: TimestepSegment, num_steps: int, label: str, child_name: str
+        self, spec: FinetuneSpec, segment: TimestepSegment, num_steps: int, label: str, child_name: str
     ) -> PrefectFuture[JobResult]:
         job = FinetuneJob(
             label=label,
             pretrained=self.pretrained,
             dataset=self.recipe.dataset,
-            finetune=self.recipe.finetune,
+            finetune=spec,
             low=segment.low,
             high=segment.high,
             num_steps=num_steps,

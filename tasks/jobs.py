@@ -52,7 +52,11 @@ class Job(BaseModel):
 
 
 class PretrainJob(Job):
-    """Train theta_0 from scratch on the data set, whose image size and channels it takes."""
+    """Train theta_0 from scratch on the data set, whose image size and channels it takes.
+
+    Attributes:
+        text_encoder: T5 config of a model that takes text; None for one that takes none.
+    """
 
     stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "pretrain"
@@ -61,6 +65,7 @@ class PretrainJob(Job):
     unet: dict[str, Any]
     noise_scheduler: dict[str, Any]
     training: TrainingSpec
+    text_encoder: dict[str, Any] | None = None
 
     @property
     def num_processes(self) -> int:

@@ -1,6 +1,6 @@
-"""Samples as a page shows them: a grid of each row, or, where there are prompts, image by image under its prompt."""
+"""Samples as a page shows them: a grid of each row, or, where there are prompts, the images of each above it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from deme_core.html_report.pictures import read_picture, tile_picture
 from deme_core.prompts import Prompts, load_prompts
 from tasks.runtime import Runtime
 
-_NUM_PROMPTS_SHOWN = 8
+_NUM_PROMPTS_SHOWN = 10
+# Images of one prompt, where there are fewer prompts than images: as many as fit.
+_MOST_IMAGES_OF_A_PROMPT, _WIDEST_STRIP, _GAP = 6, 1024, 2
 
 
 def image_prompts(runtime: Runtime, conditions: Mapping[str, Any]) -> Prompts | None:
@@ -40,10 +42,29 @@ def page_samples(
     note = f"The first images of seed {seed}. All rows start from the same noise, so tiles compare one by one."
     if prompts is None:
         return Samples(note=note, rows={row: (read_picture(path),) for row, path in grids.items()})
-    count = min(_NUM_PROMPTS_SHOWN, conditions["num_images"])
-    texts, side = prompts.of_images(range(count)), conditions["shape"][-1]
-    tiles = {row: cut_tiles(path, side=side, count=count) for row, path in grids.items()}
+    tiles = {
+        row: cut_tiles(path, side=conditions["shape"][-1], count=conditions["num_images"])
+        for row, path in grids.items()
+    }
     return Samples(
         note=note,
-        rows={row: tuple(map(tile_picture, images, texts)) for row, images in tiles.items()},
+        rows={
+            row: tuple(
+                tile_picture(_strip(images[first :: len(prompts.texts)]), text)
+                for first, text in enumerate(prompts.texts[: min(_NUM_PROMPTS_SHOWN, len(images))])
+            )
+            for row, images in tiles.items()
+        },
     )
+
+
+def _strip(images: Sequence[Any]) -> Any:
+    """Returns the first images of one prompt side by side, as one PIL image."""
+    from PIL import Image
+
+    width, height = images[0].size
+    shown = images[: max(1, min(_MOST_IMAGES_OF_A_PROMPT, _WIDEST_STRIP // (width + _GAP)))]
+    strip = Image.new("RGB", (len(shown) * (width + _GAP) - _GAP, height), "white")
+    for index, image in enumerate(shown):
+        strip.paste(image, (index * (width + _GAP), 0))
+    return strip

@@ -81,6 +81,7 @@ def obtain_pretrained() -> JobResult:
             unet=source.unet,
             noise_scheduler=source.noise_scheduler,
             training=source.training,
+            text_encoder=source.text_encoder,
         ),
         task_name="pretrained model",
         child_name="pretrain",

@@ -3,6 +3,7 @@
 All are on 16 x 16 images; an autoencoder of two levels makes 8 x 8 latents of them.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    IFPipeline,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -247,6 +252,62 @@ def stable_diffusion_3() -> DiffusionPipeline:
     )
 
 
+def flux(**overrides: Any) -> DiffusionPipeline:
+    """Returns a FluxPipeline of a guided, distilled model, whose scheduler shifts by resolution."""
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(1)
+    config = {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": True,
+        "axes_dims_rope": (2, 2, 4),
+    }
+    return FluxPipeline(
+        transformer=_vary(FluxTransformer2DModel(**{**config, **overrides})),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_vae(shift_factor=0.1, scaling_factor=0.4),
+        text_encoder=tiny_clip(2, tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5(4, d_model=32),
+        tokenizer_2=tiny_t5_tokenizer(),
+    )
+
+
+def deepfloyd_if() -> DiffusionPipeline:
+    """Returns an IFPipeline: on pixels, and with a variance beside the noise."""
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        up_block_types=("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="text_proj",
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    return IFPipeline(
+        tokenizer=tiny_t5_tokenizer(),
+        text_encoder=tiny_t5(2),
+        unet=unet.eval(),
+        scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        watermarker=None,
+        requires_safety_checker=False,
+    )
+
+
 def _vary(transformer: Any) -> Any:
     """Adds noise to all weights: fresh transformers begin with gates at zero, and nothing in them would count."""
     rng = torch.Generator().manual_seed(0)
@@ -263,10 +324,15 @@ PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {
     "PixArtAlphaPipeline": pixart,
     "PixArtSigmaPipeline": pixart_sigma,
     "StableDiffusion3Pipeline": stable_diffusion_3,
+    "FluxPipeline": flux,
+    "IFPipeline": deepfloyd_if,
 }
 
 
 def save_pipeline(name: str, path: Path) -> Path:
     """Writes the pipeline ``name`` as stock diffusers does."""
     PIPELINES[name]().save_pretrained(path)
+    if name == "FluxPipeline":  # Its config does not say how large its images are.
+        config = path / "transformer" / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 8}))
     return path

@@ -22,8 +22,10 @@ the denoiser. A new one is one file here and one line below.
 """
 
 from deme_core.families.adapter import Adapter, ConditioningTensors
+from deme_core.families.deepfloyd_if import DeepFloydIF
 from deme_core.families.dit import DiT
 from deme_core.families.encoded_batch import EncodedBatch, check_conditioned, encode_batch
+from deme_core.families.flux import Flux
 from deme_core.families.pixart import PixArt
 from deme_core.families.stable_diffusion import StableDiffusion
 from deme_core.families.stable_diffusion_3 import StableDiffusion3
@@ -40,8 +42,5 @@ __all__ = [
     "encode_batch",
 ]
 
-FAMILIES: dict[str, type[Adapter]] = {
-    pipeline: family
-    for family in (Unconditional, StableDiffusion, StableDiffusionXL, DiT, PixArt, StableDiffusion3)
-    for pipeline in family.pipelines
-}
+_FAMILIES = (Unconditional, StableDiffusion, StableDiffusionXL, DiT, PixArt, StableDiffusion3, Flux, DeepFloydIF)
+FAMILIES: dict[str, type[Adapter]] = {pipeline: family for family in _FAMILIES for pipeline in family.pipelines}

@@ -151,7 +151,7 @@ class Adapter:
     def prepare_training(self, denoiser: nn.Module) -> None:
         """Changes what only matters while ``denoiser`` is trained."""
 
-    def timestep_settings(self) -> dict[str, Any]:
+    def timestep_settings(self, num_inference_steps: int) -> dict[str, Any]:
         """Returns what the sampler's ``set_timesteps`` needs besides the number of steps."""
         return {}
 

@@ -19,7 +19,7 @@ class StableDiffusion(DiffusionOnLatents):
     conditioned_on = "captions"
     # As the stock pipeline corrects configs that are older than the setting.
     scheduler_overrides: ClassVar[Mapping[str, Any]] = {"clip_sample": False, "steps_offset": 1}
-    parts_left_out = ("safety_checker", "feature_extractor", "image_encoder")
+    parts_left_out = ("vae", "safety_checker", "feature_extractor", "image_encoder")
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:

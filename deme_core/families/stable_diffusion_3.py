@@ -1,17 +1,15 @@
 """Stable Diffusion 3 (arXiv 2403.03206): a flow-matching transformer over latents and text together."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from deme_core.families.adapter import ConditioningTensors
-from deme_core.families.latent_adapter import LatentAdapter
-from deme_core.noise_process import FlowMatching, NoiseProcess
+from deme_core.families.latent_adapter import FlowMatchingOnLatents
 
 
-class StableDiffusion3(LatentAdapter):
+class StableDiffusion3(FlowMatchingOnLatents):
     """SD3Transformer2DModel, AutoencoderKL, two CLIPTextModelWithProjection, and a T5EncoderModel if it is there."""
 
     pipelines = ("StableDiffusion3Pipeline",)
@@ -19,14 +17,14 @@ class StableDiffusion3(LatentAdapter):
     denoiser_part = "transformer"
     frozen_parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     conditioned_on = "captions"
-    # Its noise would depend on the batch.
-    scheduler_overrides: ClassVar[Mapping[str, Any]] = {"stochastic_sampling": False}
-    parts_left_out = ("feature_extractor", "image_encoder")
+    parts_left_out = ("vae", "feature_extractor", "image_encoder")
 
-    @cached_property
-    def noise_process(self) -> NoiseProcess:
-        """Flow matching."""
-        return FlowMatching(int(self.scheduler_config.get("num_train_timesteps", 1000)))
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an image's latents."""
+        _, height, width = self.latent_shape
+        patch: int = self.denoiser_config["patch_size"]
+        return (height // patch) * (width // patch)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
@@ -44,16 +42,3 @@ class StableDiffusion3(LatentAdapter):
 
         with init_empty_weights():
             return SD3Transformer2DModel.from_config(dict(self.denoiser_config))
-
-    def timestep_settings(self) -> dict[str, Any]:
-        """Returns the shift of the timesteps where the scheduler makes it depend on the resolution."""
-        if not self.scheduler_config.get("use_dynamic_shifting"):
-            return {}
-        from diffusers import FlowMatchEulerDiscreteScheduler
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
-
-        _, height, width = self.latent_shape
-        patch = self.denoiser_config["patch_size"]
-        config = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config).config
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        return {"mu": calculate_shift((height // patch) * (width // patch), *(config[name] for name in names))}

@@ -18,7 +18,7 @@ class StableDiffusionXL(DiffusionOnLatents):
     denoiser_part = "unet"
     frozen_parts = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     conditioned_on = "captions"
-    parts_left_out = ("feature_extractor", "image_encoder")
+    parts_left_out = ("vae", "feature_extractor", "image_encoder")
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:

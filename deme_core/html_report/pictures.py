@@ -30,14 +30,14 @@ def read_picture(path: Path, caption: str | None = None) -> Picture:
 
 
 def tile_picture(image: Any, caption: str) -> Picture:
-    """Returns one generated image for a page, as a WebP that is lossless where it is small.
+    """Returns a generated image, or several in a row, for a page, as a WebP that is lossless where they are small.
 
     Args:
         image: PIL's.
         caption: text under it, such as its prompt.
     """
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "WEBP", quality=90, lossless=image.width <= _SMALL_TILE)
+    image.convert("RGB").save(buffer, "WEBP", quality=90, lossless=image.height <= _SMALL_TILE)
     return Picture(_data_uri(buffer.getvalue(), "image/webp"), image.width, caption)
 
 

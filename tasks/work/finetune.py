@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from deme_core.model_folder import load_denoiser, write_like
+from deme_core.lora import LoraTeacher, attach_lora, trained_factors
+from deme_core.model_folder import load_denoiser, write_like, write_lora_copy
 from deme_core.projection import attach_projections
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
@@ -32,12 +33,10 @@ def identity(job: FinetuneJob, context: JobContext) -> Identity:
 
 
 def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Finetunes, and writes the EMA weights with their projections beside the stock tensors."""
+    """Finetunes, and writes the EMA weights with their projections beside the stock tensors, or the LoRA adapter."""
     images = context.training_images(job.dataset)
     folder = context.open_model(job.pretrained)
-    model = load_denoiser(folder)
-    if job.finetune.channel_projection:
-        attach_projections(model)
+    model, lora = load_denoiser(folder), job.finetune.lora
     plan = TrainingPlan(
         label=job.label,
         sampler=TimestepSampler(
@@ -50,7 +49,13 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         consistency_weight=job.finetune.consistency_weight,
         seed=derive_seed("segment", job.finetune.seed, job.low, job.high),
     )
-    teacher = Teacher([load_denoiser(folder)]) if job.finetune.consistency_weight > 0 else None
+    if lora is not None:
+        attach_lora(model, lora, seed=derive_seed("lora", plan.seed))
+    elif job.finetune.channel_projection:
+        attach_projections(model)
+    teacher: Teacher | LoraTeacher | None = None
+    if job.finetune.consistency_weight > 0:
+        teacher = LoraTeacher(model) if lora is not None else Teacher([load_denoiser(folder)])
     tensors, metrics = yield from run_training(
         context,
         digest,
@@ -63,5 +68,8 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         teacher,
         open_encodings(job, context),
     )
-    write_like(out, folder, tensors=tensors, copy_of=job.pretrained.digest)
+    if lora is not None:
+        write_lora_copy(out, folder, trained_factors(tensors, lora), copy_of=job.pretrained.digest)
+    else:
+        write_like(out, folder, tensors=tensors, copy_of=job.pretrained.digest)
     return metrics

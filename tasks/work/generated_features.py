@@ -10,7 +10,8 @@ import torch
 from deme_core.feature_file import save_features
 from deme_core.figures import save_image_grid
 from deme_core.generate import Denoiser, Ensemble, SingleModel
-from deme_core.model_folder import load_denoiser
+from deme_core.lora import LoraEnsemble, LoraExpert
+from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from deme_core.segments import TimestepSegment
 from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
 from tasks.work.base import Identity, JobContext, Work
@@ -20,7 +21,7 @@ from tasks.work.scoring import build_source, prompt_settings
 
 NUM_SAMPLES_SHOWN = 64
 SAMPLES = "samples.png"
-_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale"}
+_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "mixed_precision"}
 
 
 def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
@@ -50,11 +51,7 @@ def image_inputs(images: GeneratedImages) -> dict[str, str]:
 def run(job: GeneratedFeaturesJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the features, CLIP scores where they are asked for, and a grid of the first images of the set."""
     folders = [context.open_model(model) for model in job.images.models]
-    networks = [load_denoiser(folder).eval().to(context.device) for folder in folders]
-    denoiser: Denoiser = SingleModel(networks[0])
-    if (edges := job.images.edges) is not None:
-        segments = [TimestepSegment(*pair) for pair in itertools.pairwise(edges)]
-        denoiser = Ensemble(segments, networks)
+    denoiser = _denoiser(folders, job.images.edges, context.device)
     source = build_source(context, job.evaluate, model=folders[0])
     features, clip_scores, shown, num_images = list[Any](), list[Any](), list[torch.Tensor](), job.high - job.low
     yield {"done": 0, "total": num_images}
@@ -69,3 +66,17 @@ def run(job: GeneratedFeaturesJob, context: JobContext, out: Path, digest: str) 
     if shown:
         save_image_grid(torch.cat(shown), out / SAMPLES)
     return {"num_images": num_images, "conditions": source.source_conditions()}
+
+
+def _denoiser(folders: list[ModelFolder], edges: tuple[int, ...] | None, device: str) -> Denoiser:
+    """Returns the one model; or the ensemble, of which LoRA experts share one."""
+    if edges is None:
+        return SingleModel(load_denoiser(folders[0]).eval().to(device))
+    segments = [TimestepSegment(*pair) for pair in itertools.pairwise(edges)]
+    if folders[0].index.lora_base is None:
+        return Ensemble(segments, [load_denoiser(folder).eval().to(device) for folder in folders])
+    assert folders[0].frozen is not None
+    base = open_model_folder(folders[0].frozen)
+    experts = [folder.expert(base) for folder in folders]
+    loras = [expert for expert in experts if isinstance(expert, LoraExpert)]
+    return LoraEnsemble(load_denoiser(base).eval().to(device), segments, loras)

@@ -22,7 +22,7 @@ def live_merge(job: CandidateJob, context: JobContext) -> tuple[ModelFolder, Liv
 
 def _load(job: CandidateJob, context: JobContext) -> tuple[ModelFolder, LiveMerge]:
     folder = context.open_model(job.pretrained)
-    experts = [open_model_folder(context.fetch(expert)).checkpoint() for expert in job.experts]
+    experts = [open_model_folder(context.fetch(expert)).expert(folder) for expert in job.experts]
     return folder, LiveMerge(load_denoiser(folder).eval().to(context.device), experts)
 
 

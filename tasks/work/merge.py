@@ -21,8 +21,8 @@ def identity(job: MergeJob, context: JobContext) -> Identity:
 def run(job: MergeJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the merged model as a folder that stock diffusers loads."""
     yield {"message": "merging"}
-    folders = [open_model_folder(context.fetch(expert)) for expert in job.experts]
-    merge_folders(context.fetch(job.pretrained), [f.path for f in folders], job.method, job.weights, out)
+    experts = [context.fetch(expert) for expert in job.experts]
+    merge_folders(context.fetch(job.pretrained), experts, job.method, job.weights, out)
     tensors = open_model_folder(out).checkpoint().tensors()
     return {"weights": list(job.weights), "weights_digest": tensors_digest(tensors)}
 
@@ -35,10 +35,11 @@ def merge_folders(
     Raises:
         InputError: there are not as many weights as experts, or one is not finite.
         IncompatibleCheckpointsError: the tensors do not match.
+        ModelFolderError: an expert is a LoRA of another pretrained model.
     """
     base = open_model_folder(pretrained)
     checkpoints = {
-        f"expert {index} ({path})": open_model_folder(path).checkpoint() for index, path in enumerate(experts)
+        f"expert {index} ({path})": open_model_folder(path).expert(base) for index, path in enumerate(experts)
     }
     destination = write_like(out, base)
     method = build_method(spec, weights, len(experts), base.checkpoint().infos)

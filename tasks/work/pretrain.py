@@ -3,13 +3,23 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deme_core.errors import InputError
-from deme_core.families import Unconditional
-from deme_core.model_folder import build_denoiser, write_model_folder
+from deme_core.images import ImageSubset
+from deme_core.model_folder import (
+    ModelFolder,
+    build_denoiser,
+    load_denoiser,
+    open_model_folder,
+    write_like,
+    write_model_folder,
+)
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
 from deme_core.training import TrainingPlan
+from deme_core.untrained_text_model import write_untrained_text_model
 from tasks.jobs import PretrainJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.model_description import describe_model
@@ -18,11 +28,13 @@ from tasks.work.training_run import SPEED_ONLY, run_training
 
 def identity(job: PretrainJob, context: JobContext) -> Identity:
     """Everything but what changes only the speed."""
+    text = {} if job.text_encoder is None else {"text_encoder": job.text_encoder}
     return Identity(
         settings={
             "unet": job.unet,
             "noise_scheduler": job.noise_scheduler,
             "training": job.training.model_dump(mode="json", exclude=SPEED_ONLY),
+            **text,
         },
         dataset=context.training_images(job.dataset).fingerprint,
     )
@@ -30,36 +42,58 @@ def identity(job: PretrainJob, context: JobContext) -> Identity:
 
 def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     """Trains, and writes a diffusers folder with the EMA weights."""
-    import torch
-    from diffusers import DDPMScheduler
-
     images = context.training_images(job.dataset)
-    fixed = {"sample_size": images.resolution, "in_channels": images.channels, "out_channels": images.channels}
-    torch.manual_seed(derive_seed("initial weights", job.training.seed))
-    try:
-        model = build_denoiser({"_class_name": "UNet2DModel", **job.unet, **fixed})
-        noise_scheduler = DDPMScheduler(**job.noise_scheduler)
-    except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"pretrained.unet or pretrained.noise_scheduler cannot be built: {error}.") from error
-    num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    everything = TimestepSegment(0, num_train_timesteps)
-    plan = TrainingPlan(
-        label="pretraining",
-        sampler=TimestepSampler(everything, num_train_timesteps),
-        num_steps=job.training.num_steps,
-        seed=job.training.seed,
-    )
-    adapter = Unconditional(denoiser_config=_config(model), scheduler_config=_config(noise_scheduler))
-    tensors, metrics = yield from run_training(context, digest, model, adapter, images, job.dataset, job.training, plan)
-    write_model_folder(
-        out,
-        denoiser_config={"_class_name": "UNet2DModel", **_config(model)},
-        scheduler_config={"_class_name": "DDPMScheduler", **_config(noise_scheduler)},
-        tensors=tensors,
-    )
+    with context.scratch_folder() as scratch:
+        folder = _write_untrained(job, images, scratch)
+        everything = TimestepSegment(0, folder.num_train_timesteps)
+        plan = TrainingPlan(
+            label="pretraining",
+            sampler=TimestepSampler(everything, folder.num_train_timesteps),
+            num_steps=job.training.num_steps,
+            seed=job.training.seed,
+        )
+        model, adapter = load_denoiser(folder), folder.adapter(context.device)
+        tensors, metrics = yield from run_training(
+            context, digest, model, adapter, images, job.dataset, job.training, plan
+        )
+        write_like(out, folder, tensors=tensors)
     return metrics | describe_model(out)
 
 
-def _config(part: Any) -> dict[str, Any]:
-    """Returns the settings of a diffusers model or scheduler."""
-    return dict(part.config)
+def _write_untrained(job: PretrainJob, images: ImageSubset, path: Path) -> ModelFolder:
+    """Writes the model that the training starts from.
+
+    Raises:
+        InputError: it cannot be built, or takes text where images have none.
+    """
+    if job.text_encoder is not None:
+        if images.captions is None:
+            raise InputError(
+                "pretrained.text_encoder is that of a model that takes text, and the images have none; set "
+                "dataset.caption_column or dataset.caption_template."
+            )
+        return write_untrained_text_model(
+            path,
+            unet=job.unet,
+            noise_scheduler=job.noise_scheduler,
+            text_encoder=job.text_encoder,
+            captions=images.captions,
+            image_shape=(images.channels, images.resolution, images.resolution),
+            seed=job.training.seed,
+        )
+    from diffusers import DDPMScheduler
+
+    fixed = {"sample_size": images.resolution, "in_channels": images.channels, "out_channels": images.channels}
+    torch.manual_seed(derive_seed("initial weights", job.training.seed))
+    try:
+        model: Any = build_denoiser({"_class_name": "UNet2DModel", **job.unet, **fixed})
+        noise_scheduler = DDPMScheduler(**job.noise_scheduler)
+    except (TypeError, ValueError, ImportError) as error:
+        raise InputError(f"pretrained.unet or pretrained.noise_scheduler cannot be built: {error}.") from error
+    write_model_folder(
+        path,
+        denoiser_config={"_class_name": "UNet2DModel", **model.config},
+        scheduler_config={"_class_name": "DDPMScheduler", **noise_scheduler.config},
+        tensors=model.state_dict(),
+    )
+    return open_model_folder(path)

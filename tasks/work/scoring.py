@@ -54,6 +54,7 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
             timestep_spacing=evaluate.timestep_spacing,
             guidance_scale=evaluate.guidance_scale,
             batch_size=evaluate.batch_size,
+            precision=evaluate.mixed_precision,
         ),
         extractor=extractor_of(evaluate, context),
         device=context.device,

@@ -11,6 +11,7 @@ from deme_core.data_parallel import agree
 from deme_core.encodings import EncodedBatches
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageSubset, TrainingBatches
+from deme_core.lora import LoraTeacher
 from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.teacher import Teacher
 from deme_core.training import Training, TrainingPlan
@@ -33,7 +34,7 @@ def run_training(
     dataset: DatasetSpec,
     spec: TrainingSpec,
     plan: TrainingPlan,
-    teacher: Teacher | None = None,
+    teacher: Teacher | LoraTeacher | None = None,
     encodings: Encodings | None = None,
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""

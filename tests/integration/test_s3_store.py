@@ -1,11 +1,14 @@
+import hashlib
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 from uuid import uuid4
 
 import pytest
@@ -148,6 +151,58 @@ def test_a_server_of_something_else_is_said(s3_server: S3Server, monkeypatch: py
         message = refusal(lambda: check_access(open_store("s3://bucket")), s3_server)
         other.shutdown()
     assert endpoint in message and "AWS_ENDPOINT_URL" in message
+
+
+class CuttingHandler(BaseHTTPRequestHandler):
+    """Serves one object, and cuts the connection in the middle of every body that is larger than a megabyte."""
+
+    content: bytes = b""
+    version: str = '"1"'
+    cut: ClassVar[set[str]] = set()
+
+    def do_GET(self) -> None:
+        wanted = self.headers["Range"]
+        low, high = map(int, wanted.removeprefix("bytes=").split("-"))
+        if self.headers.get("If-Match", self.version) != self.version:
+            self.send_error(412)
+            return
+        body = self.content[low : high + 1]
+        self.send_response(206)
+        self.send_header("ETag", self.version)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Range", f"bytes {low}-{low + len(body) - 1}/{len(self.content)}")
+        self.end_headers()
+        self.cut.add(wanted)
+        self.wfile.write(body if len(body) < 2**20 else body[: len(body) // 2])
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+def test_a_body_that_is_cut_is_gone_on_with_and_a_changed_object_is_no_mixture(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CuttingHandler.content = os.urandom(33 * 2**20 + 5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), CuttingHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        store, digest = open_store("s3://bucket"), hashlib.sha256()
+        store.get_file("key", tmp_path / "target", digest)
+        assert (tmp_path / "target").read_bytes() == CuttingHandler.content
+        assert digest.digest() == hashlib.sha256(CuttingHandler.content).digest()
+        assert len(CuttingHandler.cut) > 9
+
+        class Changing(CuttingHandler):
+            def send_header(self, keyword: str, value: str) -> None:
+                super().send_header(keyword, value)
+                if keyword == "ETag":
+                    CuttingHandler.version = '"2"'  # The next part is of another version.
+
+        server.RequestHandlerClass = Changing
+        with pytest.raises(StoreUnavailableError, match="412"):
+            store.get_file("key", tmp_path / "other")
+        server.shutdown()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_every_method_says_what_is_wrong(

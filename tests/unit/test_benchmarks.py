@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import claim, claim_cell, conditioning_cache, demo, features, finetune_step, merge_child, search, shapes
+from benchmarks.gpu import parted_state
 from benchmarks.measurement import median_ratio, take_turns
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.model_folder import write_model_folder
@@ -88,6 +89,27 @@ def test_both_contestants_of_the_merging_benchmark_write_the_same_merge(tmp_path
         merge_child.METHODS[method](tmp_path / "0", [tmp_path / "1", tmp_path / "2"], [0.3, 0.5], out)()
         written.append(load_file(out / merge_child.WEIGHTS_PATH))
     torch.testing.assert_close(*written)
+
+
+def test_a_state_comes_back_from_its_parts_and_a_damaged_part_is_named(tmp_path: Path) -> None:
+    root, state, again = tmp_path / "root", tmp_path / "state", tmp_path / "again"
+    (root / "deep").mkdir(parents=True)
+    again.mkdir()
+    assert not parted_state.unpack(state, again)
+    files = {root / "a": b"1" * 5000, root / "deep" / "b": bytes(range(256)) * 30}
+    for path, content in files.items():
+        path.write_bytes(content)
+    for _ in range(2):  # The second replaces the first.
+        num_parts = parted_state.pack(root, files, state, part_bytes=4096)
+    assert num_parts > 3
+    assert all(path.stat().st_size <= 4096 for path in state.iterdir())
+    assert parted_state.unpack(state, again)
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == {
+        path.relative_to(root): content for path, content in files.items()
+    }
+    (state / "part-001").write_bytes(b"other")
+    with pytest.raises(ValueError, match="part-001"):
+        parted_state.unpack(state, again)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

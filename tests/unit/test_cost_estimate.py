@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,9 +9,10 @@ from deme_core.errors import InputError
 from deme_core.families import Unconditional
 from deme_core.families.pixart import PixArt
 from deme_core.families.stable_diffusion import StableDiffusion
-from deme_core.model_folder import build_denoiser
+from deme_core.model_folder import build_denoiser, open_model_folder
 from deme_core.projection import attach_projections
-from deme_core.recipe import Recipe
+from deme_core.recipe import LoraSpec, Recipe
+from tests.tiny_pipelines import save_pipeline
 
 SIZE = DenoiserSize(100, 1000, num_trained=110, trained_forward_flops=1100, latent_size=8, caption_size=20)
 CONTENT: dict[str, Any] = {
@@ -119,7 +121,41 @@ def test_stable_diffusion_is_counted_with_its_captions() -> None:
     assert (size.latent_size, size.caption_size) == (4 * 8 * 8, 77 * 16)
 
 
+@pytest.mark.parametrize(
+    "name", ["StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "IFPipeline", "DiTPipeline"]
+)
+def test_every_denoiser_is_counted_as_it_is_called(name: str, tmp_path: Path) -> None:
+    adapter = open_model_folder(save_pipeline(name, tmp_path)).adapter()
+    size = measure_denoiser(adapter, channel_projection=False, lora=LoraSpec(rank=2))
+    model = build_denoiser(dict(adapter.denoiser_config))
+    assert size.num_parameters == sum(p.numel() for p in model.parameters())
+    assert 0 < size.num_trained < size.num_parameters
+    assert size.trained_forward_flops > size.forward_flops > 0
+    assert (size.caption_size > 0) == (name != "DiTPipeline")
+    assert size.latent_size == (0 if name == "IFPipeline" else 4 * 8 * 8)
+
+
 def test_another_family_is_said_to_be_unknown() -> None:
     adapter = PixArt(denoiser_config={"_class_name": "PixArtTransformer2DModel"}, scheduler_config={})
     with pytest.raises(InputError, match="cost of a PixArtAlphaPipeline is not estimated yet"):
         measure_denoiser(adapter, channel_projection=False)
+
+
+def test_a_lora_trains_two_passes_on_one_model_whose_control_is_as_large_as_all() -> None:
+    lora = {"lora": {"rank": 2}}
+    size = DenoiserSize(100, 1000, num_trained=10, trained_forward_flops=1020, latent_size=8, caption_size=20)
+    found = estimate_cost(recipe(finetune=lora), size, num_images=7, num_features=16, frozen_bytes=1000)
+    assert found.training_flops == 60 * 8 * (2 * 1020 + 1000)
+    assert found.memory_bytes == 4 * (100 + 3 * 10 * (3 + 2))
+    assert found.checkpoint_bytes == 4 * 3 * 10 * (2 + 2)
+    assert found.model_bytes == 4 * (3 * 10 + 3 * 10) + 3 * (400 + 1000)
+
+
+def test_an_adapter_is_counted_alone() -> None:
+    attention = {"down_block_types": ["AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D"], "attention_head_dim": 4}
+    adapter = Unconditional(denoiser_config=UNET | attention, scheduler_config={})
+    size = measure_denoiser(adapter, channel_projection=False, lora=LoraSpec(rank=2))
+    layers = 4 * 3  # One attention in the down block, two in the up block, each of four layers of 8 x 8.
+    assert size.num_trained == layers * 2 * (8 + 8)
+    assert size.num_parameters == measure_denoiser(adapter, channel_projection=False).num_trained
+    assert size.trained_forward_flops > size.forward_flops

@@ -12,6 +12,7 @@ from deme_core.extractors.clip import ClipScore
 from deme_core.generate import Sampling, SingleModel
 from deme_core.metrics import Comparison, score
 from deme_core.prompts import Prompts
+from deme_core.recipe import EvaluateSpec
 from deme_core.reference import Reference
 from deme_core.slices import slices
 from tasks.jobs import JobResult
@@ -52,6 +53,13 @@ def test_scores_are_those_of_the_images_of_the_seed() -> None:
     assert images.shape == (11, 1, 8, 8)
     assert list(scores) == list(expected)
     assert scores == pytest.approx(expected)
+
+
+def test_the_precision_of_sampling_is_a_condition_of_the_score() -> None:
+    assert EVALUATION.conditions()["dtype"] == "float32"
+    half = replace(EVALUATION, sampling=replace(EVALUATION.sampling, precision="bf16"))
+    assert half.conditions() == EVALUATION.conditions() | {"dtype": "bfloat16"}
+    assert "mixed_precision" not in EvaluateSpec(num_images=4).model_dump()
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 11, 64])

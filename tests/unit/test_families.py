@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -6,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from torch import nn
 
 from deme_core.errors import InputError, ModelFolderError
@@ -18,7 +19,7 @@ from deme_core.projection import attach_projections, fold_projections, is_projec
 from deme_core.prompts import Prompts
 from deme_core.seeds import generator
 from tests.tiny_models import randomize_projections, tiny_images
-from tests.tiny_pipelines import PIPELINES, save_pipeline
+from tests.tiny_pipelines import PIPELINES, flux, save_pipeline
 
 PROMPTS = Prompts(("a photo of a cat", "a truck", "photo of ship"), {}, "digest")
 NUM_IMAGES = 4
@@ -60,7 +61,7 @@ def stock_images(folder: ModelFolder, guidance_scale: float, **parts: Any) -> to
     """Returns what the pipeline itself makes of the same noise, prompts or classes, sampler and steps."""
     pipeline = DiffusionPipeline.from_pretrained(folder.path, **parts)
     pipeline.set_progress_bar_config(disable=True)
-    if folder.index.pipeline != "StableDiffusion3Pipeline":
+    if folder.index.pipeline not in ("StableDiffusion3Pipeline", "FluxPipeline"):
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
     settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "np"}
     if folder.index.pipeline == "DiTPipeline":
@@ -69,6 +70,13 @@ def stock_images(folder: ModelFolder, guidance_scale: float, **parts: Any) -> to
     else:
         settings |= {"prompt": PROMPTS.of_images(range(NUM_IMAGES)), "height": 16, "width": 16}
         settings["latents"] = initial_noise(5, range(NUM_IMAGES), folder.adapter().latent_shape)[0]
+    if folder.index.pipeline == "IFPipeline":
+        del settings["latents"]
+        settings["generator"] = [generator("image", 5, index) for index in range(NUM_IMAGES)]
+    if folder.index.pipeline == "FluxPipeline":
+        settings["latents"] = FluxPipeline._pack_latents(settings["latents"], NUM_IMAGES, 4, 8, 8)
+        del settings["guidance_scale"]
+        settings |= {"true_cfg_scale": guidance_scale, "negative_prompt": [""] * NUM_IMAGES}
     if "PixArt" in str(folder.index.pipeline):
         settings |= {"use_resolution_binning": False, "clean_caption": False}
     made = pipeline(**settings).images
@@ -124,7 +132,7 @@ def test_an_example_is_encoded_alike_in_any_batch(name: str, folders: Folders) -
         torch.testing.assert_close(tensor, whole.conditioning[key][1:2], atol=1e-5, rtol=1e-5)
 
 
-@every_pipeline
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "IFPipeline"])  # It is on pixels.
 def test_latents_are_the_scaled_mean_of_the_posterior(name: str, folders: Folders) -> None:
     vae = diffusers.AutoencoderKL.from_pretrained(folders(name).path / "vae")
     images = tiny_images(2, size=16, channels=3)
@@ -326,6 +334,24 @@ def test_sd3_needs_no_t5(tmp_path: Path) -> None:
     pipeline.save_pretrained(tmp_path)
     folder = open_model_folder(tmp_path)
     assert_same_images(images_of(folder), stock_images(folder, 1.0, text_encoder_3=None, tokenizer_3=None))
+
+
+def test_sd3_shifts_its_timesteps_by_the_resolution_as_its_pipeline_does(tmp_path: Path) -> None:
+    pipeline = PIPELINES["StableDiffusion3Pipeline"]()
+    pipeline.scheduler.register_to_config(use_dynamic_shifting=True)
+    pipeline.save_pretrained(tmp_path)
+    folder = open_model_folder(tmp_path)
+    assert "mu" in folder.adapter().timestep_settings(3)
+    assert_same_images(images_of(folder), stock_images(folder, 1.0))
+
+
+def test_flux_without_distilled_guidance_is_told_none(tmp_path: Path) -> None:
+    path = tmp_path / "schnell"
+    flux(guidance_embeds=False).save_pretrained(path)
+    config = path / "transformer" / "config.json"
+    assert open_model_folder(path).adapter().latent_shape == (4, 128, 128)  # Of 1024 pixels, as its pipeline makes.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 8}))
+    assert_same_images(images_of(open_model_folder(path)), stock_images(open_model_folder(path), 1.0))
 
 
 def test_a_damaged_text_encoder_is_not_started_at_random(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from deme_core.errors import NonFiniteImagesError
 from deme_core.families import Unconditional
 from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, initial_noise, quantize
+from deme_core.recipe import Precision
 from deme_core.seeds import generator
 from deme_core.segments import equal_segments
 from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, tiny_adapter
@@ -37,6 +38,18 @@ def assert_same_images(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     assert int(difference.max()) <= 1
     assert float((difference > 0).double().mean()) <= 0.01
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_under_autocast_only_the_denoiser_computes_in_half_precision(precision: Precision) -> None:
+    model, sampling = one_level_unet(), SAMPLINGS["ddim"]
+    seen = set()
+    model.conv_in.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+    half = images(model, replace(sampling, precision=precision))
+    assert seen == {{"bf16": torch.bfloat16, "fp16": torch.float16}[precision]}
+    difference = (half.int() - images(model, sampling).int()).abs()
+    assert 0 < difference.double().mean() < 3
+    assert next(model.parameters()).dtype == torch.float32
 
 
 @every_sampling

@@ -1,10 +1,14 @@
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from deme_core.figures import cut_tiles, save_image_grid
+from deme_core.html_report.content import Picture
 from deme_core.prompts import Prompts
 from tasks.page_samples import page_samples
 
@@ -34,8 +38,30 @@ def test_every_row_shows_the_same_prompts_under_its_own_images(tmp_path: Path) -
     for seed, path in enumerate(grids.values()):
         grid(path, count=12, side=16, seed=seed)
     samples = page_samples(grids, 1, {"num_images": 12, "shape": [3, 16, 16]}, PROMPTS)
-    assert [[picture.caption for picture in row] for row in samples.rows.values()] == [["a cat", "a ship"] * 4] * 2
-    assert len({picture.uri for row in samples.rows.values() for picture in row}) == 16
+    assert [[picture.caption for picture in row] for row in samples.rows.values()] == [["a cat", "a ship"]] * 2
+    assert len({picture.uri for row in samples.rows.values() for picture in row}) == 4
+
+
+def test_a_prompt_stands_under_its_own_images(tmp_path: Path) -> None:
+    images = grid(tmp_path / "g.png", count=15, side=32)
+    samples = page_samples({"merged": tmp_path / "g.png"}, 1, {"num_images": 15, "shape": [3, 32, 32]}, PROMPTS)
+    cat, ship = (decoded(picture) for picture in samples.rows["merged"])
+    assert cat.shape == ship.shape == (32, 6 * 34 - 2, 3)  # The first six of eight, and of seven.
+    for index in range(6):
+        assert np.array_equal(cat[:, 34 * index :][:, :32], images[2 * index].permute(1, 2, 0).numpy())
+        assert np.array_equal(ship[:, 34 * index :][:, :32], images[2 * index + 1].permute(1, 2, 0).numpy())
+
+
+def test_of_more_prompts_than_images_the_first_are_shown(tmp_path: Path) -> None:
+    grid(tmp_path / "g.png", count=12, side=32)
+    many = Prompts(tuple(f"prompt {index}" for index in range(40)), {}, "digest")
+    row = page_samples({"merged": tmp_path / "g.png"}, 1, {"num_images": 12, "shape": [3, 32, 32]}, many).rows["merged"]
+    assert [picture.caption for picture in row] == [f"prompt {index}" for index in range(10)]
+    assert all(decoded(picture).shape == (32, 32, 3) for picture in row)
+
+
+def decoded(picture: Picture) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))))
 
 
 def test_without_prompts_a_row_is_one_grid(tmp_path: Path) -> None:

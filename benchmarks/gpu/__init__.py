@@ -1,0 +1,1 @@
+"""Measurements that need a GPU for numbers worth keeping, in pieces of minutes."""

@@ -1,0 +1,97 @@
+"""What the families with frozen models have in common: how they are loaded, rest, and turn captions into tensors."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+
+from deme_core.errors import ModelFolderError
+from deme_core.families.adapter import Adapter
+from deme_core.model_json import INDEX_NAME, read_json
+
+_TEXT = "_text_pipeline"
+
+
+class FrozenPartsAdapter(Adapter):
+    """An adapter of a pipeline with text encoders, an autoencoder, or both.
+
+    Attributes:
+        parts_left_out: parts of the pipeline that no prompt goes through.
+    """
+
+    parts_left_out: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def text_pipeline(self) -> Any:
+        """The stock pipeline without denoiser and autoencoder: its tokenizers and text encoders, ready to work."""
+        for encoder in self._text_encoders():
+            encoder.to(self.device)
+        return self._text_pipeline
+
+    @cached_property
+    def _text_pipeline(self) -> Any:
+        import diffusers
+
+        index = self._index
+        absent = [name for name, (library, _) in index.items() if library is None]
+        parts: dict[str, Any] = dict.fromkeys((*self.parts_left_out, *absent))
+        parts[self.denoiser_part] = self.denoiser_of_text_pipeline()
+        parts |= {name: self._load(name) for name in index if name.startswith("text_encoder") and name not in absent}
+        with _no_progress_bars():
+            return getattr(diffusers, self.pipeline).from_pretrained(self.frozen, local_files_only=True, **parts)
+
+    def denoiser_of_text_pipeline(self) -> Any:
+        """Returns what stands for the denoiser while prompts are encoded."""
+        return None
+
+    @property
+    def _index(self) -> dict[str, list[Any]]:
+        index = read_json(self.frozen / INDEX_NAME)
+        return {name: part for name, part in index.items() if isinstance(part, list)}
+
+    def _load(self, part: str) -> Any:
+        """Loads a frozen model, float32.
+
+        Raises:
+            ModelFolderError: it does not hold all tensors of its class, which stock loaders start at random.
+        """
+        library, class_name = self._index[part]
+        with _no_progress_bars():
+            model, info = getattr(import_module(library), class_name).from_pretrained(
+                self.frozen / part, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+            )
+        if missing := sorted(info["missing_keys"]):
+            raise ModelFolderError(f"{self.frozen / part} misses the tensors {', '.join(missing)}; fetch it again.")
+        return model.eval().requires_grad_(False).to(self.device)
+
+    def _text_encoders(self) -> list[Any]:
+        parts = self._text_pipeline.components
+        return [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
+
+    def rest(self) -> None:
+        """Moves the text encoders, if they are loaded, to main memory until they are needed again."""
+        for encoder in self._text_encoders() if _TEXT in vars(self) else []:
+            encoder.to("cpu")
+
+    def release(self) -> None:
+        """Forgets the text encoders."""
+        vars(self).pop(_TEXT, None)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keeps the libraries from drawing bars of their own for parts that load within seconds."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    drawing = [log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()]
+    for log in drawing:
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log in drawing:
+            log.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""What is wrong with models, adapters, captions, segments and prompts, as the command line says it: one sentence."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from deme_core.lora import LoraFactors
+from deme_core.model_folder import open_model_folder, write_lora_copy
+from flows.cli import main
+from tests.family_method import two_classes
+from tests.tiny_pipelines import save_pipeline
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline("StableDiffusionPipeline", tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs the command line in this process; returns the one sentence."""
+    monkeypatch.setattr(sys, "argv", ["deme", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    lines = said.err.strip().splitlines()
+    assert not said.out
+    assert lines[-1].startswith("deme: ")
+    assert lines[-1].endswith(".")
+    assert "Traceback" not in said.err
+    assert not Path("out").exists()
+    return lines[-1].removeprefix("deme: ")
+
+
+def test_a_pipeline_that_no_adapter_knows(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = json.loads((model / "model_index.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableCascadePipeline"}))
+    said = refused(monkeypatch, capsys, "generate", "other", "--out", "out")
+    assert (
+        "other/model_index.json describes a StableCascadePipeline; known are DDIMPipeline, DDPMPipeline, DiTPipel"
+        in said
+    )
+    assert "FluxPipeline, IFPipeline" in said
+
+
+def test_a_lora_of_another_base(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    factors = {LAYER: LoraFactors(torch.ones(2, 16), torch.ones(16, 2))}
+    write_lora_copy(tmp_path / "lora", open_model_folder(model), factors, copy_of="0" * 64)
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.add_(1e-3)
+    pipeline.save_pretrained(tmp_path / "other")
+    merge = ("--expert", "lora", "--weights", "0.5", "--out", "out")
+    said = refused(monkeypatch, capsys, "merge", "--pretrained", "other", *merge)
+    assert "lora is a LoRA of the pretrained weights" in said
+    assert said.endswith("give the model that it was trained on.")
+    # By itself it is no model either.
+    assert "lora holds a LoRA adapter alone" in refused(monkeypatch, capsys, "generate", "lora", "--out", "out")
+    # A copy of other layers, or a file torn in two, is found as well.
+    write_lora_copy(tmp_path / "lora", open_model_folder(model), {"nowhere": factors[LAYER]}, copy_of="0" * 64)
+    said = refused(monkeypatch, capsys, "merge", "--pretrained", str(model), *merge)
+    assert "factors for nowhere.weight (16, 16), which the pretrained model lacks" in said
+    file = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    assert "is not a whole safetensors file" in refused(
+        monkeypatch, capsys, "merge", "--pretrained", str(model), *merge
+    )
+
+
+def test_prompts_that_are_none(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    said = refused(monkeypatch, capsys, "generate", str(model), "--prompts", "empty.txt", "--out", "out")
+    assert said.startswith("There are no prompts in empty.txt; set evaluate.prompts to a text file")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "segments={edges: [0, 500, 2000]}"], "segments.edges [0, 500, 2000] must end at 1000"),
+        (["--set", "segments={edges: [0, 500, 900]}"], "segments.edges [0, 500, 900] must end at 1000"),
+        (
+            ["--set", "finetune={num_steps: 1, lora: {rank: 4}, channel_projection: true}"],
+            "finetune: finetune.lora and channel_projection exclude each other",
+        ),
+        (["--set", "finetune={num_steps: 1, lora: {rank: 0}}"], "finetune.lora.rank"),
+        (["--set", "finetune={num_steps: 1, lora: {ranks: 4}}"], "did you mean rank?"),
+        (["--set", "evaluate.mixed_precision=fp8"], "evaluate.mixed_precision"),
+        (["--set", "pretrained={source: a/b, text_encoder: {}}"], "text_encoder apply to source 'pretrain' only"),
+    ],
+)
+def test_what_a_recipe_gets_wrong_is_said_before_anything_starts(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(monkeypatch, capsys, "run", "digits", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rank", "3"], "--rank is that of a LoRA; add --lora."),
+        (["--lora", "--row", "distilled"], "A distilled model is no LoRA; leave out --lora, or --row distilled."),
+    ],
+)
+def test_what_an_export_gets_wrong(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(monkeypatch, capsys, "export", *arguments, "--out", "out") == message
+
+
+def test_captions_that_are_missing_and_segments_out_of_range_of_a_model_from_elsewhere(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    two_classes(tmp_path / "images")
+    files = sorted(path.relative_to(tmp_path / "images") for path in (tmp_path / "images").rglob("*.png"))
+    rows = [json.dumps({"file_name": str(file), "text": "" if i < 4 else "a cat"}) for i, file in enumerate(files)]
+    (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(rows))
+    settings = {
+        "pretrained": f"{{source: {model}}}",
+        "dataset": "{source: imagefolder, path: images, resolution: 16, caption_column: text}",
+        "segments": "{edges: [0, 500, 2000]}",
+        "evaluate.prompts": "cifar10",
+    }
+    arguments = [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+    monkeypatch.setattr(sys, "argv", ["deme", "doctor", "digits", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 2
+    assert "FAIL model segments.edges [0, 500, 2000] must start at 0 and end at 1000." in said
+    first = ", ".join(str(file) for file in files[:3])
+    assert "4 of 20 images" in said
+    assert first in said
