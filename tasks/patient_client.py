@@ -15,8 +15,8 @@ _PATIENCE_SEC = 300.0
 _POLL_SEC = 3.0
 
 
-# Calls at once. A local database takes one writer at a time, and a server's database not many more: left to themselves 32
-# tasks wait in MLflow's pool of 15 connections until that gives up after half a minute (benchmarks/overhead.py).
+# Calls at once. A local database takes one writer at a time, and a server's not many more: left to themselves 32 tasks
+# wait in MLflow's pool of 15 connections until that gives up after half a minute (benchmarks/overhead.py).
 _LOCAL_TURNS, _SERVER_TURNS = threading.Semaphore(1), threading.Semaphore(8)
 
 
