@@ -23,8 +23,24 @@ from uuid import uuid4
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from deme_core.digests import sha256_file
-from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, DemeError, InputError
-from deme_core.store import FileStore, ObjectStore, check_key, local_errors, sync, temporary_beside
+from deme_core.errors import (
+    ArtifactNotFoundError,
+    ChecksumMismatchError,
+    DamagedArtifactError,
+    DemeError,
+    InputError,
+    ObjectTooLargeError,
+)
+from deme_core.store import (
+    FileStore,
+    ObjectStore,
+    check_key,
+    check_space,
+    local_errors,
+    store_time,
+    sync,
+    temporary_beside,
+)
 
 _HEX = "[0-9a-f]"
 # A word, then digests: only so can the stage be told from the store's own path in the URI of an artifact.
@@ -181,6 +197,7 @@ class ArtifactStore:
         dataset: str | None = None,
         metrics: Mapping[str, Any] | None = None,
         take_folder: bool = False,
+        look_first: bool = True,
     ) -> ArtifactRef:
         """Upload all files of a folder as an artifact; of several writers of one digest the first wins.
 
@@ -194,12 +211,13 @@ class ArtifactStore:
             metrics: what was measured.
             take_folder: move the folder into the cache, if that is on the same disk: what was made here need not be
                 downloaded here.
+            look_first: spare the upload if the artifact is there; False for whoever has just looked.
 
         Returns:
             The artifact: this one, or the one that was there first.
         """
         key = _manifest_key(stage, digest)
-        if existing := self.find(stage, digest):
+        if look_first and (existing := self.find(stage, digest)):
             return existing
         manifest = Manifest(
             stage=stage,
@@ -225,8 +243,9 @@ class ArtifactStore:
     def fetch(self, ref: ArtifactRef) -> Path:
         """Return a verified local copy, downloading it the first time. Treat it as read-only.
 
-        A missing artifact or file is an ArtifactNotFoundError; a file that is not what the manifest promises is a
-        ChecksumMismatchError. Either names the object.
+        A missing artifact is an ArtifactNotFoundError; one of which a file is lost or not what the manifest promises is
+        a DamagedArtifactError; a file that arrives otherwise each time, or a malformed manifest, is a
+        ChecksumMismatchError. All name the object.
         """
         folder = self.cache.joinpath(*self._locate(ref))
         if folder.is_dir():
@@ -234,7 +253,8 @@ class ArtifactStore:
         manifest = self.manifest(ref)
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
-            _side_by_side(lambda file: self._download(file, temporary / file.name), manifest.files)
+            check_space(temporary, sum(file.size for file in manifest.files))
+            _side_by_side(lambda file: self._download(ref, file, temporary / file.name), manifest.files)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -242,6 +262,10 @@ class ArtifactStore:
                 if not folder.is_dir():
                     raise
         return folder
+
+    def withdraw(self, ref: ArtifactRef) -> None:
+        """Take a damaged artifact out of sight, so that its stage is run again; what is left of its files is swept."""
+        self.store.delete(_manifest_key(*self._locate(ref)))
 
     def remove(self, ref: ArtifactRef) -> None:
         """Remove an artifact and its local copy; a missing one is fine.
@@ -265,12 +289,12 @@ class ArtifactStore:
         """Delete what interrupted uploads and downloads left behind.
 
         Args:
-            older_than: spare anything younger; must exceed the longest transfer and the skew of clocks.
+            older_than: spare anything younger, by the store's own clock; must exceed the longest transfer.
 
         Returns:
             Number of objects deleted.
         """
-        before = datetime.now(UTC) - older_than
+        before = store_time(self.store) - older_than
         suspects: dict[str, set[str]] = {}
         for found in self.store.list(""):
             if found.modified < before and (match := _UPLOADED.fullmatch(found.key)):
@@ -279,8 +303,9 @@ class ArtifactStore:
         orphans = [key for artifact, keys in suspects.items() for key in keys - self._named_keys(artifact)]
         for key in orphans:
             self.store.delete(key)
-        for place in (self.store, FileStore(self.cache)):
-            place.discard_unfinished(before)
+        self.store.discard_unfinished(before)
+        cache = FileStore(self.cache)
+        cache.discard_unfinished(store_time(cache) - older_than)
         return len(orphans)
 
     def _named_keys(self, artifact: str) -> set[str]:
@@ -310,15 +335,37 @@ class ArtifactStore:
             for name, sha256 in zip(names, digests, strict=True)
         )
 
-    def _download(self, file: StoredFile, path: Path) -> None:
-        digest = hashlib.sha256()
-        self.store.get_file(file.key, path, digest)
-        size, sha256 = path.stat().st_size, digest.hexdigest()
-        if (size, sha256) != (file.size, file.sha256):
+    def _download(self, ref: ArtifactRef, file: StoredFile, path: Path) -> None:
+        first = self._receive(ref, file, path)
+        if first is None:
+            return
+        # Once more: the way from the store may be what does damage, and nothing is thrown away for that.
+        second = self._receive(ref, file, path)
+        if second is not None and second != first:
             raise ChecksumMismatchError(
-                f"{self.store.uri}/{file.key} holds {size} bytes with SHA-256 {sha256}, but its manifest promises "
-                f"{file.size} bytes with {file.sha256}; remove the artifact and run its stage again."
+                f"{self.store.uri}/{file.key} arrives with other bytes each time it is read; check the network and "
+                "this machine."
             )
+        if second is not None:
+            raise _damaged(ref, second)
+
+    def _receive(self, ref: ArtifactRef, file: StoredFile, path: Path) -> str | None:
+        """Download a file; returns what is wrong with it."""
+        uri = f"{self.store.uri}/{file.key}"
+        promised = f"but its manifest promises {file.size} bytes with {file.sha256}"
+        digest = hashlib.sha256()
+        try:
+            self.store.get_file(file.key, path, digest, max_bytes=file.size)
+        except ArtifactNotFoundError as error:
+            raise _damaged(ref, f"{uri} is lost") from error
+        except ChecksumMismatchError as error:
+            return str(error).rstrip(".")
+        except ObjectTooLargeError:
+            return f"{uri} holds more than {file.size} bytes, {promised}"
+        size, sha256 = path.stat().st_size, digest.hexdigest()
+        if (size, sha256) == (file.size, file.sha256):
+            return None
+        return f"{uri} holds {size} bytes with SHA-256 {sha256}, {promised}"
 
     def _delete_files(self, files: tuple[StoredFile, ...]) -> None:
         for file in files:
@@ -368,6 +415,27 @@ def _move(folder: Path, place: Path) -> None:
         _side_by_side(sync, [path for path in folder.rglob("*") if path.is_file()])
         place.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(place)
+
+
+def fetch_or_withdraw(artifacts: ArtifactStore, ref: ArtifactRef) -> Path:
+    """Fetch what a stage made; if it is damaged, take it out of the store, so that the next run makes it anew.
+
+    Raises:
+        DamagedArtifactError: it is damaged.
+    """
+    try:
+        return artifacts.fetch(ref)
+    except DamagedArtifactError as error:
+        try:
+            artifacts.withdraw(ref)
+        except DemeError:  # Whoever may not write there is told what is damaged.
+            raise error from None
+        mend = "it was taken out of the store: run again, which makes it anew"
+        raise DamagedArtifactError(ref.uri, error.problem, mend) from error
+
+
+def _damaged(ref: ArtifactRef, problem: str) -> DamagedArtifactError:
+    return DamagedArtifactError(ref.uri, problem, f"remove {ref.uri}/manifest.json and run again")
 
 
 def _malformed(uri: str, problem: str) -> ChecksumMismatchError:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deme_core.digests import canonical_json, sha256_bytes
-from deme_core.store import ObjectStore, StoredObject, local_errors
+from deme_core.store import ObjectStore, StoredObject, check_space, local_errors
 
 NUM_DOWNLOADS = 8
 
@@ -30,18 +30,22 @@ def download_once(store: ObjectStore, objects: Sequence[StoredObject], folder: P
 
 def _download(store: ObjectStore, objects: Sequence[StoredObject], folder: Path) -> None:
     def get(item: StoredObject) -> None:
-        path = folder / item.key
-        if not path.exists() or path.stat().st_size != item.size:
-            store.get_file(item.key, path)
+        store.get_file(item.key, folder / item.key, max_bytes=item.size)
 
+    missing = [item for item in objects if not _is_there(folder / item.key, item.size)]
+    check_space(folder, sum(item.size for item in missing))
     with ThreadPoolExecutor(NUM_DOWNLOADS) as executor:
-        futures = [executor.submit(get, item) for item in objects]
+        futures = [executor.submit(get, item) for item in missing]
         try:
             for future in futures:
                 future.result()
         except BaseException:
             executor.shutdown(cancel_futures=True)
             raise
+
+
+def _is_there(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
 
 
 @contextmanager

@@ -58,6 +58,14 @@ class StoreUnavailableError(InputError):
     """The object store cannot be reached, refuses the credentials, or has no space left."""
 
 
+class ObjectTooLargeError(InputError):
+    """An object is larger than what is read of its kind, or than its manifest promises."""
+
+
+class TrackingUnavailableError(InputError):
+    """The MLflow server cannot be reached."""
+
+
 class IncompatibleCheckpointsError(InputError):
     """Checkpoints that should hold the same tensors do not.
 
@@ -97,6 +105,18 @@ class ChecksumMismatchError(DemeError):
     """A stored object does not hold the bytes its manifest promises."""
 
 
+class DamagedArtifactError(ChecksumMismatchError):
+    """An object of an artifact is lost, or holds other bytes than its manifest promises, each time it is read.
+
+    Attributes:
+        uri: of the artifact.
+    """
+
+    def __init__(self, uri: str, problem: str, mend: str) -> None:
+        self.uri, self.problem = uri, problem
+        super().__init__(f"The artifact {uri} is damaged: {problem}; {mend}.")
+
+
 class NonFiniteLossError(DemeError):
     """The training loss became NaN or infinite.
 
@@ -127,3 +147,19 @@ class BadExpertError(DemeError):
 
 class WorkerDiedError(DemeError):
     """A worker process ended without finishing its job."""
+
+
+class WorkerStoppedError(WorkerDiedError):
+    """A worker process was told to leave, and left a checkpoint of its training first.
+
+    Attributes:
+        run: what was being trained, e.g. ``segment 2 [500, 750)``.
+        global_step: the optimizer step of the checkpoint.
+    """
+
+    def __init__(self, run: str, global_step: int) -> None:
+        self.run, self.global_step = run, global_step
+        super().__init__(
+            f"The worker process of {run} was told to leave and left a checkpoint at step {global_step}; run again to "
+            "go on from there."
+        )

@@ -21,7 +21,7 @@ from deme_core.families import Adapter
 from deme_core.lora.expert import LoraExpert
 from deme_core.lora.factors import LORA_NAME, LoraFactors, read_factors, write_factors
 from deme_core.model_digest import tensors_digest
-from deme_core.model_json import INDEX_NAME, read_json
+from deme_core.model_json import INDEX_NAME, read_json, shard_names
 from deme_core.needed_files import needed_files
 from deme_core.pipeline_index import COPY_NAME, PipelineIndex, read_index
 from deme_core.projection import attach_projections, fold_projections, is_projection
@@ -140,10 +140,7 @@ def _part(path: Path, name: str) -> Path:
 
 def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
     if (index := folder / f"{WEIGHTS_NAME}.index.json").is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ModelFolderError(f"{index} has no weight_map, which names the files of the weights.")
-        files = tuple(folder / name for name in sorted(set(weight_map.values())))
+        files = tuple(folder / name for name in shard_names(read_json(index), str(index)))
         if absent := [file.name for file in files if not file.is_file()]:
             raise ModelFolderError(f"{folder} misses {', '.join(absent)}, which {index.name} names.")
         return files
@@ -228,7 +225,10 @@ def load_denoiser(folder: ModelFolder, *, keep_projections: bool = False) -> nn.
         ModelFolderError: the weights do not have the names and shapes that the config gives.
     """
     tensors = load_tensors(folder)
-    model = build_denoiser(folder.denoiser_config, materialize=False)
+    try:
+        model = build_denoiser(folder.denoiser_config, materialize=False)
+    except Exception as error:  # diffusers raises many kinds for what it cannot build.
+        raise ModelFolderError(f"The config of {folder.path} describes no model ({error}); fetch it again.") from error
     if keep_projections:
         attach_projections(model)
     elif any(is_projection(name) for name in tensors):
@@ -352,4 +352,7 @@ def _copy_file(source: Path, destination: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(defaults := content.get("_use_default_values"), list):
+        # diffusers lists a set, in an order of its own in every process: equal models shall be equal files.
+        content = content | {"_use_default_values": sorted(defaults)}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

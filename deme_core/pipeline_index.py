@@ -1,12 +1,13 @@
 """The index of a model folder: which pipeline it holds, of which family, and which parts stay frozen."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deme_core.errors import ModelFolderError
 from deme_core.families import FAMILIES, Adapter, Unconditional
-from deme_core.model_json import INDEX_NAME, read_json
+from deme_core.model_json import INDEX_NAME, is_plain_name, read_json
 
 # In place of the index, beside the denoiser of a finetuned copy.
 COPY_NAME = "finetuned_copy.json"
@@ -39,12 +40,18 @@ def read_index(path: Path) -> PipelineIndex:
     """
     if (path / COPY_NAME).is_file():
         copy = read_json(path / COPY_NAME)
-        pipeline = copy.get("pipeline")
+        pipeline, digest, base = copy.get("pipeline"), copy.get("pretrained"), copy.get("lora_base")
         family = _known(path / COPY_NAME, pipeline)
-        return PipelineIndex(family, pipeline, (), str(copy.get("pretrained")), copy.get("lora_base"))
+        if not _is_digest(digest) or not (base is None or _is_digest(base)):
+            raise ModelFolderError(f"{path / COPY_NAME} names no pretrained model; fetch it again.")
+        return PipelineIndex(family, pipeline, (), digest, base)
     index = read_json(path / INDEX_NAME) if (path / INDEX_NAME).is_file() else {}
     named = tuple(sorted(name for name, part in index.items() if isinstance(part, list) and part and part[0]))
+    if elsewhere := [name for name in named if not is_plain_name(name)]:
+        raise ModelFolderError(f"{path / INDEX_NAME} names {elsewhere[0]!r}, which is no part of the folder.")
     pipeline = index.get("_class_name")
+    if not isinstance(pipeline, str | None):
+        raise _unknown(path / INDEX_NAME, pipeline)
     if pipeline not in FAMILIES and set(named) - {"unet", "scheduler"}:
         raise _unknown(path / INDEX_NAME, pipeline)
     # Any sampler's pipeline will do for a model on pixels, as PNDMPipeline; its denoiser says whether it is one.
@@ -61,9 +68,13 @@ def read_index(path: Path) -> PipelineIndex:
 
 
 def _known(file: Path, pipeline: Any) -> type[Adapter]:
-    if pipeline not in FAMILIES:
+    if not isinstance(pipeline, str) or pipeline not in FAMILIES:
         raise _unknown(file, pipeline)
     return FAMILIES[pipeline]
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def _unknown(file: Path, pipeline: Any) -> ModelFolderError:

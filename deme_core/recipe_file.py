@@ -107,8 +107,10 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # A date or number that cannot be is a ValueError.
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except RecursionError as error:
+        raise RecipeError(f"{where} is not valid YAML: it is nested too deeply.") from error
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
@@ -127,7 +129,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 
 
 def _sentence(details: ErrorDetails) -> str:
-    location = [str(part) for part in details["loc"]]
+    location = [name if (name := str(part)).isprintable() else repr(name) for part in details["loc"]]
     key = ".".join(location) or "the recipe"
     if details["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])

@@ -1,5 +1,6 @@
 """Secrets, endpoints and folders: all that comes from the environment and none that changes a result."""
 
+import re
 from pathlib import Path
 
 from pydantic import Field
@@ -35,6 +36,11 @@ class Settings(BaseSettings):
     def tracking_uri(self) -> str:
         """MLflow tracking URI."""
         return self.tracking_uri_override or f"sqlite:///{self.state_folder / 'mlflow.db'}"
+
+    @property
+    def tracking_place(self) -> str:
+        """The same for messages: a database's URI may hold a password."""
+        return re.sub(r"://[^/]*@", "://…@", self.tracking_uri)
 
     @property
     def mlflow_ui_url(self) -> str | None:

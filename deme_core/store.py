@@ -22,13 +22,15 @@ from typing import BinaryIO, Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
-from deme_core.errors import ArtifactNotFoundError, InputError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
 
 _TEMPORARY_PREFIX = ".tmp-"
 # Larger writes make the kernel look for huge pages, see deme_core.checkpoint.
 _BYTES_PER_PIECE = 256 << 10
 _ACCESS_DEADLINE_SEC = 25.0
 _ACCESS_WAITS_SEC = (0.5, 1.0, 2.0, 4.0)
+# What is read into memory at once, as manifests with their histories: more is no such thing.
+MAX_BYTES_AT_ONCE = 64 * 2**20
 _URI_RULE = "DEME_STORE_URI must be file:///FOLDER or s3://BUCKET/PREFIX."
 
 
@@ -71,14 +73,16 @@ class ObjectStore(Protocol):
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Store bytes; with ``if_absent`` one writer of a race wins and the others get False."""
 
-    def get_file(self, key: str, path: Path, digest: Digest | None = None) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
         """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing.
 
-        ``digest`` is given all bytes, in order, while others still arrive.
+        ``digest`` is given all bytes, in order, while others still arrive. With ``max_bytes`` a larger object is an
+        ObjectTooLargeError, raised before it is downloaded. A store that keeps checksums of its own raises
+        ChecksumMismatchError where they do not hold.
         """
 
     def get_bytes(self, key: str) -> bytes:
-        """Read a small object; ArtifactNotFoundError if missing."""
+        """Read a small object; ArtifactNotFoundError if missing, ObjectTooLargeError beyond MAX_BYTES_AT_ONCE."""
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -117,11 +121,11 @@ class FileStore:
         """Write bytes into the folder."""
         return self._put(key, BytesIO(data), if_absent=if_absent)
 
-    def get_file(self, key: str, path: Path, digest: Digest | None = None) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
         """Copy a file out; a link would let a change of the copy reach the store."""
         with (
             self._errors(key),
-            self._path(key).open("rb") as source,
+            self._open(key, max_bytes) as source,
             local_errors(path),
             temporary_beside(path) as temporary,
         ):
@@ -130,8 +134,8 @@ class FileStore:
 
     def get_bytes(self, key: str) -> bytes:
         """Read a file."""
-        with self._errors(key):
-            return self._path(key).read_bytes()
+        with self._errors(key), self._open(key, MAX_BYTES_AT_ONCE) as file:
+            return file.read()
 
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""
@@ -184,6 +188,13 @@ class FileStore:
 
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
+
+    def _open(self, key: str, max_bytes: int | None) -> BinaryIO:
+        file = self._path(key).open("rb")
+        if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
+            file.close()
+            raise too_large(f"{self.uri}/{key}", max_bytes)
+        return file
 
     def _walk(self, folder: Path) -> Iterator[Path]:
         """All files and folders below a folder, the deepest first."""
@@ -267,6 +278,16 @@ def _probe(store: ObjectStore) -> None:
         raise StoreUnavailableError(f"{store.place} does not return what is written to it; correct DEME_STORE_URI.")
 
 
+def store_time(store: ObjectStore) -> datetime:
+    """Returns the time by the clock that dates the store's objects: this machine's may be wrong, or jump."""
+    key = f".clock/{uuid4().hex}"
+    store.put_bytes(key, b"")
+    try:
+        return max(found.modified for found in store.list(key))
+    finally:
+        store.delete(key)
+
+
 def is_key(key: str) -> bool:
     """Whether this can name an object: a plain relative POSIX path, and no temporary file."""
     parts = key.split("/")
@@ -305,6 +326,16 @@ def system_errors(place: str, remedy: str) -> Iterator[None]:
         raise StoreUnavailableError(f"Cannot use {place} ({reason}); {first} or {remedy}.") from error
 
 
+def check_space(folder: Path, num_bytes: int) -> None:
+    """Raises StoreUnavailableError if the disk of a folder that exists has no room for so much."""
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise StoreUnavailableError(
+            f"Cannot use {folder.parent} ({num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free); free "
+            "space or point DEME_HOME elsewhere."
+        )
+
+
 def local_errors(path: Path) -> AbstractContextManager[None]:
     """The same for a file of the local cache."""
     return system_errors(str(path), "point DEME_HOME elsewhere")
@@ -330,6 +361,11 @@ def _folder_of(uri: str) -> Path:
     if not uri.startswith("file://") or not path.startswith("/"):
         raise InputError(_URI_RULE)
     return Path(path)
+
+
+def too_large(uri: str, max_bytes: int) -> ObjectTooLargeError:
+    """Returns the error for an object that is larger than it may be."""
+    return ObjectTooLargeError(f"{uri} holds more than {max_bytes} bytes, which is no object that DeMe reads so.")
 
 
 def not_found(uri: str) -> ArtifactNotFoundError:

@@ -133,6 +133,7 @@ class Training:
         teacher: frozen theta_0, or frozen experts; needed if the plan has a consistency weight.
         device: where to train.
         record_every: optimizer steps between progress records.
+        should_stop: asked after every step; once it says yes there is a record, for a checkpoint to be made.
     """
 
     def __init__(
@@ -146,6 +147,7 @@ class Training:
         teacher: Teacher | LoraTeacher | None = None,
         device: torch.device | str = "cpu",
         record_every: int = 10,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         if (teacher is None) == (plan.consistency_weight > 0):
             raise ValueError("a teacher and a consistency weight go together")
@@ -156,6 +158,7 @@ class Training:
             cpu=torch.device(device).type == "cpu",
         )
         self.spec, self.plan, self.batches, self.record_every = spec, plan, batches, record_every
+        self.should_stop = should_stop
         self.adapter = adapter
         adapter.prepare_training(model)
         self.device = self.accelerator.device
@@ -187,6 +190,8 @@ class Training:
     def progress(self) -> Iterator[TrainingProgress]:
         """Trains to the end, yielding a record every ``record_every`` steps, at checkpoints and at the end.
 
+        Whoever iterates may stop at any record: what a checkpoint then holds is the state after that step.
+
         Raises:
             NonFiniteLossError: a loss was NaN or infinite; raised before such a state could be saved.
             TimestepHistogramError: the timesteps drawn contradict the sampler.
@@ -203,7 +208,7 @@ class Training:
         while self.global_step < self.plan.num_steps:
             sums.steps.append(self._optimizer_step(batches, sums))
             self.global_step += 1
-            if self._record_is_due():
+            if self._record_is_due() or self.should_stop():
                 yield self._record(sums)
                 sums = _Sums()
         draws_per_decision = self.spec.batch_size if self.plan.sampler.per_batch_mirrored else 1

@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +29,11 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List and show recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(stack_app)
+
+_STOPPED = 128 + signal.SIGTERM
+_INTERRUPTED = "interrupted; run the same command again to go on."
+# What the last checkpoint of a training may take.
+_SECONDS_TO_LEAVE = 28.0
 
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")]
 ModelArgument = Annotated[str, typer.Argument(help="A diffusers folder, an object-store URI, or a hub id.")]
@@ -140,6 +148,7 @@ def _run_flow(
         module, name = path.split(":")
         flow = getattr(import_module(module), name)
         from flows.progress_display import ProgressDisplay
+    signal.signal(signal.SIGINT, _interrupt)
     with ProgressDisplay(console):
         result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
     return result
@@ -219,6 +228,19 @@ def generate(
     Console().print(f"wrote {num_images} images to {out}", highlight=False, soft_wrap=True)
 
 
+@app.command(epilog="Example: deme sweep --older-than 48")
+def sweep(
+    older_than: Annotated[float, typer.Option(min=1, help="Hours; anything younger is spared.")] = 48.0,
+) -> None:
+    """Free the space of what killed runs left half-done in the object store and on this machine."""
+    from datetime import timedelta
+
+    from flows.sweep import sweep as sweep_all
+
+    num_objects, num_folders = sweep_all(timedelta(hours=older_than))
+    Console().print(f"removed {num_objects} objects and {num_folders} scratch folders", highlight=False)
+
+
 @recipes_app.command("list", epilog="Example: deme recipes list")
 def list_recipes() -> None:
     """List the recipes that come with DeMe."""
@@ -256,15 +278,39 @@ def doctor(
     raise typer.Exit(examine(Console(), found))
 
 
+def _leave(*_: object) -> None:
+    sys.exit(_STOPPED)
+
+
+def _interrupt(*_: object) -> None:
+    threading.Thread(target=_leave_soon, daemon=True).start()
+    raise KeyboardInterrupt
+
+
+def _leave_soon() -> None:
+    """A terminal sends Ctrl-C to Prefect's temporary server, too, which Prefect would then try to reach for minutes."""
+    if runtime := sys.modules.get("flows.flow_runtime"):
+        runtime.ended.wait(_SECONDS_TO_LEAVE)
+    time.sleep(3.0)
+    os.write(2, f"deme: {_INTERRUPTED}\n".encode())
+    os._exit(130)
+
+
 def main() -> None:
     """Runs the command line; what DeMe foresaw is one sentence, with its exit code."""
+    # Prefect's flows handle it, and then call this: without it a temporary server would outlive its command.
+    signal.signal(signal.SIGTERM, _leave)
     try:
         app()
     except DemeError as error:
         Console(stderr=True).print(f"deme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        if leaving.code == _STOPPED:
+            Console(stderr=True).print("deme: stopped; run the same command again to go on.", style="red")
+        raise
     except KeyboardInterrupt:
-        Console(stderr=True).print("deme: interrupted; run the same command again to go on.", style="red")
+        Console(stderr=True).print(f"deme: {_INTERRUPTED}", style="red")
         sys.exit(130)
 
 

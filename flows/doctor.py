@@ -84,7 +84,7 @@ def _mlflow(settings: Settings) -> str:
     from tasks.tracked_runs import check_tracking
 
     check_tracking(settings)
-    return settings.tracking_uri
+    return settings.tracking_place
 
 
 def _prefect() -> str:

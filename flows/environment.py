@@ -16,6 +16,8 @@ QUIET = {
     # MLflow's files are small and go through its server: the object store behind it may have another name for us.
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    # A server that is away is waited for by us (`tasks.patient_client`): MLflow's own waits double up to two minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # A two-core machine that is busy takes longer than the default 20 seconds.

@@ -1,12 +1,14 @@
 """What a flow run needs while it runs: workers, store and tracker, started together and stopped together."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.errors import TrackingUnavailableError
 from deme_core.prompts import load_prompts
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import dump_recipe, flatten
@@ -19,6 +21,10 @@ from tasks.timing import Timing
 from tasks.tracked_runs import check_tracking
 from tasks.tracking import Tracker
 from tasks.worker_pool import WorkerPool, plan_slots
+
+# Whether no flow of this process has anything left to do but to tell Prefect how it ended.
+ended = threading.Event()
+ended.set()
 
 # Before any flow starts: a local Prefect server cannot make its own folder's parents.
 make_folders()
@@ -33,6 +39,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         PromptsError: the recipe's prompts cannot be read.
     """
     timing, settings, logger = Timing(), Settings(), get_run_logger()
+    ended.clear()
     store = open_store(settings.store_uri)
     pool: Pool
     if recipe.execution.runner == "prefect":
@@ -50,10 +57,13 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
         tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})
         artifacts = ArtifactStore(store, settings.cache_folder)
-        with _tracked(tracker), use_runtime(Runtime(recipe, settings, artifacts, pool, tracker, timing)) as runtime:
+        runtime = Runtime(recipe, settings, artifacts, pool, tracker, timing)
+        # Trainings leave their checkpoints before MLflow is told anything: whoever ends this run may be in a hurry.
+        with _tracked(tracker), use_runtime(runtime), contextlib.closing(pool):
             yield runtime
     finally:
         pool.close()
+        ended.set()
 
 
 @contextlib.contextmanager
@@ -61,6 +71,7 @@ def _tracked(tracker: Tracker) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        tracker.finish(tracker.run_id, failed=True)
+        with contextlib.suppress(TrackingUnavailableError):
+            tracker.finish(tracker.run_id, failed=True)
         raise
     tracker.finish(tracker.run_id)

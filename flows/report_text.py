@@ -92,7 +92,7 @@ def mlflow_command(settings: Settings) -> str:
     """Returns how to look at the runs in MLflow."""
     if settings.tracking_uri.startswith("sqlite:"):
         return f"mlflow ui --backend-store-uri {settings.tracking_uri}"
-    return settings.tracking_uri
+    return settings.tracking_place
 
 
 def _table(report: dict[str, Any]) -> Table:

@@ -96,7 +96,7 @@ def judge(segment: TimestepSegment, ref: ArtifactRef, change: Interval, policy: 
 
 def losses_of(runtime: Runtime, result: JobResult) -> Losses:
     """Returns the held-out losses (images, bins) of a model."""
-    return load_losses(runtime.artifacts.fetch(result.ref))
+    return load_losses(runtime.fetch(result.ref))
 
 
 def relative_heldout_losses(

@@ -3,6 +3,7 @@
 import logging
 from typing import TYPE_CHECKING
 
+from deme_core.errors import InputError
 from deme_core.settings import Settings
 
 if TYPE_CHECKING:
@@ -19,7 +20,15 @@ def import_mlflow() -> None:
 
 
 def mlflow_client(settings: Settings) -> "MlflowClient":
-    """Returns the client of this environment's tracking server or database; MLflow takes a second to import."""
+    """Returns the client of this environment's tracking server or database; MLflow takes a second to import.
+
+    Raises:
+        InputError: the server's URL holds a password, which would get into messages and reports.
+    """
+    if settings.tracking_uri.startswith("http") and "@" in settings.tracking_uri:
+        raise InputError(
+            "MLFLOW_TRACKING_URI must hold no password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+        )
     from mlflow import MlflowClient
 
     return MlflowClient(settings.tracking_uri)

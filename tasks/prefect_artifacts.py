@@ -1,11 +1,13 @@
 """What a person sees in the Prefect UI: progress bars, the table of the rows, the pictures, the verdict."""
 
+import logging
 import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import (
     create_image_artifact,
     create_markdown_artifact,
@@ -18,10 +20,14 @@ from deme_core.metrics import direction
 from tasks.tracking import Tracker
 
 _SECONDS_BETWEEN_UPDATES = 3.0
+_logger = logging.getLogger(__name__)
 
 
 def progress_artifact(name: str) -> Callable[[float], None]:
-    """Makes a progress bar of the current task run; returns what moves it to a fraction in [0, 1]."""
+    """Makes a progress bar of the current task run; returns what moves it to a fraction in [0, 1].
+
+    While the server does not answer the bar stands still: the work must not stop for it.
+    """
     artifact = create_progress_artifact(0.0, key=_key(name), description=name)
     assert isinstance(artifact, UUID)
     told = time.monotonic()
@@ -30,7 +36,10 @@ def progress_artifact(name: str) -> Callable[[float], None]:
         nonlocal told
         if fraction >= 1.0 or time.monotonic() - told >= _SECONDS_BETWEEN_UPDATES:
             told = time.monotonic()
-            update_progress_artifact(artifact, progress=100.0 * fraction)
+            try:
+                update_progress_artifact(artifact, progress=100.0 * fraction)
+            except httpx.HTTPError as error:
+                _logger.warning("The progress bar of %s could not be moved (%s).", name, type(error).__name__)
 
     return move
 

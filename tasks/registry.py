@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores, compare, paired_difference
-from tasks.mlflow_client import mlflow_client
+from tasks.patient_client import patient_client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -51,14 +51,15 @@ def register(
     """
     from mlflow.exceptions import MlflowException
 
-    client = mlflow_client(settings)
+    client = patient_client(settings)
     name = f"deme-{report['recipe']}"
     try:
         version = _find_version(client, name, report) or _create_version(
             client, name, report, scores, source=source, metric=metric
         )
     except MlflowException as error:
-        return Registration(name, None, "not registered", f"MLflow at {settings.tracking_uri} refused: {error.message}")
+        refusal = f"MLflow at {settings.tracking_place} refused: {error.message}"
+        return Registration(name, None, "not registered", refusal)
     _write(client.set_registered_model_alias, name, CHALLENGER, version.version)
     decision, reason = _decide(_champion(client, name), version, report, scores, metric)
     if decision == "promoted":

@@ -23,7 +23,7 @@ def sample_grids(runtime: Runtime, rows: Rows) -> dict[str, Path]:
     """Copies the grid of each row, of the first seed, into the report's folder and MLflow; returns their paths."""
     grids = {row: report_folder(runtime) / samples_file(row) for row in rows}
     for row, path in grids.items():
-        shutil.copyfile(runtime.artifacts.fetch(rows[row][0].ref) / "samples.png", path)
+        shutil.copyfile(runtime.fetch(rows[row][0].ref) / "samples.png", path)
         runtime.tracker.log_file(runtime.tracker.run_id, path)
     return grids
 

@@ -5,9 +5,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from deme_core.artifacts import ArtifactStore
+from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
+from deme_core.errors import TrackingUnavailableError
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
@@ -42,6 +44,14 @@ class Runtime:
     pool: Pool
     tracker: Tracker
     timing: Timing
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """Returns a local, verified folder with the artifact's files.
+
+        Raises:
+            DamagedArtifactError: they are not what they were; the next run makes the artifact anew.
+        """
+        return fetch_or_withdraw(self.artifacts, ref)
 
     def do(
         self, job: Job, report: Callable[[Record], None] = lambda _: None, on_start: Callable[[], None] = lambda: None
@@ -92,7 +102,8 @@ class Runtime:
         except BaseException:
             tell(Event(task, "failed"))
             if child:
-                self.tracker.finish(child, failed=True)
+                with contextlib.suppress(TrackingUnavailableError):  # What failed before is what must be told.
+                    self.tracker.finish(child, failed=True)
             raise
         tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
         if child:

@@ -33,7 +33,7 @@ from tasks.jobs import (
 from tasks.prefect_artifacts import progress_artifact
 from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
-from tasks.tracking import TrainingLog
+from tasks.training_log import TrainingLog
 from tasks.weight_search import search_artifact
 
 
@@ -119,8 +119,9 @@ def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child
 
     try:
         result = runtime.run(job, task=task_name, child=child, on_record=on_record)
-    finally:
-        training_log.flush()
+    except BaseException:
+        training_log.abandon()
+        raise
     training_log.complete(result.metrics["history"])
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")

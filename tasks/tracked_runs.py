@@ -78,7 +78,7 @@ def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
         found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
     if not found:
         which = f"whose id begins with '{run}'" if run else "that has finished"
-        raise InputError(f"There is no run {which} in {settings.tracking_uri}; `deme run` makes one.")
+        raise InputError(f"There is no run {which} in {settings.tracking_place}; `deme run` makes one.")
     if run is not None and len(found) > 1:
         raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
     first: Run = found[0]
@@ -89,4 +89,5 @@ def check_tracking(settings: Settings) -> None:
     """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
     if not settings.tracking_uri.startswith("http"):
         return
+    mlflow_client(settings)
     check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)

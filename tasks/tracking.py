@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from deme_core.settings import Settings
 from tasks.databases import start_from_copy
-from tasks.mlflow_client import mlflow_client
+from tasks.patient_client import patient_client
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
-_SECONDS_BETWEEN_RECORDS = 3.0
 
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
@@ -40,7 +39,7 @@ class Tracker:
         os.environ.pop("MLFLOW_RUN_ID", None)
         if settings.tracking_uri_override is None:
             start_from_copy("mlflow", settings.state_folder / "mlflow.db")
-        self._client, self._ui_url = mlflow_client(settings), settings.mlflow_ui_url
+        self._client, self._ui_url = patient_client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
         self.run_id = self._create_run(run_name, {})
         # A person who sees the run in MLflow knows then what to give to `deme report`, `compare` and `export`.
@@ -76,25 +75,30 @@ class Tracker:
 
     def log_steps(self, run_id: str, metrics: Mapping[int, Mapping[str, float]]) -> None:
         """Logs numbers by step, all in one call."""
-        self._log(run_id, [(name, float(value), step) for step, at in metrics.items() for name, value in at.items()])
+        now = int(time.time() * 1000)
+        points = [(name, float(value), step, now) for step, at in metrics.items() for name, value in at.items()]
+        self._log(run_id, points)
 
-    def log_training(self, run_id: str, records: Iterable[Mapping[str, Any]]) -> None:
-        """Logs training progress records, each at its optimizer step."""
-        self._log(
-            run_id,
-            [
-                (name, float(record[key]), int(record["global_step"]))
-                for record in records
-                for key, name in _TRAINING_METRICS.items()
-            ],
-        )
+    def log_training(self, run_id: str, records: Iterable[tuple[Mapping[str, Any], int]]) -> None:
+        """Logs training progress records, each at its optimizer step.
 
-    def _log(self, run_id: str, points: list[tuple[str, float, int]]) -> None:
-        """Logs (name, value, step)."""
+        Args:
+            run_id: the run.
+            records: each with the time at which it came, in milliseconds since the epoch; what is logged again with
+                the same time is there once.
+        """
+        points = [
+            (name, float(record[key]), int(record["global_step"]), came)
+            for record, came in records
+            for key, name in _TRAINING_METRICS.items()
+        ]
+        self._log(run_id, points)
+
+    def _log(self, run_id: str, points: list[tuple[str, float, int, int]]) -> None:
+        """Logs (name, value, step, time)."""
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, step) for name, value, step in points]
+        metrics = [Metric(name, value, came, step) for name, value, step, came in points]
         for start in range(0, len(metrics), _METRICS_PER_CALL):
             self._client.log_batch(run_id, metrics=metrics[start : start + _METRICS_PER_CALL])
 
@@ -135,36 +139,3 @@ class Tracker:
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
-
-
-class TrainingLog:
-    """The progress of one training run, passed on to MLflow some seconds' worth at a time.
-
-    Args:
-        tracker: of the flow run.
-        run_id: the child run of the training.
-    """
-
-    def __init__(self, tracker: Tracker, run_id: str) -> None:
-        self._tracker, self._run_id = tracker, run_id
-        self._waiting: list[Mapping[str, Any]] = []
-        self._seen: set[int] = set()
-        self._flushed = time.monotonic()
-
-    def add(self, record: Mapping[str, Any]) -> None:
-        """Takes a record, in the order of steps."""
-        self._waiting.append(record)
-        self._seen.add(record["global_step"])
-        if time.monotonic() - self._flushed >= _SECONDS_BETWEEN_RECORDS:
-            self.flush()
-
-    def complete(self, history: Iterable[Mapping[str, Any]]) -> None:
-        """Adds what was not seen of a history, as that of a training that was resumed or served from the store."""
-        self._waiting += [record for record in history if record["global_step"] not in self._seen]
-        self.flush()
-
-    def flush(self) -> None:
-        """Passes on all that was taken."""
-        if self._waiting:
-            self._tracker.log_training(self._run_id, self._waiting)
-        self._waiting, self._flushed = [], time.monotonic()

@@ -2,6 +2,10 @@
 
 Requests come as JSON lines on stdin; progress records, results and errors go as JSON lines to what was stdout
 when the process started. Everything that anything prints goes to stderr.
+
+SIGTERM asks it to leave, as when a spot instance is taken away: a training first leaves a checkpoint of the step that
+it is at, any other job is so small a slice that it is simply dropped. SIGINT is the parent's to handle, though a
+terminal sends it to all.
 """
 
 import argparse
@@ -9,6 +13,7 @@ import json
 import os
 import queue
 import re
+import signal
 import sys
 import tempfile
 import threading
@@ -20,6 +25,9 @@ from typing import Any
 from filelock import FileLock
 
 _CUT_OFF = 70  # Exit status when the parent process is gone.
+_STOPPED = 75  # Exit status when it was told to leave.
+# Spot instances give 30 seconds between SIGTERM and SIGKILL, as Kubernetes and Prefect do.
+_SECONDS_TO_STOP = 25.0
 
 
 def main() -> None:
@@ -27,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="A DeMe worker process; started by the worker pool.")
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     device = parser.parse_args().device
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
 
@@ -40,20 +49,34 @@ def main() -> None:
 
     from deme_core.settings import Settings
     from tasks.error_messages import error_message
-    from tasks.jobs import JOBS
+    from tasks.jobs import JOBS, Job
     from tasks.work.base import JobContext, execute
 
     context = JobContext(Settings(), device)
-    while True:
+    current: Job | None = None
+
+    def leave(*_: object) -> None:
+        if current is None or not current.leaves_checkpoints:
+            os._exit(_STOPPED)
+        context.stop.set()
+        # Half a checkpoint is none: if it is not whole by then, the one before it stays the newest.
+        deadline = threading.Timer(_SECONDS_TO_STOP, os._exit, (_STOPPED,))
+        deadline.daemon = True
+        deadline.start()
+
+    signal.signal(signal.SIGTERM, leave)
+    while not context.stop.is_set():
+        current = None
         request = requests.get()
         torch.set_num_threads(request["num_threads"])
         try:
-            job = JOBS[request["job"]].model_validate(request["content"])
+            job = current = JOBS[request["job"]].model_validate(request["content"])
             with _lock(request["gpu"]):
                 result = execute(job, context, lambda record: send(record=record))
             send(result=result.to_dict())
         except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
             send(**error_message(error), traceback=traceback.format_exc())
+    os._exit(_STOPPED)
 
 
 def _lock(gpu: str | None) -> AbstractContextManager[Any]:

@@ -12,16 +12,20 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from deme_core.errors import DemeError, InputError, WorkerDiedError
+from deme_core.errors import DemeError, InputError, WorkerDiedError, WorkerStoppedError
 from deme_core.recipe import ExecutionSpec
 from tasks.error_messages import job_error
 from tasks.jobs import Job, JobResult
 
 _SECONDS_TO_LEAVE = 10.0
+# A little longer than a worker gives itself for its checkpoint.
+_SECONDS_TO_STOP = 27.0
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -116,10 +120,13 @@ class WorkerPool:
             self._free.put(worker)
 
     def close(self) -> None:
-        """Ends every process, in the middle of its job if need be, and starts no more."""
+        """Ends every process and starts no more; a training that is under way leaves a checkpoint first."""
         self._closed = True
+        for worker in self._workers:  # All at once: together they have the time that one has.
+            worker.stop()
+        deadline = time.monotonic() + _SECONDS_TO_STOP
         for worker in self._workers:
-            worker.close()
+            worker.close(deadline)
 
 
 class _Worker:
@@ -128,6 +135,7 @@ class _Worker:
     def __init__(self, slot: Slot, log: Callable[[str], None]) -> None:
         self._slot, self._log = slot, log
         self._process: subprocess.Popen[str] | None = None
+        self._is_busy = False
 
     def start(self) -> None:
         if self._process is not None and self._process.poll() is None:
@@ -157,32 +165,66 @@ class _Worker:
             "num_threads": self._slot.num_threads,
             "gpu": self._slot.gpu,
         }
+        self._is_busy, answered = True, False
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             for line in self._process.stdout:
+                if not line.endswith("\n"):  # It died in the middle of a word.
+                    break
                 message = json.loads(line)
                 if "record" in message:
                     report(message["record"])
-                elif "result" in message:
-                    return JobResult.from_dict(message["result"])
                 else:
-                    self._log(message["traceback"])
-                    raise job_error(message)
+                    answered = True
+                    return self._outcome(message)
         except BrokenPipeError:
             pass  # The process died between two jobs; its exit status tells how.
+        except Exception:
+            if not answered:
+                self._wait(0.0)  # What it would still say is about this job; the next one gets a fresh process.
+            raise
+        except BaseException:  # SIGTERM or Ctrl-C, if this is the main thread.
+            self._process.terminate()
+            threading.Thread(target=deque, args=(self._process.stdout, 0), daemon=True).start()
+            self._wait(_SECONDS_TO_STOP)
+            raise
+        finally:
+            self._is_busy = False
         raise WorkerDiedError(
             f"The worker process of {getattr(job, 'label', job.stage)} {_ending(self._process.wait())} before its job "
             "was done; run again to go on from the last checkpoint."
         )
 
-    def close(self) -> None:
+    def _outcome(self, message: dict[str, Any]) -> JobResult:
+        if "result" in message:
+            return JobResult.from_dict(message["result"])
+        self._log(message["traceback"])
+        error = job_error(message)
+        if isinstance(error, WorkerStoppedError):
+            self._wait(_SECONDS_TO_LEAVE)
+        raise error
+
+    def stop(self) -> None:
+        """Asks a process in the middle of its job to leave."""
+        if self._process is not None and self._is_busy:
+            self._process.terminate()
+
+    def close(self, deadline: float) -> None:
+        """Ends the process, by force at ``deadline`` (monotonic seconds)."""
         if self._process is None or self._process.poll() is not None:
             return
         assert self._process.stdin is not None
+        if self._is_busy:
+            self._wait(deadline - time.monotonic())
         self._process.stdin.close()
+        self._wait(_SECONDS_TO_LEAVE)
+
+    def _wait(self, seconds: float) -> None:
+        """Waits for the end of the process, and brings it about in the end."""
+        assert self._process is not None
         try:
-            self._process.wait(_SECONDS_TO_LEAVE)
+            self._process.wait(max(seconds, 0.0))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -12,10 +12,19 @@ from typing import Any
 
 import pytest
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core import s3_store as s3_module
+from deme_core import store as store_module
+from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
 from deme_core.digests import sha256_file
-from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, InputError
-from deme_core.store import ObjectStore, check_access
+from deme_core.errors import (
+    ArtifactNotFoundError,
+    ChecksumMismatchError,
+    DamagedArtifactError,
+    InputError,
+    ObjectTooLargeError,
+    StoreUnavailableError,
+)
+from deme_core.store import Digest, ObjectStore, check_access
 
 NUM_WRITERS = 8
 DIGEST = "d" * 64
@@ -75,6 +84,17 @@ class StoreContract:
             with pytest.raises(ArtifactNotFoundError, match=f"{store.uri}/{key} "):
                 store.get_file(key, tmp_path / "target")
         assert not list(tmp_path.glob("*target*")) and not list(tmp_path.glob(".tmp-*"))
+
+    def test_what_is_too_large_to_be_read_at_once_is_refused(
+        self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for module in (store_module, s3_module):
+            monkeypatch.setattr(module, "MAX_BYTES_AT_ONCE", 100)
+        store.put_bytes("small", bytes(100))
+        store.put_bytes("large", bytes(101))
+        assert store.get_bytes("small") == bytes(100)
+        with pytest.raises(ObjectTooLargeError, match="large holds more than 100 bytes"):
+            store.get_bytes("large")
 
     def test_delete_is_idempotent(self, store: ObjectStore) -> None:
         store.put_bytes("a/b", b"")
@@ -203,7 +223,73 @@ class ArtifactContract:
         data = bytearray(artifacts.store.get_bytes(damaged.key))
         data[2048] ^= 1
         artifacts.store.put_bytes(damaged.key, bytes(data))
-        with pytest.raises(ChecksumMismatchError, match=damaged.key):
+        with pytest.raises(DamagedArtifactError, match=damaged.key):
+            artifacts.fetch(ref)
+        assert not [path for path in artifacts.cache.rglob("*") if path.is_file()]
+        assert artifacts.find("finetune", DIGEST) is not None
+
+    def test_what_is_damaged_is_made_anew(self, artifacts: ArtifactStore, folder: Path) -> None:
+        ref = self.publish(artifacts, folder)
+        artifacts.store.put_bytes(artifacts.manifest(ref).files[1].key, b"damaged")
+        with pytest.raises(DamagedArtifactError, match="run again, which makes it anew"):
+            fetch_or_withdraw(artifacts, ref)
+        assert artifacts.find("finetune", DIGEST) is None
+        assert self.publish(artifacts, folder) == ref
+        assert (fetch_or_withdraw(artifacts, ref) / "unet" / "weights.safetensors").stat().st_size == 4096
+        assert artifacts.sweep(ANY_AGE) == 2
+
+    def test_what_arrives_otherwise_each_time_stays(
+        self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ref, get_file = self.publish(artifacts, folder), artifacts.store.get_file
+
+        def garble(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+            get_file(key, path, max_bytes=max_bytes)
+            garbled = os.urandom(path.stat().st_size)
+            path.write_bytes(garbled)
+            assert digest is not None
+            digest.update(garbled)
+
+        with monkeypatch.context() as patch, pytest.raises(ChecksumMismatchError, match="other bytes each time"):
+            patch.setattr(artifacts.store, "get_file", garble)
+            fetch_or_withdraw(artifacts, ref)
+        assert fetch_or_withdraw(artifacts, ref).is_dir()
+
+    def test_what_arrived_damaged_once_is_fetched_again(
+        self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ref, get_file, calls = self.publish(artifacts, folder), artifacts.store.get_file, list[str]()
+
+        def garble_once(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+            get_file(key, path, digest, max_bytes=max_bytes)
+            calls.append(key)
+            if len(calls) == 1:
+                path.write_bytes(b"!")
+
+        monkeypatch.setattr(artifacts.store, "get_file", garble_once)
+        copy = artifacts.fetch(ref)
+        assert (copy / "model_index.json").read_text() == "{}"
+        assert len(calls) == 3
+
+    def test_an_object_larger_than_promised_is_not_taken(
+        self, artifacts: ArtifactStore, folder: Path, tmp_path: Path
+    ) -> None:
+        ref = self.publish(artifacts, folder)
+        lie = artifacts.manifest(ref).files[1]
+        (tmp_path / "large").write_bytes(bytes(20 * 2**20))
+        artifacts.store.put_file(lie.key, tmp_path / "large")
+        with pytest.raises(ObjectTooLargeError, match=lie.key):
+            artifacts.store.get_file(lie.key, tmp_path / "target", max_bytes=lie.size)
+        assert not (tmp_path / "target").exists() and not list(tmp_path.glob(".tmp-*"))
+        with pytest.raises(DamagedArtifactError, match="more than 4096 bytes"):
+            artifacts.fetch(ref)
+
+    def test_an_artifact_that_the_disk_cannot_hold_is_not_begun(self, artifacts: ArtifactStore, folder: Path) -> None:
+        ref = self.publish(artifacts, folder)
+        manifest = artifacts.manifest(ref)
+        huge = replace(manifest, files=(replace(manifest.files[0], size=10**18), *manifest.files[1:]))
+        artifacts.store.put_bytes(f"finetune/{DIGEST}/manifest.json", huge.to_json().encode())
+        with pytest.raises(StoreUnavailableError, match=r"1000000000\.0 GB are needed.*DEME_HOME"):
             artifacts.fetch(ref)
         assert not [path for path in artifacts.cache.rglob("*") if path.is_file()]
 
@@ -211,7 +297,7 @@ class ArtifactContract:
         ref = self.publish(artifacts, folder)
         lost = artifacts.manifest(ref).files[0].key
         artifacts.store.delete(lost)
-        with pytest.raises(ArtifactNotFoundError, match=lost):
+        with pytest.raises(DamagedArtifactError, match=f"{lost} is lost"):
             artifacts.fetch(ref)
 
     def test_a_killed_upload_is_invisible_until_swept(

@@ -1,10 +1,10 @@
 """Whether the parts of a candidate are there: told from the listing and its JSON files, with no weights read."""
 
-import json
 from typing import Any
 
 from deme_core.checkpoint_watch.candidates import DENOISERS, MODEL_INDEX, Candidate
 from deme_core.errors import ModelFolderError
+from deme_core.model_json import parse_json, shard_names
 from deme_core.store import ObjectStore
 
 # As in `deme_core.model_folder`, which imports torch.
@@ -70,17 +70,8 @@ def _weight_files(source: ObjectStore, candidate: Candidate, part: str, names: t
 
 
 def _shards(source: ObjectStore, candidate: Candidate, part: str, index: str) -> list[str]:
-    weight_map = _read_json(source, candidate, index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(n, str) for n in weight_map.values()):
-        raise ModelFolderError(f"{index} has no weight_map, which names the files of the weights.")
-    return sorted({part + name for name in weight_map.values()})
+    return [part + name for name in shard_names(_read_json(source, candidate, index), index)]
 
 
 def _read_json(source: ObjectStore, candidate: Candidate, name: str) -> dict[str, Any]:
-    try:
-        content = json.loads(source.get_bytes(candidate.key(name)))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"{name} is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ModelFolderError(f"{name} does not hold a JSON object.")
-    return content
+    return parse_json(source.get_bytes(candidate.key(name)), name)

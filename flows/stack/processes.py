@@ -14,6 +14,7 @@ import psutil
 # In the environment of all that a stack starts, and so of what those processes start in turn.
 STACK_VARIABLE = "DEME_STACK"
 # Of the same environments: the servers that those processes talk to.
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _ADDRESSES = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL")
 
 
@@ -21,23 +22,40 @@ _ADDRESSES = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL")
 class ProcessRecord:
     """A process, so that another one that was given its pid later is not taken for it.
 
+    The system tells start times since the epoch, which move when the clock is set; those since its boot do not.
+
     Attributes:
         pid: process id.
-        created: start time in seconds since the epoch, as the system tells it.
+        created: start time in seconds since the system's boot.
+        boot: which boot that was, where the system tells; else nothing.
     """
 
     pid: int
     created: float
+    boot: str = ""
+
+    @classmethod
+    def of(cls, pid: int) -> "ProcessRecord":
+        """Returns the record of a process that runs; psutil.Error if it does not."""
+        return cls(pid, _seconds_since_boot(psutil.Process(pid)), _boot())
 
     def find(self) -> psutil.Process | None:
         """Returns the process if it still runs."""
         try:
             process = psutil.Process(self.pid)
-            # The clock may be set in between; a pid is not reused within a second.
-            alike = abs(process.create_time() - self.created) < 1.0
+            # Linux tells the time of its boot in whole seconds; a pid is not reused within two.
+            alike = self.boot == _boot() and abs(_seconds_since_boot(process) - self.created) < 2.0
             return process if alike and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.Error:
             return None
+
+
+def _seconds_since_boot(process: psutil.Process) -> float:
+    return float(process.create_time() - psutil.boot_time())
+
+
+def _boot() -> str:
+    return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
 def start_detached(
@@ -55,7 +73,7 @@ def start_detached(
             cwd=folder,
             start_new_session=True,
         )
-    return ProcessRecord(process.pid, psutil.Process(process.pid).create_time()), process
+    return ProcessRecord.of(process.pid), process
 
 
 def stop_tree(process: psutil.Process, *, seconds: float) -> None:

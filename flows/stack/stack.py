@@ -191,7 +191,7 @@ class Stack:
 
     def _process(self, state: dict[str, Any], name: str) -> psutil.Process | None:
         entry = state["services"].get(name)
-        return ProcessRecord(entry["pid"], entry["created"]).find() if entry else None
+        return ProcessRecord(entry["pid"], entry["created"], entry.get("boot", "")).find() if entry else None
 
     def _log(self, name: str) -> Path:
         return self._folder / "logs" / f"{name}.log"

@@ -7,6 +7,7 @@ yields progress records and returns the metrics. None of them knows Prefect or M
 
 import errno
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -18,15 +19,16 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
 from deme_core.digests import stage_digest
-from deme_core.errors import ArtifactNotFoundError
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError
 from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store
 from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
+from tasks.patience import patiently
 from tasks.progress import exhaust
 
 T = TypeVar("T")
@@ -55,10 +57,16 @@ def checkpoint_stage(digest: str) -> str:
 
 
 class JobContext:
-    """What a job may use: settings, the artifact store, a device; and what it loaded before."""
+    """What a job may use: settings, the artifact store, a device; and what it loaded before.
+
+    Attributes:
+        stop: set when this process is to leave: a training then leaves a checkpoint and ends.
+        storage_seconds: how long the artifact store was used.
+    """
 
     def __init__(self, settings: Settings, device: str) -> None:
         self.settings, self.device = settings, device
+        self.stop = threading.Event()
         self.storage_seconds = 0.0
         self._remembered: dict[str, Any] = {}
         self._latest: dict[str, dict[str, Any]] = {}
@@ -82,10 +90,25 @@ class JobContext:
         with self.storing() as artifacts:
             return artifacts.find(stage, digest)
 
-    def fetch(self, ref: ArtifactRef) -> Path:
-        """Returns a local, verified folder with the artifact's files."""
+    def find_manifest(self, stage: str, digest: str) -> tuple[ArtifactRef, dict[str, Any]] | None:
+        """Returns the artifact and its metrics if it is in the store; a manifest that is damaged is taken out of it."""
         with self.storing() as artifacts:
-            return artifacts.fetch(ref)
+            if (ref := artifacts.find(stage, digest)) is None:
+                return None
+            try:
+                return ref, artifacts.manifest(ref).metrics
+            except (ArtifactNotFoundError, ChecksumMismatchError):
+                artifacts.withdraw(ref)
+                return None
+
+    def fetch(self, ref: ArtifactRef) -> Path:
+        """Returns a local, verified folder with the artifact's files.
+
+        Raises:
+            DamagedArtifactError: they are not what they were; the next run makes the artifact anew.
+        """
+        with self.storing() as artifacts:
+            return fetch_or_withdraw(artifacts, ref)
 
     def open_model(self, ref: ArtifactRef) -> ModelFolder:
         """Opens the model in an artifact; for a finetuned copy, with the frozen parts of its pretrained model.
@@ -109,15 +132,18 @@ class JobContext:
     ) -> ArtifactRef:
         """Stores the files in ``folder`` as an artifact; the folder is gone then."""
         with self.storing() as artifacts:
-            return artifacts.publish(
-                stage,
-                digest,
-                folder,
-                settings=identity.settings,
-                inputs=identity.inputs,
-                dataset=identity.dataset,
-                metrics=metrics,
-                take_folder=True,
+            return patiently(
+                lambda: artifacts.publish(
+                    stage,
+                    digest,
+                    folder,
+                    settings=identity.settings,
+                    inputs=identity.inputs,
+                    dataset=identity.dataset,
+                    metrics=metrics,
+                    take_folder=True,
+                    look_first=False,  # `execute` has, under the lock.
+                )
             )
 
     def discard_unfinished(self, digest: str) -> None:
@@ -206,16 +232,14 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
         version=job.version,
     )
     with context.exclusive(digest, report):  # Of two runs that want it, one makes it and the other finds it.
-        ref = context.find(job.stage, digest)
-        cached = ref is not None
-        if ref is None:
+        found = context.find_manifest(job.stage, digest)
+        if found is None:
             with context.scratch_folder() as out:
                 metrics = exhaust(work.run(job, context, out, digest), report)
                 ref = context.publish(job.stage, digest, out, identity, metrics)
         else:
-            with context.storing() as artifacts:
-                metrics = artifacts.manifest(ref).metrics
+            ref, metrics = found
         if job.leaves_checkpoints:
             context.discard_unfinished(digest)
     seconds = time.perf_counter() - started
-    return JobResult(ref, metrics, cached, seconds, context.storage_seconds - stored_before)
+    return JobResult(ref, metrics, found is not None, seconds, context.storage_seconds - stored_before)

@@ -1,6 +1,6 @@
 """A training run as jobs do it: resumed from its newest checkpoint, with checkpoints published on the way."""
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deme_core.encodings import EncodedBatches
+from deme_core.errors import ChecksumMismatchError, WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageSubset, TrainingBatches
 from deme_core.lora import LoraTeacher
@@ -15,6 +16,7 @@ from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.teacher import Teacher
 from deme_core.training import Training, TrainingPlan
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
+from tasks.patience import patiently
 from tasks.work.base import JobContext, Record, checkpoint_stage
 from tasks.work.encodings import Encodings
 
@@ -36,7 +38,11 @@ def run_training(
     teacher: Teacher | LoraTeacher | None = None,
     encodings: Encodings | None = None,
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
-    """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics."""
+    """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics.
+
+    Raises:
+        WorkerStoppedError: the process was told to leave; a checkpoint of that very step is in the store.
+    """
 
     def batches(start_batch: int) -> Iterable[EncodedBatch]:
         settings: dict[str, Any] = {
@@ -61,16 +67,29 @@ def run_training(
             for batch in TrainingBatches(images, random_crop=dataset.crop == "random", **settings)
         )
 
-    training = Training(model, adapter, batches, spec=spec, plan=plan, teacher=teacher, device=context.device)
+    training = Training(
+        model,
+        adapter,
+        batches,
+        spec=spec,
+        plan=plan,
+        teacher=teacher,
+        device=context.device,
+        should_stop=context.stop.is_set,
+    )
     checkpoints = Checkpoints(context, digest)
-    if resumed := checkpoints.restore(training):
-        yield {"message": f"resumed at step {resumed}"}
+    yield from checkpoints.restore(training)
     history: list[Record] = checkpoints.history
     for progress in training.progress():
         history.append(asdict(progress))
         yield history[-1]
-        if progress.global_step % spec.checkpoint_every == 0 and progress.global_step < plan.num_steps:
+        if progress.global_step == plan.num_steps:  # Publishing what is done takes no longer than a checkpoint.
+            continue
+        stopped = context.stop.is_set()
+        if stopped or progress.global_step % spec.checkpoint_every == 0:
             checkpoints.save(training, history)
+        if stopped:
+            raise WorkerStoppedError(plan.label, progress.global_step)
     return training.averaged_tensors(), {"history": history, "timestep_histogram": _histogram(training.timestep_counts)}
 
 
@@ -87,27 +106,37 @@ class Checkpoints:
         self._stage = checkpoint_stage(digest)
         self.history: list[Record] = []
 
-    def restore(self, training: Training) -> int:
-        """Puts ``training`` where the newest whole checkpoint left off; returns its step, 0 without one."""
+    def restore(self, training: Training) -> Iterator[Record]:
+        """Puts ``training`` where the newest whole checkpoint left off, and yields what there is to say of it.
+
+        A damaged checkpoint is removed, and the one before it taken.
+        """
         with self._context.storing() as artifacts:
-            newest = artifacts.newest(self._stage)
-            if newest is None:
-                return 0
-            restore_checkpoint(training, artifacts.fetch(newest))
-            self.history = list(artifacts.manifest(newest).metrics["history"])
-        return training.global_step
+            while (newest := artifacts.newest(self._stage)) is not None:
+                try:
+                    folder, metrics = artifacts.fetch(newest), artifacts.manifest(newest).metrics
+                except ChecksumMismatchError as error:
+                    artifacts.remove(newest)
+                    yield {"message": f"removed a checkpoint: {error}"}
+                    continue
+                restore_checkpoint(training, folder)
+                self.history = list(metrics["history"])
+                yield {"message": f"resumed at step {training.global_step}"}
+                return
 
     def save(self, training: Training, history: list[Record]) -> None:
         """Publishes the state of ``training`` and removes all but the newest checkpoints."""
         with self._context.scratch_folder() as folder, self._context.storing() as artifacts:
             save_checkpoint(training, folder)
-            artifacts.publish(
-                self._stage,
-                f"step-{training.global_step:08d}",
-                folder,
-                settings={},
-                inputs={"run": self._digest},
-                metrics={"history": history},
+            patiently(
+                lambda: artifacts.publish(
+                    self._stage,
+                    f"step-{training.global_step:08d}",
+                    folder,
+                    settings={},
+                    inputs={"run": self._digest},
+                    metrics={"history": history},
+                )
             )
             for old in artifacts.list_refs(self._stage)[:-_NUM_CHECKPOINTS_KEPT]:
                 artifacts.remove(old)

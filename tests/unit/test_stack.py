@@ -18,6 +18,7 @@ from flows.stack.credentials import load_credentials
 from flows.stack.ports import NAMES, choose_ports, is_free
 from flows.stack.processes import (
     STACK_VARIABLE,
+    ProcessRecord,
     find_started_by,
     ports_of_other_stacks,
     start_detached,
@@ -119,7 +120,7 @@ def test_a_process_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:
 
 
 def test_a_pid_that_was_given_to_another_process_is_not_ours(tmp_path: Path) -> None:
-    created = psutil.Process().create_time()
+    created = ProcessRecord.of(os.getpid()).created
     record, process = start_detached(
         [sys.executable, "-c", "input()"], environment=os.environ, folder=tmp_path, log=tmp_path / "log"
     )
@@ -127,6 +128,15 @@ def test_a_pid_that_was_given_to_another_process_is_not_ours(tmp_path: Path) -> 
     assert record.find() is None
     assert replace(record, pid=os.getpid(), created=created).find() is not None
     assert replace(record, pid=os.getpid(), created=created - 3600).find() is None
+
+
+@pytest.mark.parametrize("seconds", [-86_400, 3600])
+def test_a_process_is_known_after_the_clock_was_set(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = ProcessRecord.of(os.getpid())
+    boot_time, created = psutil.boot_time(), psutil.Process().create_time()
+    monkeypatch.setattr(f"{psutil.Process()._proc.__class__.__module__}.boot_time", lambda: boot_time + seconds)
+    assert abs(psutil.Process().create_time() - created - seconds) < 2, "psutil tells another time now"
+    assert record.find() is not None
 
 
 def test_who_listens_is_told_by_name_and_pid(taken_port: int) -> None:

@@ -1,31 +1,40 @@
+import time
 from typing import Any
 
 import pytest
 
-from tasks import tracking
-from tasks.tracking import Tracker, TrainingLog
+from deme_core.errors import TrackingUnavailableError
+from tasks import training_log
+from tasks.tracking import Tracker
+from tasks.training_log import TrainingLog
 
 
 class Recorder(Tracker):
-    """A tracker that keeps what it is given instead of sending it."""
+    """A tracker that keeps what it is given instead of sending it, unless it is away."""
 
-    def __init__(self) -> None:
-        self.calls: list[list[int]] = []
+    def __init__(self, *, num_failures: int = 0) -> None:
+        self.calls: list[list[tuple[int, int]]] = []
+        self.num_failures, self.num_asked = num_failures, 0
 
     def log_training(self, run_id: str, records: Any) -> None:
-        self.calls.append([record["global_step"] for record in records])
+        self.num_asked += 1
+        if self.num_asked <= self.num_failures:
+            raise TrackingUnavailableError("away")
+        self.calls.append([(record["global_step"], came) for record, came in records])
+
+    @property
+    def steps(self) -> list[list[int]]:
+        return [[step for step, _ in call] for call in self.calls]
 
 
-def test_training_records_go_out_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_records_go_out_together() -> None:
     recorder = Recorder()
     log = TrainingLog(recorder, "run")
-    for step in (10, 20):
+    for step in (10, 20, 30):
         log.add({"global_step": step})
     assert recorder.calls == []
-    monkeypatch.setattr(tracking, "_SECONDS_BETWEEN_RECORDS", 0.0)
-    log.add({"global_step": 30})
-    log.flush()
-    assert recorder.calls == [[10, 20, 30]]
+    log.complete([])
+    assert recorder.steps == [[10, 20, 30]]
 
 
 def test_what_a_resumed_training_did_before_is_added_once() -> None:
@@ -33,5 +42,35 @@ def test_what_a_resumed_training_did_before_is_added_once() -> None:
     log = TrainingLog(recorder, "run")
     log.add({"global_step": 30})
     log.complete([{"global_step": step} for step in (10, 20, 30)])
-    log.complete([{"global_step": 30}])
-    assert sorted(step for call in recorder.calls for step in call) == [10, 20, 30]
+    assert sorted(step for call in recorder.steps for step in call) == [10, 20, 30]
+
+
+def test_records_wait_for_a_server_that_is_away_and_keep_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_log, "_SECONDS_BETWEEN_RECORDS", 0.01)
+    recorder = Recorder(num_failures=3)
+    log = TrainingLog(recorder, "run")
+    began = time.time() * 1000
+    log.add({"global_step": 10})
+    while recorder.num_asked < 3:
+        time.sleep(0.005)
+    ended = time.time() * 1000
+    log.add({"global_step": 20})
+    log.complete([{"global_step": 10}, {"global_step": 20}])
+    told = dict(entry for call in recorder.calls for entry in call)
+    assert sorted(told) == [10, 20]
+    assert int(began) <= told[10] <= ended
+
+
+def test_a_server_that_stays_away_is_an_error_once_the_training_is_done() -> None:
+    log = TrainingLog(Recorder(num_failures=10**9), "run")
+    log.add({"global_step": 10})
+    with pytest.raises(TrackingUnavailableError):
+        log.complete([])
+
+
+def test_a_training_that_failed_does_not_wait_for_the_server() -> None:
+    recorder = Recorder()
+    log = TrainingLog(recorder, "run")
+    log.add({"global_step": 10})
+    log.abandon()
+    assert recorder.steps == [[10]]

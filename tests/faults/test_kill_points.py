@@ -1,0 +1,137 @@
+"""`kill -9` at every point: a process that does the method on a tiny model dies at its k-th operation, k = 1, 2, 3, …
+
+Each attempt finds what the killed ones before it left, and k starts anew with every stage that is done, so that each
+is killed at each of its operations. After every kill what can be seen is whole; the attempt that gets through ends with
+the artifacts of an undisturbed run, and a sweep leaves nothing else behind.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deme_core.artifacts import ArtifactRef, ArtifactStore
+from tests.fault_proxy import FaultProxy, Kind
+from tests.integration.conftest import S3Server, s3_server
+from tests.small_run import check_cache, check_nothing_is_left, contents, in_child, layout, make_context, run_all
+
+__all__ = ["s3_server"]
+
+pytestmark = pytest.mark.timeout(280)
+_CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
+_MAX_ATTEMPTS = 600
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    context = make_context(tmp_path_factory.mktemp("undisturbed"))
+    run_all(context)
+    return context.artifacts
+
+
+def _die_at(number: int, home: Path) -> None:
+    """Kills this process when it is about to change the file system below ``home`` for that time."""
+    left = number
+
+    def hook(event: str, arguments: tuple[object, ...]) -> None:
+        nonlocal left
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (writes or event in _CHANGES) and str(arguments[0]).startswith(str(home)):
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def _attempt_until_done(
+    attempt: Callable[[int], int], artifacts: ArtifactStore, undisturbed: ArtifactStore
+) -> list[int]:
+    """Attempts it, to be killed at operation k, until it gets through; returns for each stage the last k."""
+    expected, number, reached, num_done = contents(undisturbed), 0, list[int](), 0
+    for _ in range(_MAX_ATTEMPTS):
+        number += 1
+        status = attempt(number)
+        visible = contents(artifacts)
+        check_cache(artifacts, visible)
+        done = {name: files for name, files in visible.items() if name in expected}
+        assert done.items() <= expected.items()
+        if len(done) > num_done:
+            reached.append(number)
+            num_done, number = len(done), 0
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+    assert status == 0
+    assert visible == expected
+    check_nothing_is_left(artifacts, layout(undisturbed))
+    return reached
+
+
+def test_killed_at_every_change_of_the_file_system(undisturbed: ArtifactStore, tmp_path: Path) -> None:
+    def run(number: int) -> None:
+        _die_at(number, tmp_path)
+        run_all(make_context(tmp_path))
+
+    reached = _attempt_until_done(
+        lambda number: in_child(lambda: run(number)), make_context(tmp_path).artifacts, undisturbed
+    )
+    assert len(reached) == 4 and sum(reached) > 100
+
+
+def test_killed_at_every_request_to_the_object_store(
+    undisturbed: ArtifactStore, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the server has the request, in the middle of its body, and before the answer, in turn."""
+    uri = f"s3://{s3_server.make_bucket('kill-points')}/store"
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+
+        def run() -> None:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.url
+            run_all(make_context(tmp_path, uri))
+
+        def attempt(number: int) -> int:
+            moment: Kind = ("kill before", "kill within", "kill after")[number % 3]
+            status = in_child(run, lambda pid: proxy.plan(moment, after=number - 1, victim=pid))
+            proxy.plan(None)
+            return status
+
+        reached = _attempt_until_done(attempt, make_context(tmp_path, uri).artifacts, undisturbed)
+    assert len(reached) == 4 and sum(reached) > 40
+
+
+@pytest.mark.parametrize("moment", ["kill within", "kill after"])
+def test_killed_in_the_middle_of_an_upload_in_parts(
+    moment: Kind, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_server.make_bucket(f"parts-{moment.replace(' ', '-')}")
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a").write_bytes(b"a")
+    (tmp_path / "made" / "large").write_bytes(os.urandom(30 * 2**20))
+    artifacts = make_context(tmp_path, f"s3://{bucket}/store").artifacts
+
+    def publish(store: ArtifactStore) -> ArtifactRef:
+        return store.publish("merged", "d", tmp_path / "made", settings={}, inputs={})
+
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+
+        def run() -> None:
+            os.environ["AWS_ENDPOINT_URL"] = proxy.url
+            publish(make_context(tmp_path, f"s3://{bucket}/store").artifacts)
+
+        status = in_child(
+            run, lambda pid: proxy.plan(moment, lambda _, path: "partNumber" in path, after=2, victim=pid)
+        )
+    assert status == -signal.SIGKILL
+    assert contents(artifacts) == {} and artifacts.find("merged", "d") is None
+    assert len(s3_server.client.list_multipart_uploads(Bucket=bucket)["Uploads"]) == 1
+    check_nothing_is_left(artifacts, [])
+    assert not s3_server.client.list_multipart_uploads(Bucket=bucket).get("Uploads")
+    assert (artifacts.fetch(publish(artifacts)) / "large").stat().st_size == 30 * 2**20

@@ -1,0 +1,50 @@
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from flows.sweep import sweep
+from tests.small_run import make_context
+from tests.store_contract import keys
+
+
+def test_what_killed_processes_left_is_freed_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    artifacts = make_context(tmp_path).artifacts
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a").write_text("a")
+    ref = artifacts.publish("merged", "whole", tmp_path / "made", settings={}, inputs={})
+    half = f"merged/killed/upload-{'0' * 32}/a"
+    artifacts.store.put_bytes(half, b"half")
+    for name in ("old", "busy"):
+        (tmp_path / "scratch" / name / "out").mkdir(parents=True)
+        (tmp_path / "scratch" / name / "out" / "weights").write_text("")
+    assert sweep(timedelta(hours=1)) == (0, 0)
+
+    for path in (tmp_path / "store").rglob("*"):
+        os.utime(path, (0, 0))
+    for path in (tmp_path / "scratch").rglob("*"):
+        os.utime(path, (0, 0))
+    os.utime(tmp_path / "scratch" / "busy" / "out" / "weights")
+    assert sweep(timedelta(hours=1)) == (1, 1)
+    assert not artifacts.store.exists(half)
+    assert len(keys(artifacts.store)) == 2 and artifacts.fetch(ref).is_dir()
+    assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["busy"]
+
+
+def test_a_clock_that_is_wrong_does_not_sweep_what_is_being_uploaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    store = make_context(tmp_path).artifacts.store
+    half = f"merged/growing/upload-{'0' * 32}/a"
+    store.put_bytes(half, b"half")
+    (tmp_path / "scratch" / "busy").mkdir(parents=True)
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 10**8)
+    assert sweep(timedelta(hours=1)) == (0, 0)
+    assert store.exists(half)
