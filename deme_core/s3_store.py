@@ -159,6 +159,12 @@ class S3Store:
                         raise
             raise AssertionError
 
+    def get_range(self, key: str, offset: int, size: int) -> bytes:
+        """Download a part in one request."""
+        part = f"bytes={offset}-{offset + size - 1}"
+        with self._errors(key):
+            return self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=part)["Body"].read()
+
     def exists(self, key: str) -> bool:
         """Ask for the object's head."""
         try:
