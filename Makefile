@@ -1,4 +1,4 @@
-# make install | demo | down | test | test-faults | test-recipes | test-compose | lint | types | lock | audit
+# make install | demo | down | test | test-faults | test-recipes | test-compose | test-cluster | lint | types | lock | audit
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test test-faults test-recipes test-compose lint types check lock audit clean
+.PHONY: install demo down test test-faults test-recipes test-compose test-cluster lint types check lock audit clean
 
 install: $(VENV)/.installed
 
@@ -52,6 +52,10 @@ test-recipes: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
+# Two Ray nodes on loopback, one of which is killed; about a minute.
+test-cluster: install
+	$(BIN)/python -m pytest tests/cluster
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -66,7 +70,7 @@ check: test lint types
 # Without bitsandbytes: where it is installed diffusers imports it whether it is needed or not, which takes seconds.
 lock:
 	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-		--no-emit-find-links --extra stack --extra server --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
+		--no-emit-find-links --extra stack --extra server --extra ray --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 # Known holes in what the lock names; needs PyPI's own service. Strict: what cannot be looked up is no good news.
 audit: | $(UV)

@@ -97,7 +97,8 @@ def run_segments(num_segments: int, seed: int, stopwatch: Stopwatch) -> Run:
     from tasks.runtime import current_runtime
     from tasks.stages import finetune
 
-    recipe = load_recipe("digits", ["segments.edges=null", f"segments.count={num_segments}", f"finetune.seed={seed}"])
+    overrides = (f"segments={{count: {num_segments}}}", f"finetune.seed={seed}", "merge={method: average}")
+    recipe = load_recipe("digits", overrides)
     uri = "file:///nowhere/pretrained/" + "0" * 64
     jobs = [
         FinetuneJob(
@@ -165,6 +166,7 @@ def _environment(*, s3: bool) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("AWS_", "DEME_", "MLFLOW_", "PREFECT_"))]:
         del os.environ[name]
     with tempfile.TemporaryDirectory(prefix="deme-overhead-", ignore_cleanup_errors=True) as home:
+        os.environ["PREFECT_LOGGING_LEVEL"] = "WARNING"
         os.environ |= {"DEME_HOME": home, "PYTHONPATH": f"{_NO_WORK}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
         (Path(home) / "server").mkdir()
         with s3_server(Path(home) / "server") if s3 else nullcontext({}) as variables:

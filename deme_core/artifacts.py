@@ -197,6 +197,7 @@ class ArtifactStore:
         dataset: str | None = None,
         metrics: Mapping[str, Any] | None = None,
         take_folder: bool = False,
+        look_first: bool = True,
     ) -> ArtifactRef:
         """Upload all files of a folder as an artifact; of several writers of one digest the first wins.
 
@@ -210,12 +211,13 @@ class ArtifactStore:
             metrics: what was measured.
             take_folder: move the folder into the cache, if that is on the same disk: what was made here need not be
                 downloaded here.
+            look_first: spare the upload if the artifact is there; False for whoever has just looked.
 
         Returns:
             The artifact: this one, or the one that was there first.
         """
         key = _manifest_key(stage, digest)
-        if existing := self.find(stage, digest):
+        if look_first and (existing := self.find(stage, digest)):
             return existing
         manifest = Manifest(
             stage=stage,

@@ -108,7 +108,8 @@ def _step_flops(training: TrainingSpec, size: DenoiserSize, *, has_teacher: bool
     passes = _FROZEN_FORWARD_AND_BACKWARD if is_frozen else _FORWARD_AND_BACKWARD
     passes += training.gradient_checkpointing
     each = passes * size.trained_forward_flops + has_teacher * size.forward_flops
-    return training.batch_size * training.gradient_accumulation_steps * float(each)
+    images = training.batch_size * training.gradient_accumulation_steps * training.num_processes
+    return images * float(each)
 
 
 def _search_flops(search: SearchSpec | None, num_segments: int, evaluate: EvaluateSpec, size: DenoiserSize) -> float:
@@ -138,7 +139,7 @@ def _encoding_bytes(recipe: Recipe, size: DenoiserSize, num_images: int) -> int:
     """Latents, those of mirror images too, and captions; nothing for models on pixels, or where it is switched off."""
     dataset = recipe.dataset
     is_cached = dataset.crop == "center" if dataset.cache_latents is None else dataset.cache_latents
-    if not size.latent_size or not is_cached:
+    if not size.latent_size or not is_cached or dataset.stream:
         return 0
     latents = size.latent_size * (2 if dataset.random_flip else 1)
     return num_images * (latents + size.caption_size) * _BYTES[dataset.cache_precision]

@@ -27,7 +27,14 @@ class TrainingSpec(_Spec):
     """How one model is trained: shared by pretraining and finetuning."""
 
     num_steps: int = Field(ge=1, description="Optimizer steps (of each segment; the control takes N times as many).")
-    batch_size: int = Field(16, ge=1, description="Images per forward pass.")
+    batch_size: int = Field(16, ge=1, description="Images per forward pass of one process.")
+    num_processes: int = Field(
+        1,
+        ge=1,
+        exclude_if=lambda num_processes: bool(num_processes == 1),
+        description="Processes (GPUs) that share each training, each with a batch of its own: so many times the images "
+        "per step.",
+    )
     gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     learning_rate: float = Field(5e-5, gt=0, description="Peak learning rate of AdamW.")
     # Left out of a dump where they are the default: digests made before there was a choice stay.
@@ -204,6 +211,15 @@ class DatasetSpec(_Spec):
         "crop is random.",
     )
     cache_precision: Precision = Field("fp32", description="How the cache stores numbers: half of them take half.")
+    stream: bool = Field(
+        False,
+        description="webdataset below an object-store prefix: keep no copy of it, but read the tars through a bounded "
+        "cache, for data sets larger than a disk. Images then train in another order.",
+    )
+    stream_window: int = Field(8, ge=1, description="stream: so many tars, drawn at random, are mixed at a time.")
+    cache_gb: float = Field(
+        50.0, gt=0, description="stream: bound of the cache on each machine, 10^9 bytes; each training needs a window."
+    )
     num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
@@ -224,6 +240,10 @@ class DatasetSpec(_Spec):
     def _cache(self) -> Self:
         if self.cache_latents and self.crop == "random":
             raise ValueError("cache_latents needs crop: center, since every random crop has latents of its own")
+        if self.stream and (self.source != "webdataset" or not str(self.path).startswith(("s3://", "file://"))):
+            raise ValueError("stream needs source webdataset, and as its path a prefix of an object store")
+        if self.stream and self.cache_latents:
+            raise ValueError("cache_latents keeps all latents on disk; leave it out where stream is set")
         return self
 
     @model_validator(mode="after")
@@ -452,10 +472,17 @@ class EvaluateSpec(_Spec):
 class ExecutionSpec(_Spec):
     """Where work runs. Changes the speed of a run, never its result."""
 
-    runner: Literal["local", "prefect"] = Field(
+    runner: Literal["local", "prefect", "ray"] = Field(
         "local",
         description="local: supervised worker processes on this machine. prefect: every job is a flow run of its own, "
-        "on whatever machine serves the work pool deme-gpu or deme-cpu.",
+        "on whatever machine serves the work pool deme-gpu or deme-cpu. ray: on a Ray cluster, wherever it has room.",
+    )
+    ray_address: str | None = Field(
+        None,
+        description="ray: the cluster, e.g. ray://HOST:10001; default RAY_ADDRESS, and without it this machine alone.",
+    )
+    cpus_per_job: int = Field(
+        1, ge=1, description="ray: cores that each process of a job reserves, and threads that it uses."
     )
     gpu_stages: tuple[
         Literal[
@@ -476,7 +503,8 @@ class ExecutionSpec(_Spec):
         ...,
     ] = Field(
         ("pretrained", "latents", "embeddings", "finetune", "heldout", "grams", "search", "distilled", "features"),
-        description="prefect: the stages whose jobs go to deme-gpu; all others go to deme-cpu.",
+        description="prefect: the stages whose jobs go to deme-gpu. ray: those whose jobs reserve a GPU for each of "
+        "their processes, if the cluster has any or device is cuda. All others take CPUs alone.",
     )
     num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
     images_per_task: int = Field(
@@ -503,6 +531,12 @@ class Recipe(_Spec):
     )
     evaluate: EvaluateSpec
     execution: ExecutionSpec = ExecutionSpec()
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the training that takes most."""
+        trainings = (self.finetune, self.pretrained.training, self.distill)
+        return max(training.num_processes for training in trainings if training)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

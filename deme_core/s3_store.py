@@ -60,8 +60,9 @@ class S3Store:
             if path.stat().st_size >= _LARGE_BYTES:
                 self._client.upload_file(str(path), self._bucket, self._name(key))
                 return
-            with path.open("rb") as file:  # upload_file starts threads of its own, which takes longer than the upload.
-                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=file)
+            # upload_file starts threads of its own, and an open file has boto3 ask first whether it may send: that
+            # takes seven times as long as the bytes alone.
+            self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=path.read_bytes())
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Upload bytes in one request."""
@@ -157,6 +158,12 @@ class S3Store:
                     if attempt == _MAX_ATTEMPTS:
                         raise
             raise AssertionError
+
+    def get_range(self, key: str, offset: int, size: int) -> bytes:
+        """Download a part in one request."""
+        part = f"bytes={offset}-{offset + size - 1}"
+        with self._errors(key):
+            return self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=part)["Body"].read()
 
     def exists(self, key: str) -> bool:
         """Ask for the object's head."""

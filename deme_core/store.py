@@ -84,6 +84,9 @@ class ObjectStore(Protocol):
     def get_bytes(self, key: str) -> bytes:
         """Read a small object; ArtifactNotFoundError if missing, ObjectTooLargeError beyond MAX_BYTES_AT_ONCE."""
 
+    def get_range(self, key: str, offset: int, size: int) -> bytes:
+        """Read ``size`` bytes of an object, which has them; ArtifactNotFoundError if missing."""
+
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""
 
@@ -136,6 +139,12 @@ class FileStore:
         """Read a file."""
         with self._errors(key), self._open(key, MAX_BYTES_AT_ONCE) as file:
             return file.read()
+
+    def get_range(self, key: str, offset: int, size: int) -> bytes:
+        """Read a part of a file."""
+        with self._errors(key), self._path(key).open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
 
     def exists(self, key: str) -> bool:
         """Whether there is such a file."""

@@ -17,6 +17,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from deme_core.data_parallel import current_share
 from deme_core.errors import FrozenModelChangedError, NonFiniteLossError
 from deme_core.families import Adapter, EncodedBatch
 from deme_core.lora import LoraTeacher, is_lora
@@ -162,6 +163,7 @@ class Training:
         self.adapter = adapter
         adapter.prepare_training(model)
         self.device = self.accelerator.device
+        self.share = current_share()
         self.teacher = teacher.to(self.device) if teacher is not None else None
         if spec.gradient_checkpointing:
             cast(Any, model).enable_gradient_checkpointing()  # diffusers' own, which torch does not declare.
@@ -211,7 +213,8 @@ class Training:
             if self._record_is_due() or self.should_stop():
                 yield self._record(sums)
                 sums = _Sums()
-        draws_per_decision = self.spec.batch_size if self.plan.sampler.per_batch_mirrored else 1
+        batch_size = self.spec.batch_size * self.share.num_processes
+        draws_per_decision = batch_size if self.plan.sampler.per_batch_mirrored else 1
         check_histogram(self.timestep_counts, self.plan.sampler, draws_per_decision=draws_per_decision)
         if self.teacher is not None and self.teacher.digests() != frozen_digests:
             raise FrozenModelChangedError(f"A frozen model changed while {self.plan.label} was trained.")
@@ -235,7 +238,7 @@ class Training:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             losses += torch.stack([diffusion.detach(), consistency.detach()]) / accumulation
-            sums.num_images += len(batch)
+            sums.num_images += len(batch) * self.share.num_processes
         sums.learning_rate = self.lr_scheduler.get_last_lr()[0]
         self.lr_scheduler.step()
         self.ema.step(self.trained.values())
@@ -244,10 +247,13 @@ class Training:
     def _losses(self, number: int, batch: EncodedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         clean, process = batch.latents, self.adapter.noise_process
         rng = generator("training", self.plan.seed, number, device=self.device)
-        torch.manual_seed(derive_seed("dropout", self.plan.seed, number))
-        noise = torch.randn(clean.shape, generator=rng, device=self.device)
-        timesteps = self.plan.sampler(len(batch), rng)
+        rank = (self.share.rank,) if self.share.rank else ()
+        torch.manual_seed(derive_seed("dropout", self.plan.seed, number, *rank))
+        num_images = len(batch) * self.share.num_processes
+        noise = self.share.of(torch.randn(num_images, *clean.shape[1:], generator=rng, device=self.device))
+        timesteps = self.plan.sampler(num_images, rng)
         self.timestep_counts += torch.bincount(timesteps.cpu(), minlength=len(self.timestep_counts))
+        timesteps = self.share.of(timesteps)
         noisy, target = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
         told = process.model_timesteps(timesteps)
         prediction = self.adapter.predict(self.model, noisy, told, batch.conditioning)
@@ -262,7 +268,8 @@ class Training:
         return self.plan.diffusion_weight * diffusion + self.plan.consistency_weight * consistency
 
     def _record(self, sums: _Sums) -> TrainingProgress:
-        values = torch.stack(sums.steps).cpu()
+        # Shares are of one size: the mean of their means is that of the whole batch.
+        values = cast(torch.Tensor, self.accelerator.reduce(torch.stack(sums.steps), reduction="mean")).cpu()
         finite = values[:, :2].isfinite().all(dim=1)
         if not finite.all():
             first = int((~finite).nonzero()[0])

@@ -31,7 +31,7 @@ ROWS = ("pretrained", "finetuned", "ensemble", "merged", "distilled")
 
 # Threads only wait for worker processes; how many jobs run at once is the worker pool's to say. The two searches wait
 # for tasks of their own in the same threads: there must always be more threads than tasks that do so.
-_TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)
+_TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=256)
 
 
 @flow(name="deme", flow_run_name=recipe_name, task_runner=_TASK_RUNNER)

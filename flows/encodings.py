@@ -38,7 +38,9 @@ def encode_dataset(recipe: Recipe, pretrained: JobResult) -> EncodedDataset:
     dataset = recipe.dataset
     if dataset.cache_latents and not stages:
         raise RecipeError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
-    wanted = dataset.crop == "center" if dataset.cache_latents is None else dataset.cache_latents
+    wanted = (
+        (dataset.crop == "center" and not dataset.stream) if dataset.cache_latents is None else dataset.cache_latents
+    )
     return _encoded(recipe, pretrained.ref, stages if wanted else [])
 
 

@@ -15,6 +15,7 @@ from deme_core.recipe_file import dump_recipe, flatten
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from flows.environment import make_folders
+from tasks.ray_pool import RayPool
 from tasks.remote_pool import RemotePool
 from tasks.runtime import Pool, Runtime, use_runtime
 from tasks.timing import Timing
@@ -44,8 +45,13 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
     pool: Pool
     if recipe.execution.runner == "prefect":
         pool = RemotePool(recipe.execution, store)
+    elif recipe.execution.runner == "ray":
+        pool = RayPool(recipe.execution, settings, store)
     else:
-        pool = WorkerPool(plan_slots(recipe.execution), log=lambda line: logger.info("worker: %s", line))
+        pool = WorkerPool(
+            plan_slots(recipe.execution, num_processes=recipe.num_processes),
+            log=lambda line: logger.info("worker: %s", line),
+        )
     try:
         pool.start()  # First, since the imports of the workers take longest.
         check_access(store)

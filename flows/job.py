@@ -54,7 +54,10 @@ def _run(job: Job) -> JobResult:
         if "global_step" in record:
             move_bar(record["global_step"] / record["num_steps"])
 
-    pool = WorkerPool(plan_slots(ExecutionSpec(num_workers=1)), log=lambda line: logger.info("worker: %s", line))
+    pool = WorkerPool(
+        plan_slots(ExecutionSpec(num_workers=1), num_processes=job.num_processes),
+        log=lambda line: logger.info("worker: %s", line),
+    )
     try:
         result = pool.run(job, report)
     finally:

@@ -22,6 +22,7 @@ from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from deme_core.untrained_text_model import untrained_text_unet
+from tasks.ray_pool import cluster_address
 from tasks.worker_pool import plan_slots
 
 Check = tuple[str, Callable[[], str]]
@@ -65,7 +66,9 @@ class RecipeChecks:
     def _workers(self) -> str:
         if self.recipe.execution.runner == "prefect":
             return "other machines, by Prefect's work pools; what follows is looked for on this one"
-        slots = plan_slots(self.recipe.execution)
+        if self.recipe.execution.runner == "ray":
+            return f"{cluster_address(self.recipe.execution)}; what follows is looked for on this machine"
+        slots = plan_slots(self.recipe.execution, num_processes=self.recipe.num_processes)
         return f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
 
     def _model(self) -> str:

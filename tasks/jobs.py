@@ -45,6 +45,11 @@ class Job(BaseModel):
         """How many images the work generates."""
         return 0
 
+    @property
+    def num_processes(self) -> int:
+        """How many processes do it together, on a GPU each where there are any."""
+        return 1
+
 
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes.
@@ -61,6 +66,11 @@ class PretrainJob(Job):
     noise_scheduler: dict[str, Any]
     training: TrainingSpec
     text_encoder: dict[str, Any] | None = None
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.training.num_processes
 
 
 class ImportJob(Job):
@@ -129,6 +139,11 @@ class FinetuneJob(Job):
     num_steps: int
     latents: tuple[ArtifactRef, ...] = ()
     embeddings: tuple[ArtifactRef, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.finetune.num_processes
 
 
 class RealFeaturesJob(Job):
@@ -325,6 +340,11 @@ class DistillJob(Job):
     distill: DistillSpec
     latents: tuple[ArtifactRef, ...] = ()
     embeddings: tuple[ArtifactRef, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.distill.num_processes
 
 
 class GeneratedImages(BaseModel):

@@ -22,7 +22,7 @@ Work = Callable[[Callable[[Record], None], Callable[[], None]], JobResult]
 
 
 class Pool(Protocol):
-    """Has jobs done somewhere: `tasks.worker_pool.WorkerPool` or `tasks.remote_pool.RemotePool`."""
+    """Has jobs done somewhere: `WorkerPool`, `RemotePool` or `RayPool`, each in a module of its name."""
 
     def start(self) -> None:
         """Gets ready for the first job."""

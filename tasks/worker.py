@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,14 @@ def main() -> None:
 
 
 def _lock(gpu: str | None) -> AbstractContextManager[Any]:
-    """Returns what keeps other flow runs of this machine off a GPU; the system frees it when this process dies."""
+    """Returns what keeps other flow runs of this machine off GPUs; the system frees them when this process dies."""
     if gpu is None:
         return nullcontext()
-    name = re.sub(r"[^A-Za-z0-9]+", "-", gpu)
-    return FileLock(Path(tempfile.gettempdir()) / f"deme-{os.getuid()}-gpu-{name}.lock")
+    locks = ExitStack()
+    for each in sorted(gpu.split(",")):  # In one order, so that no two wait for each other.
+        name = re.sub(r"[^A-Za-z0-9]+", "-", each)
+        locks.enter_context(FileLock(Path(tempfile.gettempdir()) / f"deme-{os.getuid()}-gpu-{name}.lock"))
+    return locks
 
 
 def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:

@@ -36,7 +36,7 @@ class Slot:
 
     Attributes:
         device: cpu or cuda.
-        gpu: the GPU that the process sees; None on CPU.
+        gpu: the GPU that the process sees, or several, by commas; None on CPU.
         num_threads: threads torch may use.
     """
 
@@ -45,19 +45,26 @@ class Slot:
     num_threads: int
 
 
-def plan_slots(execution: ExecutionSpec) -> list[Slot]:
+def plan_slots(execution: ExecutionSpec, *, num_processes: int = 1) -> list[Slot]:
     """Returns the slots of this machine: one per GPU, or ``num_workers`` on CPU that share its cores.
 
+    Args:
+        execution: how many, and where.
+        num_processes: processes of a data-parallel training, which takes one slot with so many GPUs.
+
     Raises:
-        InputError: CUDA is asked for on a machine that shows no GPU.
+        InputError: CUDA is asked for on a machine that shows no GPU, or too few for one training.
     """
     num_cores = len(os.sched_getaffinity(0))
     gpus = visible_gpus() if execution.device != "cpu" else []
     if execution.device == "cuda" and not gpus:
         raise InputError("execution.device is cuda, but this machine shows no GPU; set it to auto or cpu.")
     if gpus:
-        gpus = gpus[: execution.num_workers or len(gpus)]
-        return [Slot("cuda", gpu, max(num_cores // len(gpus), 1)) for gpu in gpus]
+        if len(gpus) < num_processes:
+            raise InputError(f"num_processes is {num_processes}, but this machine shows {len(gpus)} GPUs; lower it.")
+        groups = [gpus[low : low + num_processes] for low in range(0, len(gpus) - num_processes + 1, num_processes)]
+        groups = groups[: execution.num_workers]
+        return [Slot("cuda", ",".join(group), max(num_cores // len(groups), 1)) for group in groups]
     num_workers = execution.num_workers or 1
     return [Slot("cpu", None, max(num_cores // num_workers, 1)) for _ in range(num_workers)]
 

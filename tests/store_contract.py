@@ -61,6 +61,12 @@ class StoreContract:
         store.get_file("empty", tmp_path / "empty")
         assert (tmp_path / "empty").read_bytes() == b""
 
+    def test_a_part_comes_back(self, store: ObjectStore) -> None:
+        store.put_bytes("key", b"0123456789")
+        assert store.get_range("key", 3, 4) == b"3456"
+        with pytest.raises(ArtifactNotFoundError, match="missing"):
+            store.get_range("missing", 3, 4)
+
     def test_a_later_write_replaces(self, store: ObjectStore) -> None:
         assert store.put_bytes("a", b"old")
         assert store.put_bytes("a", b"new")

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from deme_core.data_parallel import current_share
 from deme_core.encodings.embeddings import Embeddings
 from deme_core.encodings.latents import Latents
 from deme_core.families import Adapter, ConditioningTensors, EncodedBatch
@@ -46,7 +47,7 @@ class EncodedBatches:
         self._images, self._positions = images, torch.tensor(positions)
         self._labels = None if images.labels is None else torch.tensor(images.labels)
         self._latents, self._embeddings, self._adapter = latents, embeddings, adapter
-        self._schedule = BatchSchedule(len(images), batch_size, seed, random_flip, caption_dropout)
+        self._schedule = BatchSchedule(len(images), batch_size, seed, random_flip, caption_dropout, current_share())
         self._start_batch = start_batch
 
     def __iter__(self) -> Iterator[EncodedBatch]:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from deme_core.data_parallel import current_share
 from deme_core.errors import DatasetError
 from deme_core.images.dataset import ImageDataset
 from deme_core.images.draws import BatchDraws, BatchSchedule
 from deme_core.images.squares import Cropper, Crops, CropsInMemory, mirrored_corners
+from deme_core.images.stream import Stream
 from deme_core.images.training_batch import NO_LABEL, TrainingBatch
 from deme_core.seeds import generator
 
@@ -57,9 +59,12 @@ class TrainingBatches:
             raise ValueError(f"{batch_size=} must be at least 1, {start_batch=} and {num_workers=} at least 0")
         self.start_batch, self.num_workers = start_batch, num_workers
         num_bytes = len(dataset) * dataset.channels * dataset.resolution**2
-        self._in_memory = not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY
+        stream = getattr(dataset, "stream", None)
+        self._in_memory = not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY and stream is None
         cropper = CropsInMemory(dataset) if self._in_memory else Crops(dataset, random_crop=random_crop)
-        schedule = BatchSchedule(len(dataset), batch_size, seed, random_flip, caption_dropout)
+        schedule = BatchSchedule(len(dataset), batch_size, seed, random_flip, caption_dropout, current_share())
+        if stream is not None:
+            schedule = replace(schedule, windows=stream.windows)
         self._stream = _Stream(dataset, cropper, schedule)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
@@ -100,11 +105,14 @@ class _Stream(Dataset[TrainingBatch | DatasetError]):
 
     def __init__(self, dataset: ImageDataset, cropper: Cropper, schedule: BatchSchedule) -> None:
         self._dataset, self._cropper, self._schedule = dataset, cropper, schedule
+        self._shards: Stream | None = getattr(dataset, "stream", None)
         self._labels = None if dataset.labels is None else torch.tensor(dataset.labels)
 
     def __getitem__(self, number: int) -> TrainingBatch | DatasetError:
         draws, side = self._schedule[number], self._dataset.resolution
         try:
+            if self._shards is not None:
+                self._shards.hold(draws.indices)
             squares = self._cropper.gather(draws.indices, draws.crops)
         except DatasetError as error:
             return error

@@ -18,10 +18,12 @@ from deme_core.images.folder import FolderSource
 from deme_core.images.hub import HubSource
 from deme_core.images.inspection import Inspection, inspect
 from deme_core.images.pixels import PIXELS_VERSION, BrokenImageError, center_corner, crop, decode, resize
-from deme_core.images.remote import IMAGES, TARS, FileKind, fetch_images
+from deme_core.images.remote import IMAGES, TARS, FileKind, fetch_images, list_tars
 from deme_core.images.source import ImageSource
+from deme_core.images.stream import Stream, StreamedTars
 from deme_core.images.tars import TarSource, find_tars
 from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
+from deme_core.store import FileStore, ObjectStore
 
 DIGITS_RESOLUTION = 8
 
@@ -123,6 +125,10 @@ class SquareImages:
         self.captions, self.labels = conditioning.captions, conditioning.labels
         self.label_names = conditioning.label_names
         self._source, self._inspection, self._spec = source, inspection, spec
+        self.stream: Stream | None = None
+        if isinstance(source, StreamedTars):
+            shards = torch.tensor(source.shard_of)[torch.tensor(inspection.indices)]
+            self.stream = Stream(shards, spec.stream_window, source)
 
     def __len__(self) -> int:
         return self.num_images
@@ -133,6 +139,9 @@ class SquareImages:
         augmentation: dict[str, Any] = {"crop": self._spec.crop, "random_flip": self._spec.random_flip}
         if self._spec.caption_dropout:
             augmentation["caption_dropout"] = self._spec.caption_dropout
+        if self.stream is not None:  # It decides the order.
+            counts = self.stream.shards.bincount().tolist()
+            augmentation["stream"] = {"window": self._spec.stream_window, "images_per_shard": counts}
         return sha256_bytes(canonical_json([self.example_fingerprint, augmentation]).encode())
 
     @cached_property
@@ -169,7 +178,11 @@ class SquareImages:
 
 
 def load_images(
-    spec: DatasetSpec, *, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images
+    spec: DatasetSpec,
+    *,
+    cache: Path,
+    fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images,
+    index_store: ObjectStore | None = None,
 ) -> ImageDataset:
     """Open a data set and verify that each of its images can be decoded.
 
@@ -177,6 +190,7 @@ def load_images(
         spec: which images.
         cache: folder for downloads and for the results of the verification; may be deleted at any time.
         fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
+        index_store: where the index of a data set that is streamed is kept, for other machines too.
 
     Raises:
         DatasetError: the images are missing, broken, too few, or cannot be loaded, or have not all the captions or
@@ -184,7 +198,7 @@ def load_images(
         StoreUnavailableError: their object store cannot be reached.
     """
     channels = spec.channels or (1 if spec.source == "digits" else 3)
-    source = open_source(spec, cache / "images", fetch_prefix)
+    source = open_source(spec, cache / "images", fetch_prefix, index_store)
     inspection = inspect(
         source,
         num_images=spec.num_images,
@@ -198,7 +212,10 @@ def load_images(
 
 
 def open_source(
-    spec: DatasetSpec, cache: Path, fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images
+    spec: DatasetSpec,
+    cache: Path,
+    fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images,
+    index_store: ObjectStore | None = None,
 ) -> ImageSource:
     """Open where encoded images lie, without reading them; see `load_images`.
 
@@ -206,6 +223,7 @@ def open_source(
         spec: which images.
         cache: folder for downloads.
         fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
+        index_store: where the index of a data set that is streamed is kept; default in the cache.
 
     Raises:
         DatasetError: there are no such images.
@@ -215,6 +233,8 @@ def open_source(
         return DigitsSource()
     if spec.source == "hub":
         return HubSource(spec)
+    if spec.stream:
+        return _open_stream(spec, cache, index_store or FileStore(cache))
     if spec.source == "webdataset":
         return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS)))
     path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES))
@@ -225,6 +245,21 @@ def open_source(
     if path.exists():
         raise DatasetError(f"{path} is neither a folder nor a zip; unpack it, and set dataset.path to the folder.")
     raise DatasetError(f"There is no folder or zip {path}; check dataset.path.")
+
+
+def _open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore) -> StreamedTars:
+    store, tars = list_tars(str(spec.path))
+    return StreamedTars(
+        tars,
+        store,
+        cache=cache,
+        index_store=index_store,
+        cache_gb=spec.cache_gb,
+        window=spec.stream_window,
+        channels=spec.channels or 3,
+        num_images=spec.num_images,
+        image_column=None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column,
+    )
 
 
 def _open_tars(spec: DatasetSpec, path: Path) -> ImageSource:

@@ -67,6 +67,8 @@ def inspect(
 
 def _verdicts(source: ImageSource, *, wanted: int, channels: int, cache: Path) -> list[str]:
     """One verdict per image, in order, at least until ``wanted`` are sound: its digest, or why it is broken."""
+    if (indexed := getattr(source, "verdicts", None)) is not None:  # Of a data set that is streamed.
+        return list(indexed)
     # Which images can be decoded depends on the version of Pillow.
     record = cache / "inspected" / f"{source.listing}-{channels}-pillow-{PIL.__version__}" if source.listing else None
     verdicts = record.read_text("utf-8").splitlines() if record and record.exists() else []
@@ -74,7 +76,7 @@ def _verdicts(source: ImageSource, *, wanted: int, channels: int, cache: Path) -
     with ThreadPoolExecutor(NUM_THREADS) as executor:
         while num_sound < wanted and len(verdicts) < len(source):
             chunk = range(len(verdicts), min(len(verdicts) + min(wanted - num_sound, CHUNK_SIZE), len(source)))
-            verdicts += executor.map(lambda index: _verdict(source, index, channels), chunk)
+            verdicts += executor.map(lambda index: verdict(source, index, channels), chunk)
             num_sound += _num_sound(verdicts[chunk.start :])
             if len(verdicts) % (NUM_CHUNKS_PER_MESSAGE * CHUNK_SIZE) == 0:
                 logger.info("inspected %d of %d images in %s", len(verdicts), len(source), source.description)
@@ -83,7 +85,8 @@ def _verdicts(source: ImageSource, *, wanted: int, channels: int, cache: Path) -
     return verdicts
 
 
-def _verdict(source: ImageSource, index: int, channels: int) -> str:
+def verdict(source: ImageSource, index: int, channels: int) -> str:
+    """Returns the digest of one image, or why it is broken."""
     try:
         encoded = source.read(index)
         decode(encoded, channels=channels)

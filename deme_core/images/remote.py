@@ -9,7 +9,7 @@ from deme_core.errors import DatasetError, InputError, StoreUnavailableError
 from deme_core.images.metadata import is_metadata_name
 from deme_core.images.source import is_image_name
 from deme_core.images.tars import TAR_SUFFIX, is_tar_name
-from deme_core.store import ObjectStore, open_store
+from deme_core.store import ObjectStore, StoredObject, open_store
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,23 @@ def fetch_images(uri: str, cache: Path, kind: FileKind = IMAGES) -> Path:
         what = f"such {kind.packed_suffix[1:]}" if is_packed else kind.what
         raise DatasetError(f"There is no {what} at {uri}; check dataset.path.")
     return download_once(store, objects, cache / "downloads" / listing_version(uri, objects)) / name
+
+
+def list_tars(uri: str) -> tuple[ObjectStore, list[StoredObject]]:
+    """List the tars below an object-store prefix, without reading them.
+
+    Returns:
+        The store of the prefix, and the tars in it.
+
+    Raises:
+        DatasetError: there are none, or that is no URI of an object store.
+        StoreUnavailableError: the store cannot be reached.
+    """
+    store = _open(uri)
+    tars = [found for found in store.list("") if is_tar_name(found.key)]
+    if not tars:
+        raise DatasetError(f"There is no {TARS.what} at {uri}; check dataset.path.")
+    return store, tars
 
 
 def _open(uri: str) -> ObjectStore:

@@ -9,6 +9,7 @@ import torch
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
 from deme_core.images.dataset import ImageDataset, ResizedImage
+from deme_core.images.stream import Stream
 from deme_core.seeds import derive_seed
 
 T = TypeVar("T")
@@ -25,6 +26,8 @@ class ImageSubset:
         self.captions, self.labels = _picked(dataset.captions, indices), _picked(dataset.labels, indices)
         self.label_names = dataset.label_names
         self.dataset, self._indices = dataset, list(indices)
+        stream = getattr(dataset, "stream", None)
+        self.stream: Stream | None = None if stream is None else stream.subset(self._indices)
 
     @property
     def indices(self) -> Sequence[int]:

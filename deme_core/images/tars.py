@@ -21,21 +21,22 @@ TAR_SUFFIX = ".tar"
 
 
 @dataclass(frozen=True, slots=True)
-class _Member:
-    """Where the bytes of one member lie in its tar."""
+class Member:
+    """Where the bytes of one member lie in its tar; and what they are, if that is known already."""
 
     tar: int
     offset: int
     size: int
+    content: bytes | None = None
 
 
 @dataclass(slots=True)
-class _Sample:
+class Sample:
     """The members of one key, by extension."""
 
     tar: int
     key: str
-    members: dict[str, _Member]
+    members: dict[str, Member]
     image: str = ""
 
 
@@ -54,7 +55,7 @@ class TarSource:
     def __init__(self, tars: Sequence[Path], root: Path, image_column: str | None = None) -> None:
         self._tars, self._root, self._image_column = list(tars), root, image_column
         self.description = f"the tar {tars[0]}" if len(tars) == 1 else f"the {len(tars)} tars in {root}"
-        self._samples: list[_Sample] = []
+        self._samples: list[Sample] = []
         for number, tar in enumerate(self._tars):
             for sample in _samples(tar, number).values():
                 if extension := self._image_extension(sample):
@@ -63,6 +64,11 @@ class TarSource:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """All samples, in order."""
+        return self._samples
 
     @cached_property
     def listing(self) -> str | None:
@@ -77,7 +83,7 @@ class TarSource:
     def read(self, index: int) -> bytes:
         """Read the image of one sample."""
         sample = self._samples[index]
-        return self._bytes(sample.members[sample.image])
+        return self.read_member(sample.members[sample.image])
 
     @property
     def columns(self) -> Sequence[str]:
@@ -95,42 +101,46 @@ class TarSource:
             return Column(values)
         return folder_labels([sample.key for sample in self._samples]) if name == LABEL else None
 
-    def _text(self, sample: _Sample, extension: str) -> str | int | None:
+    def _text(self, sample: Sample, extension: str) -> str | int | None:
         member = sample.members.get(extension)
         if member is None:
             return None
         try:
-            text = self._bytes(member).decode("utf-8-sig")
+            text = self.read_member(member).decode("utf-8-sig")
             return int(text) if extension in CLASSES else text
         except ValueError as error:
             kind = "no whole number" if extension in CLASSES else "not UTF-8"
             raise DatasetError(f"{self._member_name(sample, extension)} is {kind}; pack the tar anew.") from error
 
-    def _json(self, sample: _Sample) -> dict[str, Any]:
+    def _json(self, sample: Sample) -> dict[str, Any]:
         member = sample.members.get(JSON)
         if member is None:
             return {}
         try:
-            content = json.loads(self._bytes(member))
+            content = json.loads(self.read_member(member))
         except ValueError as error:
             raise DatasetError(f"{self._member_name(sample, JSON)} is no JSON; pack the tar anew.") from error
         return content if isinstance(content, dict) else {}
 
-    def _member_name(self, sample: _Sample, extension: str) -> str:
+    def _member_name(self, sample: Sample, extension: str) -> str:
         return f"{self._tars[sample.tar]}/{sample.key}.{extension}"
 
-    def _bytes(self, member: _Member) -> bytes:
+    def read_member(self, member: Member) -> bytes:
+        """Read the bytes of one member."""
         try:
-            # Opened anew each time: processes would share one handle, and tars may be more than a process may hold.
-            with self._tars[member.tar].open("rb", buffering=0) as file:
-                content = os.pread(file.fileno(), member.size, member.offset)
+            return self._pread(self._tars[member.tar], member)
         except OSError as error:
             raise DatasetError(f"Cannot read {self._tars[member.tar]} ({error.strerror}).") from error
+
+    def _pread(self, tar: Path, member: Member) -> bytes:
+        # Opened anew each time: processes would share one handle, and tars may be more than a process may hold.
+        with tar.open("rb", buffering=0) as file:
+            content = os.pread(file.fileno(), member.size, member.offset)
         if len(content) < member.size:
             raise DatasetError(f"{self._tars[member.tar]} was cut short; leave it as it is while a run uses it.")
         return content
 
-    def _image_extension(self, sample: _Sample) -> str | None:
+    def _image_extension(self, sample: Sample) -> str | None:
         if self._image_column is not None:
             return self._image_column if self._image_column in sample.members else None
         images = [name for name in sample.members if f".{name.lower()}" in IMAGE_SUFFIXES]
@@ -162,19 +172,19 @@ def is_tar_name(name: str) -> bool:
     return name.lower().endswith(TAR_SUFFIX) and not is_hidden(name)
 
 
-def _samples(tar: Path, number: int) -> dict[str, _Sample]:
+def _samples(tar: Path, number: int) -> dict[str, Sample]:
     """Return the samples of one tar by key, in the order in which their first members lie in it."""
-    samples: dict[str, _Sample] = {}
+    samples: dict[str, Sample] = {}
     for member in _members(tar):
         path = PurePosixPath(member.name)
         stem, _, extension = path.name.lower().partition(".")
         if not extension or is_hidden(member.name):
             continue
         key = (path.parent / path.name[: len(stem)]).as_posix()
-        sample = samples.setdefault(key, _Sample(number, key, {}))
+        sample = samples.setdefault(key, Sample(number, key, {}))
         if extension in sample.members:
             raise DatasetError(f"{tar} has two members {key}.{extension}; pack it with one for each sample.")
-        sample.members[extension] = _Member(number, member.offset_data, member.size)
+        sample.members[extension] = Member(number, member.offset_data, member.size)
     return samples
 
 

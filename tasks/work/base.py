@@ -10,12 +10,12 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
@@ -142,6 +142,7 @@ class JobContext:
                     dataset=identity.dataset,
                     metrics=metrics,
                     take_folder=True,
+                    look_first=False,  # `execute` has, under the lock.
                 )
             )
 
@@ -154,7 +155,9 @@ class JobContext:
     def images(self, spec: DatasetSpec) -> ImageDataset:
         """Opens a data set, once per process."""
         key = spec.model_dump_json()
-        return self.remember(key, lambda: load_images(spec, cache=self.settings.cache_folder))
+        return self.remember(
+            key, lambda: load_images(spec, cache=self.settings.cache_folder, index_store=self.artifacts.store)
+        )
 
     def training_images(self, spec: DatasetSpec) -> ImageSubset:
         """Returns the images that training sees."""
@@ -218,6 +221,12 @@ class JobContext:
                     raise
 
 
+def _processes(job: Job, digest: str, context: JobContext) -> AbstractContextManager[None]:
+    if job.num_processes == 1:
+        return nullcontext()
+    return cast(AbstractContextManager[None], import_module("tasks.work.ranks").all_ranks(job, digest, context))
+
+
 def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> JobResult:
     """Returns the artifact of ``job``, doing its work only if the store does not have it."""
     started, stored_before = time.perf_counter(), context.storage_seconds
@@ -234,7 +243,8 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
         found = context.find_manifest(job.stage, digest)
         if found is None:
             with context.scratch_folder() as out:
-                metrics = exhaust(work.run(job, context, out, digest), report)
+                with _processes(job, digest, context):
+                    metrics = exhaust(work.run(job, context, out, digest), report)
                 ref = context.publish(job.stage, digest, out, identity, metrics)
         else:
             ref, metrics = found

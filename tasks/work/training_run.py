@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.data_parallel import agree
 from deme_core.encodings import EncodedBatches
 from deme_core.errors import ChecksumMismatchError, WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
@@ -75,7 +77,7 @@ def run_training(
         plan=plan,
         teacher=teacher,
         device=context.device,
-        should_stop=context.stop.is_set,
+        should_stop=lambda: agree(context.stop.is_set()),
     )
     checkpoints = Checkpoints(context, digest)
     yield from checkpoints.restore(training)
@@ -85,7 +87,7 @@ def run_training(
         yield history[-1]
         if progress.global_step == plan.num_steps:  # Publishing what is done takes no longer than a checkpoint.
             continue
-        stopped = context.stop.is_set()
+        stopped = agree(context.stop.is_set())  # At one step, or the others would wait for a process that left.
         if stopped or progress.global_step % spec.checkpoint_every == 0:
             checkpoints.save(training, history)
         if stopped:
@@ -112,20 +114,31 @@ class Checkpoints:
         A damaged checkpoint is removed, and the one before it taken.
         """
         with self._context.storing() as artifacts:
-            while (newest := artifacts.newest(self._stage)) is not None:
-                try:
-                    folder, metrics = artifacts.fetch(newest), artifacts.manifest(newest).metrics
-                except ChecksumMismatchError as error:
-                    artifacts.remove(newest)
-                    yield {"message": f"removed a checkpoint: {error}"}
-                    continue
-                restore_checkpoint(training, folder)
-                self.history = list(metrics["history"])
-                yield {"message": f"resumed at step {training.global_step}"}
+            damaged: list[str] = []
+            # Rank 0 looks for all processes: they share a cache, so that the others find what it verified.
+            newest = agree(self._newest_whole(artifacts, damaged) if training.share.rank == 0 else None)
+            yield from ({"message": f"removed a checkpoint: {error}"} for error in damaged)
+            if newest is None:
                 return
+            restore_checkpoint(training, artifacts.fetch(newest))
+            self.history = list(artifacts.manifest(newest).metrics["history"])
+        yield {"message": f"resumed at step {training.global_step}"}
+
+    def _newest_whole(self, artifacts: ArtifactStore, damaged: list[str]) -> ArtifactRef | None:
+        while (newest := artifacts.newest(self._stage)) is not None:
+            try:
+                artifacts.fetch(newest)
+            except ChecksumMismatchError as error:
+                artifacts.remove(newest)
+                damaged.append(str(error))
+            else:
+                return newest
+        return None
 
     def save(self, training: Training, history: list[Record]) -> None:
-        """Publishes the state of ``training`` and removes all but the newest checkpoints."""
+        """Publishes the state of ``training``, once for all its processes, and removes all but the newest ones."""
+        if training.share.rank > 0:
+            return
         with self._context.scratch_folder() as folder, self._context.storing() as artifacts:
             save_checkpoint(training, folder)
             patiently(

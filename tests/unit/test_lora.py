@@ -127,14 +127,15 @@ def test_nothing_but_the_adapter_is_trained_averaged_or_saved(tmp_path: Path) ->
     assert all(".lora_" in key for key in saved)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, channels_last: bool) -> None:
     model = with_lora()
-    whole = training(model, LoraTeacher(model), checkpoint_every=2)
+    whole = training(model, LoraTeacher(model), checkpoint_every=2, channels_last=channels_last)
     for progress in whole.progress():
         if progress.global_step == 2:
             save_checkpoint(whole, tmp_path)
     again = with_lora(seed=7)  # Its random A must not matter.
-    resumed = training(again, LoraTeacher(again))
+    resumed = training(again, LoraTeacher(again), channels_last=channels_last)
     restore_checkpoint(resumed, tmp_path)
     list(resumed.progress())
     for expected, actual in (

@@ -1,0 +1,117 @@
+"""Shards of a streamed data set on local disk: never more bytes than allowed; the least recently used leave first."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.downloads import NUM_DOWNLOADS
+from deme_core.errors import DatasetError
+from deme_core.store import ObjectStore, StoredObject, local_errors
+
+_SHARD, _RESERVED = ".shard", ".reserved"
+_WAIT_SEC = 0.2
+
+
+class ShardCache:
+    """Whole local copies of objects, for all processes of this machine that use the folder.
+
+    Args:
+        store: where the objects are.
+        folder: where the copies are; it may be deleted at any time.
+        max_bytes: bound of all of them together, those being downloaded included.
+    """
+
+    def __init__(self, store: ObjectStore, folder: Path, max_bytes: int) -> None:
+        self._store, self._folder, self.max_bytes = store, folder, max_bytes
+
+    def path(self, shard: StoredObject) -> Path:
+        """Where the copy of this version of an object is, if there is one."""
+        version = canonical_json([self._store.uri, shard.key, shard.size, shard.modified.isoformat()])
+        return self._folder / f"{sha256_bytes(version.encode())}{_SHARD}"
+
+    def fetch(self, shards: Sequence[StoredObject]) -> None:
+        """Bring objects here, several at once; another process may push them out again at any time.
+
+        Raises:
+            DatasetError: one is larger than the cache may be.
+            StoreUnavailableError: the store cannot be reached.
+        """
+        missing = [shard for shard in shards if not self._touch(shard)]
+        if missing:
+            with ThreadPoolExecutor(NUM_DOWNLOADS) as executor:
+                list(executor.map(self._download, missing))
+
+    def _touch(self, shard: StoredObject) -> bool:
+        try:
+            os.utime(self.path(shard))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _download(self, shard: StoredObject) -> None:
+        place, reservation = self.path(shard), self._reserve(shard)
+        try:
+            if not self._touch(shard):
+                self._store.get_file(shard.key, place)
+        finally:
+            reservation.unlink(missing_ok=True)
+
+    def _reserve(self, shard: StoredObject) -> Path:
+        """Returns a file that stands for bytes which are about to come, and takes none itself."""
+        if shard.size > self.max_bytes:
+            raise DatasetError(f"dataset.cache_gb is less than {shard.key} alone, {shard.size} bytes; raise it.")
+        while True:
+            with self._alone():
+                if self._make_room(shard.size):
+                    reservation = self._folder / f"{os.getpid()}-{self.path(shard).stem}{_RESERVED}"
+                    with local_errors(reservation):
+                        reservation.touch()
+                        os.truncate(reservation, shard.size)
+                    return reservation
+            time.sleep(_WAIT_SEC)  # For a download of another process to end.
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Removes the least recently used copies until so many bytes more are allowed; whether that is enough."""
+        kept, total = [], 0
+        for path in self._folder.iterdir():
+            owner, _, arrived = path.stem.partition("-")
+            if path.suffix == _RESERVED and not _is_alive(int(owner)):
+                path.unlink(missing_ok=True)
+            elif path.suffix == _RESERVED and (self._folder / f"{arrived}{_SHARD}").exists():
+                pass  # What it stood for is here, and counted.
+            elif path.suffix in (_SHARD, _RESERVED):
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    total += status.st_size
+                    if path.suffix == _SHARD:
+                        kept.append((status.st_mtime_ns, status.st_size, path))
+        for _, size, path in sorted(kept):
+            if total + num_bytes <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total + num_bytes <= self.max_bytes
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with local_errors(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = (self._folder / ".lock").open("w")
+        with file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # Of another user.
+    return True

@@ -1,0 +1,258 @@
+"""The Ray pool: each job is a Prefect task on a node of a Ray cluster, through prefect-ray.
+
+The counterpart of `tasks.worker_pool` for recipes with ``execution.runner: ray``. Nodes share nothing with the flow but
+the object store: a job travels as the argument of its task, its progress through an actor of the cluster. Ray and
+prefect-ray, the extra ``ray``, are imported when the pool starts.
+"""
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+from uuid import uuid4
+
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Crashed
+
+from deme_core.errors import DemeError, InputError, WorkerDiedError
+from deme_core.recipe import ExecutionSpec
+from deme_core.settings import Settings
+from deme_core.store import ObjectStore, check_access
+from tasks.error_messages import job_error
+from tasks.jobs import Job, JobResult
+from tasks.ray_node import JobFailedError, Mailbox, SentEnvironment, do_job, look_around
+from tasks.worker_pool import Report
+
+_POLL_SECONDS = 0.5
+_LOOK_SECONDS = 90.0
+_PATIENCE_SECONDS = 15.0
+_CONNECT_SECONDS = 10.0
+
+
+def cluster_address(execution: ExecutionSpec) -> str:
+    """Returns what ``ray.init`` takes: the address of a cluster, or ``local`` for one that ends with the run."""
+    return execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+class RayPool:
+    """Sends jobs to a Ray cluster; safe to use from many threads.
+
+    Args:
+        execution: says which cluster, and what a job reserves.
+        settings: of the flow; what jobs need of the environment is sent with them.
+        store: the object store, which every node must reach.
+    """
+
+    def __init__(self, execution: ExecutionSpec, settings: Settings, store: ObjectStore) -> None:
+        self._execution, self._store = execution, store
+        self._environment = SentEnvironment.of(settings)
+        self._address = cluster_address(execution)
+        self._stack = contextlib.ExitStack()
+        self._closed = False
+        self._api_url = ""
+        self._has_gpus = False
+
+    def start(self) -> None:
+        """Joins the cluster and checks that every node has this version of DeMe and sees the store.
+
+        Raises:
+            InputError: Ray is not installed, the cluster cannot be reached, or a node is not fit.
+        """
+        if self._address == "local" and "RAY_AUTH_MODE" not in os.environ:
+            # Ray listens on all interfaces whatever it is told: nobody without this process's token shall be heard.
+            # It reads this once, when it is imported.
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid4().hex)
+        try:
+            import ray
+            from prefect_ray import RayTaskRunner
+        except ImportError as error:
+            raise InputError("execution.runner is ray, but Ray is not installed: pip install 'deme[ray]'.") from error
+        self._check_address()
+        with get_client(sync_client=True) as client:
+            self._api_url = str(client.api_url)
+        try:
+            runner = RayTaskRunner(self._address, init_kwargs=self._init_options())
+            self._stack.callback(ray.shutdown)
+            self._runner = self._stack.enter_context(runner)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise self._cannot_join(str(error).strip().partition("\n")[0]) from error
+        check_access(self._store)
+        self._look_at_nodes()
+        self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+        # On the head, whose end is the cluster's end too; a cluster without a name for it is one of tests.
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, resources=self._head()).remote()
+
+    def _check_address(self) -> None:
+        """Raises an InputError if nobody listens there: Ray would wait for minutes, and then end this process."""
+        address = self._address.removeprefix("ray://")
+        host, _, port = address.rpartition(":")
+        try:
+            if address not in ("local", "auto"):
+                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise self._cannot_join(str(error)) from error
+
+    def _cannot_join(self, reason: str) -> InputError:
+        mend = "correct execution.ray_address or RAY_ADDRESS"
+        return InputError(f"The Ray cluster {self._address} cannot be joined ({reason}); {mend}.")
+
+    def _init_options(self) -> dict[str, Any]:
+        if self._address.startswith("ray://"):
+            return {"log_to_driver": False}
+        quiet = {"log_to_driver": False, "logging_level": "warning"}
+        if self._address != "local":
+            return quiet
+        return quiet | {"include_dashboard": False}
+
+    def _head(self) -> dict[str, float]:
+        import ray
+
+        name = "node:__internal_head__"
+        return {name: 0.001} if name in ray.cluster_resources() else {}
+
+    def _look_at_nodes(self) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        key = f"jobs/ray-{uuid4().hex}"
+        self._store.put_bytes(key, b"seen")
+        look = ray.remote(look_around)
+        try:
+            nodes = {
+                f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": look.options(
+                    num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+                ).remote(self._environment, key, self._api_url)
+                for node in ray.nodes()
+                if node["Alive"]
+            }
+            for name, answer in nodes.items():
+                self._check_node(name, answer)
+        finally:
+            self._store.delete(key)
+
+    def _check_node(self, name: str, answer: Any) -> None:
+        import ray
+
+        try:
+            found = ray.get(answer, timeout=_LOOK_SECONDS)
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
+            raise InputError(
+                f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed, and "
+                f"the object store {self._store.uri}."
+            ) from error
+        if found != version("deme"):
+            raise InputError(f"Node {name} of the Ray cluster has DeMe {found}, this machine {version('deme')}.")
+
+    def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
+        """Has ``job`` done by a node with room for it and returns its result.
+
+        Args:
+            job: what to do.
+            report: called with every progress record, in the caller's thread.
+            on_start: called when a node begins.
+
+        Raises:
+            DemeError: the job failed; of the class it failed with, where DeMe foresaw it.
+            WorkerDiedError: its node, or its process there, ended before the job did.
+        """
+        import ray
+        from prefect_ray.context import remote_options
+
+        ticket = uuid4().hex
+        options = self._reservation(job)
+        with temporary_settings({PREFECT_API_URL: self._api_url}), remote_options(**options):
+            future = self._runner.submit(
+                do_job,
+                {
+                    "job": job,
+                    "environment": self._environment,
+                    "num_threads": self._execution.cpus_per_job * job.num_processes,
+                    "needs_gpu": options.get("num_gpus", 0) > 0,
+                    "post": Post(self._mailbox, ticket),
+                },
+            )
+        try:
+            self._follow(future.wrapped_future, ticket, report, on_start)
+            result: JobResult = future.result()
+        except JobFailedError as error:
+            raise job_error(error.args[0]) from None
+        except ray.exceptions.RayError as error:
+            if self._closed:  # It did not die, it was dismissed: nobody shall try again.
+                raise DemeError("The flow run ended before the job did.") from error
+            self._say_it_crashed(future.task_run_id)
+            raise WorkerDiedError(
+                f"The node of {getattr(job, 'label', job.stage)} was lost ({type(error).__name__}) before its job was "
+                "done; it goes on from the last checkpoint."
+            ) from error
+        return result
+
+    def _reservation(self, job: Job) -> dict[str, Any]:
+        execution = self._execution
+        # Ray would do a lost task again by itself, under the same Prefect task run; the stage does that with a new one.
+        options: dict[str, Any] = {
+            "num_cpus": execution.cpus_per_job * job.num_processes,
+            "max_retries": 0,
+            "scheduling_strategy": "SPREAD",
+        }
+        wants_gpu = execution.device == "cuda" or (execution.device == "auto" and self._has_gpus)
+        if wants_gpu and job.stage in execution.gpu_stages:
+            options["num_gpus"] = job.num_processes
+        return options
+
+    def _follow(self, done: Any, ticket: str, report: Report, on_start: Callable[[], None]) -> None:
+        """Passes on what a job posts until it is done."""
+        import ray
+
+        submitted, started = time.monotonic(), False
+        while True:
+            finished, _ = ray.wait([done], timeout=_POLL_SECONDS)
+            for record in self._posted(ticket):
+                if "started" in record:
+                    started = True
+                    on_start()
+                    report({"message": f"on {record['started']}"})
+                else:
+                    report(record)
+            if finished:
+                return
+            if self._closed:
+                raise DemeError("The flow run ended before the job did.")
+            if not started and time.monotonic() - submitted > _PATIENCE_SECONDS:
+                report({"message": "waits for a node with room for it"})
+                submitted = float("inf")
+
+    def _posted(self, ticket: str) -> list[dict[str, Any]]:
+        import ray
+
+        try:
+            records: list[dict[str, Any]] = ray.get(self._mailbox.take.remote(ticket), timeout=_POLL_SECONDS * 10)
+        except ray.exceptions.RayError:  # It is starting again; what it held is in the job's result, too.
+            return []
+        return records
+
+    def _say_it_crashed(self, task_run_id: Any) -> None:
+        """Tells Prefect what the lost node cannot: its task run would be Running for ever."""
+        with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+            client.set_task_run_state(task_run_id, Crashed(message="The Ray node was lost."), force=True)
+
+    def close(self) -> None:
+        """Leaves the cluster, which ends this flow's jobs on all nodes."""
+        self._closed = True
+        self._stack.close()
+
+
+class Post:
+    """Sends progress records of one job to the mailbox, without waiting."""
+
+    def __init__(self, mailbox: Any, ticket: str) -> None:
+        self._mailbox, self._ticket = mailbox, ticket
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Sends one record."""
+        self._mailbox.post.remote(self._ticket, record)

@@ -1,0 +1,176 @@
+"""`execution.runner: ray` on two nodes: `make test-cluster`."""
+
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pytest
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.runtime import flow_run
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from deme_core.artifacts import ArtifactStore
+from deme_core.recipe import Recipe
+from deme_core.segments import recipe_segments
+from deme_core.settings import Settings
+from deme_core.store import open_store
+from flows.encodings import encode_dataset
+from flows.flow_runtime import flow_runtime
+from flows.trainings import Trainings
+from tasks.jobs import JobResult
+from tasks.progress import Event, subscribe
+from tasks.stages import obtain_pretrained
+from tests.cluster.conftest import RayCluster, two_cores
+from tests.e2e.conftest import TOY_RECIPE
+from tests.integration.conftest import S3Server
+
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(280)]
+
+_CHECKPOINT_EVERY = 20
+_NUM_STEPS = 6 * _CHECKPOINT_EVERY
+
+
+def _recipe(**execution: Any) -> Recipe:
+    finetune = {"num_steps": _NUM_STEPS, "batch_size": 4, "checkpoint_every": _CHECKPOINT_EVERY}
+    execution = {"device": "cpu", "num_workers": 2, **execution}
+    return Recipe.model_validate(
+        TOY_RECIPE
+        | {"segments": {"count": 4}, "merge": {"weights": [0.25] * 4}, "finetune": finetune, "execution": execution}
+    )
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=16))  # type: ignore[arg-type]
+def train(recipe: Recipe) -> tuple[str, dict[str, JobResult]]:
+    """The pretrained model, the control and the four copies of a recipe."""
+    with flow_runtime(recipe):
+        pretrained = obtain_pretrained()
+        segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
+        trainings = Trainings(recipe, pretrained.ref, encode_dataset(recipe, pretrained), segments)
+        futures = {"control": trainings.control()} | dict(zip("0123", trainings.copies(), strict=True))
+        return str(flow_run.id), {"pretrained": pretrained} | {name: each.result() for name, each in futures.items()}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Digests and weights (SHA-256) of all models."""
+
+    digests: dict[str, str]
+    weights: dict[str, str]
+
+    @classmethod
+    def of(cls, results: dict[str, JobResult]) -> "Trained":
+        artifacts = ArtifactStore(open_store(Settings().store_uri), Settings().cache_folder)
+        files = {name: artifacts.manifest(result.ref).files for name, result in results.items()}
+        return cls(
+            {name: result.ref.digest for name, result in results.items()},
+            {name: f.sha256 for name, each in files.items() for f in each if f.name.endswith(".safetensors")},
+        )
+
+
+@pytest.fixture(scope="module")
+def expected(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """What the local runner makes of the same recipe, with a store of its own."""
+    home = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch, two_cores():
+        patch.setenv("DEME_HOME", str(home))
+        patch.delenv("DEME_STORE_URI", raising=False)
+        return Trained.of(train(_recipe(runner="local"))[1])
+
+
+class Watcher:
+    """Hears what all tasks tell, and kills the second node when told to."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, list[str]] = defaultdict(list)
+        self.steps: dict[str, list[int]] = defaultdict(list)
+        self.resumed: dict[str, int] = {}
+
+    def __call__(self, event: Event) -> None:
+        if node := re.fullmatch(r"on (.*)", event.record.get("message", "")):
+            self.nodes[event.task].append(node[1])
+        if step := re.fullmatch(r"resumed at step (\d+)", event.record.get("message", "")):
+            self.resumed[event.task] = int(step[1])
+        if "global_step" in event.record:
+            self.steps[event.task].append(event.record["global_step"])
+
+
+def _training_nodes(watcher: Watcher) -> dict[str, list[str]]:
+    return {task: nodes for task, nodes in watcher.nodes.items() if task.startswith("finetune")}
+
+
+def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_runner(
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained
+) -> None:
+    # As from a laptop outside of the cluster.
+    watcher = Watcher()
+    unsubscribe = subscribe(watcher)
+    _, results = train(_recipe(runner="ray", ray_address=cluster.client_address))
+    unsubscribe()
+
+    nodes = {task: each for task, each in watcher.nodes.items() if task.startswith("finetune")}
+    assert len(nodes) == 5
+    assert len({node for each in nodes.values() for node in each}) == 2
+    assert Trained.of(results) == expected
+    # Nobody without the keys may read them off the machine.
+    assert not [p for p in psutil.process_iter(["cmdline"]) if flow_machine.secret_key in str(p.info["cmdline"])]
+    logs = [path for path in cluster.logs.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".log" for path in logs)
+    assert not [path for path in logs if flow_machine.secret_key.encode() in path.read_bytes()]
+
+
+def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_other(
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained
+) -> None:
+    killed: dict[str, int] = {}
+
+    class Killer(Watcher):
+        """Kills the second node once a segment there has passed its second checkpoint."""
+
+        def __call__(self, event: Event) -> None:
+            super().__call__(event)
+            step = event.record.get("global_step", 0)
+            if killed or not event.task.startswith("finetune segment") or step <= 2 * _CHECKPOINT_EVERY:
+                return
+            if _second_node() in self.nodes[event.task][-1]:
+                killed[event.task] = step
+                cluster.kill_second_node()
+
+    watcher = Killer()
+    unsubscribe = subscribe(watcher)
+    flow_run_id, results = train(_recipe(runner="ray", ray_address=cluster.address))
+    unsubscribe()
+
+    (segment,) = killed
+    lost, found = watcher.nodes[segment]
+    assert lost != found
+    assert watcher.resumed[segment] % _CHECKPOINT_EVERY == 0
+    assert watcher.resumed[segment] >= 2 * _CHECKPOINT_EVERY
+    # Nothing before the checkpoint was done again: the first step told after it was resumed is beyond it.
+    steps = watcher.steps[segment]
+    turn = next(i for i in range(1, len(steps)) if steps[i] <= steps[i - 1])
+    assert steps[turn] > watcher.resumed[segment]
+    assert steps[-1] == _NUM_STEPS
+    assert Trained.of(results) == expected
+    assert _states(flow_run_id) <= {"Completed", "Crashed", "Failed"}
+
+
+def _second_node() -> str:
+    """Returns the beginning of the id of the node that is not the head."""
+    import ray
+
+    (second,) = [n for n in ray.nodes() if n["Alive"] and "node:__internal_head__" not in n["Resources"]]
+    return str(second["NodeID"])[:8]
+
+
+def _states(flow_run_id: str) -> set[str]:
+    """Returns the names of the states of all task runs."""
+    by_id = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))  # type: ignore[list-item]
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(flow_run_filter=by_id)
+    assert runs
+    return {str(json.loads(run.state.model_dump_json())["name"]) for run in runs if run.state}

@@ -1,0 +1,78 @@
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from deme_core.errors import InputError
+from deme_core.recipe import ExecutionSpec
+from deme_core.settings import Settings
+from deme_core.store import open_store
+from tasks.ray_node import Mailbox, SentEnvironment
+from tasks.ray_pool import RayPool, cluster_address
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> SentEnvironment:
+    """What a flow sends, in the environment of a node that has nothing yet."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "DEME_", "HF_")):
+            del os.environ[name]
+    flow = {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "pa55",
+        "AWS_SESSION_TOKEN": "t0ken",
+        "AWS_PROFILE": "me",
+    }
+    os.environ.update(flow)
+    found = SentEnvironment.of(Settings.model_validate({"DEME_STORE_URI": "s3://bucket/store"}))
+    for name in flow:
+        del os.environ[name]
+    return found
+
+
+def test_a_node_gets_the_flows_store_and_keys_but_nothing_that_names_its_files(sent: SentEnvironment) -> None:
+    pickle.loads(pickle.dumps(sent)).apply()
+    assert os.environ["DEME_STORE_URI"] == "s3://bucket/store"
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "pa55"
+    assert "AWS_PROFILE" not in os.environ
+
+
+def test_keys_of_a_node_are_not_mixed_with_those_of_the_flow(sent: SentEnvironment) -> None:
+    os.environ |= {"AWS_ACCESS_KEY_ID": "own", "AWS_SECRET_ACCESS_KEY": "own", "DEME_HOME": "/disk"}
+    sent.apply()
+    assert os.environ["AWS_SECRET_ACCESS_KEY"] == "own"
+    assert "AWS_SESSION_TOKEN" not in os.environ
+    assert os.environ["DEME_HOME"] == "/disk"
+
+
+def test_no_message_shows_a_key(sent: SentEnvironment) -> None:
+    assert "AWS_SECRET_ACCESS_KEY" in repr(sent)
+    assert not [value for value in ("pa55", "t0ken") if value in f"{sent!r} {sent}"]
+
+
+def test_a_mailbox_gives_each_record_once_to_whom_it_is_for() -> None:
+    mailbox = Mailbox()
+    for step in (1, 2):
+        mailbox.post("a", {"step": step})
+    mailbox.post("b", {"step": 9})
+    assert mailbox.take("a") == [{"step": 1}, {"step": 2}]
+    assert (mailbox.take("a"), mailbox.take("b")) == ([], [{"step": 9}])
+
+
+def test_the_recipe_names_the_cluster_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert cluster_address(ExecutionSpec(runner="ray")) == "local"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://head:10001")
+    assert cluster_address(ExecutionSpec(runner="ray")) == "ray://head:10001"
+    assert cluster_address(ExecutionSpec(runner="ray", ray_address="other:6379")) == "other:6379"
+
+
+@pytest.mark.parametrize("address", ["ray://127.0.0.1:9", "127.0.0.1:9", "nonsense"])
+def test_an_address_where_nobody_listens_is_said_at_once(address: str, tmp_path: Path) -> None:
+    settings = Settings.model_validate({"DEME_HOME": tmp_path, "DEME_STORE_URI": None})
+    pool = RayPool(ExecutionSpec(runner="ray", ray_address=address), settings, open_store(settings.store_uri))
+    with pytest.raises(InputError, match=rf"{address} cannot be joined .*; correct execution.ray_address"):
+        pool.start()
+    pool.close()
