@@ -1,5 +1,6 @@
 """A patient client: MLflow's, which waits while its server is down, so that no run fails for a server that restarts."""
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,10 +15,38 @@ _PATIENCE_SEC = 300.0
 _POLL_SEC = 3.0
 
 
+# Calls at once. A local database takes one writer at a time, and a server's not many more: left to themselves 32 tasks
+# wait in MLflow's pool of 15 connections until that gives up after half a minute (benchmarks/overhead.py).
+_LOCAL_TURNS, _SERVER_TURNS = threading.Semaphore(1), threading.Semaphore(8)
+
+
 def patient_client(settings: Settings) -> Any:
-    """Returns an MlflowClient for what a run writes: a patient one, if there is a server to wait for."""
+    """Returns an MlflowClient for what a run writes, whose calls take turns; a patient one, if there is a server."""
     client = mlflow_client(settings)
-    return client if settings.mlflow_ui_url is None else PatientClient(client, settings.tracking_place)
+    if settings.mlflow_ui_url is None:
+        return OrderlyClient(client, _LOCAL_TURNS)
+    return PatientClient(OrderlyClient(client, _SERVER_TURNS), settings.tracking_place)
+
+
+class OrderlyClient:
+    """Has the methods of an MlflowClient; only so many of this process's threads are in a call at once.
+
+    Args:
+        client: the MlflowClient.
+        turns: what all clients of the same tracking share.
+    """
+
+    def __init__(self, client: Any, turns: threading.Semaphore) -> None:
+        self._client, self._turns = client, turns
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._client, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._turns:
+                return method(*args, **kwargs)
+
+        return call
 
 
 class PatientClient:

@@ -1,10 +1,13 @@
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from deme_core.errors import TrackingUnavailableError
 from tasks import training_log
+from tasks.patient_client import OrderlyClient
 from tasks.tracking import Tracker
 from tasks.training_log import TrainingLog
 
@@ -74,3 +77,22 @@ def test_a_training_that_failed_does_not_wait_for_the_server() -> None:
     log.add({"global_step": 10})
     log.abandon()
     assert recorder.steps == [[10]]
+
+
+@pytest.mark.parametrize("num_turns", [1, 3])
+def test_only_so_many_threads_talk_to_mlflow_at_once(num_turns: int) -> None:
+    class Client:
+        inside = most = 0
+
+        def log(self, value: int) -> int:
+            self.inside += 1
+            self.most = max(self.most, self.inside)
+            time.sleep(0.005)
+            self.inside -= 1
+            return value
+
+    client = Client()
+    orderly = OrderlyClient(client, threading.Semaphore(num_turns))
+    with ThreadPoolExecutor(12) as threads:
+        assert list(threads.map(orderly.log, range(24))) == list(range(24))
+    assert 1 <= client.most <= num_turns
