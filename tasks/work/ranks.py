@@ -28,6 +28,7 @@ from tasks.work.base import JobContext
 _LOST_A_RANK = 71  # Exit status.
 # NCCL does not notice that a process has died; others do, and then say why.
 _SECONDS_TO_NOTICE = 10.0
+_SECONDS_TO_DIE = 3.0
 
 
 @contextlib.contextmanager
@@ -42,19 +43,20 @@ def all_ranks(job: Job, digest: str, context: JobContext) -> Iterator[None]:
     if context.device == "cuda" and torch.cuda.device_count() < count:
         raise InputError(f"num_processes is {count}, but this worker has {torch.cuda.device_count()} GPUs; lower it.")
     torch.set_num_threads(max(num_threads // count, 1))
-    dismissed = threading.Event()
+    lost, dismissed = threading.Event(), threading.Event()
     with tempfile.TemporaryDirectory() as folder:
         point = Path(folder) / "meeting-point"
         order = {"job": type(job).__name__, "content": job.model_dump(mode="json"), "digest": digest}
         others = [
-            _start(order | {"rank": rank, "meeting_point": str(point)}, context.device, dismissed)
+            _start(order | {"rank": rank, "meeting_point": str(point)}, context.device, lost, dismissed)
             for rank in range(1, count)
         ]
         try:
             with join(Share(0, count), point, context.device):
                 yield
         except Exception as error:
-            if isinstance(error, DemeError) or all(other.poll() is None for other in others):
+            # The connection may break a moment before the process is seen to be gone.
+            if isinstance(error, DemeError) or not lost.wait(_SECONDS_TO_DIE):
                 raise
             raise WorkerDiedError("One process of a data-parallel training ended before the others.") from error
         finally:
@@ -65,7 +67,9 @@ def all_ranks(job: Job, digest: str, context: JobContext) -> Iterator[None]:
                 other.wait()
 
 
-def _start(order: dict[str, Any], device: str, dismissed: threading.Event) -> "subprocess.Popen[str]":
+def _start(
+    order: dict[str, Any], device: str, lost: threading.Event, dismissed: threading.Event
+) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
         [sys.executable, "-m", "tasks.work.ranks", "--device", device, "--threads", str(torch.get_num_threads())],
         stdin=subprocess.PIPE,
@@ -78,6 +82,7 @@ def _start(order: dict[str, Any], device: str, dismissed: threading.Event) -> "s
 
     def leave_with_it() -> None:
         process.wait()
+        lost.set()
         if not dismissed.wait(_SECONDS_TO_NOTICE):
             os._exit(_LOST_A_RANK)
 
