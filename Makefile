@@ -52,7 +52,7 @@ test-recipes: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
-# Two Ray nodes on loopback, one of which is killed; about a minute.
+# Two Ray nodes on loopback, one of which is killed; two minutes of processor time, four by the clock on a busy machine.
 test-cluster: install
 	$(BIN)/python -m pytest tests/cluster
 

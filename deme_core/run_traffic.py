@@ -17,6 +17,7 @@ _SAMPLES_BYTES = (
 )
 _MANIFEST_BYTES = 1500
 _CHECKPOINT_FILES = 2
+_MODEL_FILES = 4  # Index, scheduler, config, weights.
 _ROWS = 4
 # boto3 sends and fetches what is larger in parts of this size, a request each.
 _PART_BYTES = 8 * 2**20
@@ -101,8 +102,8 @@ def measure_artifacts(
     trained = _FP32 * size.num_trained
     moments = 2 * trained // (4 if recipe.finetune.optimizer == "adamw_8bit" else 1)
     return Artifacts(
-        stock=Folder(4 + num_frozen, _FP32 * size.num_parameters + frozen_bytes),
-        copy=Folder(4, trained),
+        stock=Folder(_MODEL_FILES + num_frozen, _FP32 * size.num_parameters + frozen_bytes),
+        copy=Folder(_MODEL_FILES, trained),
         checkpoint=Folder(_CHECKPOINT_FILES, 2 * trained + moments),
         features=Folder(2, recipe.evaluate.num_images * num_features * _FP32 + _SAMPLES_BYTES),
         real=Folder(1, num_real * num_features * _FP32),
@@ -136,11 +137,11 @@ def _checkpoints(training: TrainingSpec, num_steps: int, checkpoint: Folder) -> 
 
 def _evaluation(evaluate: EvaluateSpec, artifacts: Artifacts, num_segments: int) -> Traffic:
     """Of each row and seed features and scores; the ensemble reads all copies; of the real images two artifacts."""
-    models = artifacts.stock.fetched() * (_ROWS - 1)
-    models += artifacts.stock.fetched() + artifacts.copy.fetched() * num_segments
-    losses = (
-        artifacts.stock.fetched() * (_ROWS - 1) + (artifacts.stock.fetched() + artifacts.copy.fetched()) * num_segments
-    )
+    copy = artifacts.copy.fetched()
+    if artifacts.stock.num_files > _MODEL_FILES:  # A copy is its denoiser alone; the frozen parts are theta_0's.
+        copy += artifacts.stock.fetched()
+    models = artifacts.stock.fetched() * (_ROWS - 1) + copy * num_segments
+    losses = artifacts.stock.fetched() * (_ROWS - 1) + copy * num_segments
     losses += Folder(1, 0).made() * (_ROWS - 1 + num_segments)
     scores = artifacts.features.fetched() + artifacts.real.fetched() + Folder(1, _SAMPLES_BYTES).made()
     real = artifacts.real.made() * 2 + artifacts.real.fetched()

@@ -15,7 +15,7 @@ from deme_core.artifacts import ArtifactRef
 from deme_core.data_parallel import Share
 from deme_core.errors import WorkerDiedError
 from deme_core.images.draws import BatchSchedule
-from deme_core.recipe import DatasetSpec, FinetuneSpec
+from deme_core.recipe import DatasetSpec, FinetuneSpec, LoraSpec
 from deme_core.settings import Settings
 from tasks.jobs import FinetuneJob, ImportJob, JobResult
 from tasks.work.base import JobContext, execute
@@ -74,6 +74,19 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         torch.testing.assert_close(weights_of_two[name], weight, rtol=1e-3, atol=1e-5)
     start = load_file(next((tmp_path / "model").rglob("*.safetensors")))
     assert any((weights_of_one[name] - weight).abs().max() > 1e-3 for name, weight in start.items())
+
+
+def test_two_processes_train_one_lora_whose_teacher_is_the_model_itself(tmp_path: Path) -> None:
+    with _context(tmp_path / "home") as context:
+        one, two = (
+            _train(_job(context, tmp_path, batch_size=8 // count, num_processes=count, lora=LoraSpec(rank=2)), context)[
+                1
+            ]
+            for count in (1, 2)
+        )
+    assert any(name.endswith("lora_B.weight") and factor.abs().max() > 1e-3 for name, factor in one.items())
+    for name, factor in one.items():
+        torch.testing.assert_close(two[name], factor, rtol=1e-3, atol=1e-5)
 
 
 def test_each_process_takes_its_part_of_the_same_batch() -> None:

@@ -97,7 +97,7 @@ def test_the_frechet_distance_in_memory_is_that_of_cleanfids_folder_path(
 
     # Real and generated images differ in contrast. Of 2048 features of a few images only some are compared, so that
     # clean-fid's matrix square root, which does not converge for singular covariances, is right too.
-    real, generated = draw_images(24, 3, 32, seed=0), draw_images(24, 3, 32, seed=1) // 2
+    real, generated = draw_images(12, 3, 32, seed=0), draw_images(12, 3, 32, seed=1) // 2
     model = model_of_cleanfid(mode, weights[mode], monkeypatch)
     theirs = [
         features_of_cleanfid(mode, images, model, tmp_path / name)[:, ::256]

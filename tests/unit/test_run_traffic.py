@@ -45,8 +45,8 @@ def test_a_segment_more_adds_a_training_a_longer_control_and_another_expert() ->
     two, three = (estimate_traffic(r, artifacts(r)) for r in (recipe(2), recipe(3)))
     checkpoints = (3 * 4 + 13) - (2 * 4 + 8)
     assert three.written - two.written == checkpoints * 4 * 4400 + 4400 + 2 * 1500  # The copy, its loss, two manifests.
-    # The merge, the ensemble of each seed and its held-out loss read the new copy; it and its loss read theta_0.
-    assert three.read - two.read == 5 * (4400 + 1500) + 2 * (4000 + 1500)
+    # The merge, the ensemble of each seed and its held-out loss read the new copy; it reads theta_0.
+    assert three.read - two.read == 5 * (4400 + 1500) + (4000 + 1500)
 
 
 def test_what_is_large_goes_in_parts() -> None:
