@@ -102,8 +102,12 @@ def test_a_click_on_a_name_hides_its_curve(offline: webdriver.Chrome, first_repo
     assert offline.execute_script(hidden) == []
     toggle = offline.find_element(By.CSS_SELECTOR, "[data-chart='chart-heldout'] .legendtoggle")
     offline.execute_script("arguments[0].scrollIntoView({block: 'center'})", toggle)
-    webdriver.ActionChains(offline).move_to_element(toggle).click().perform()
-    wait_until(lambda: "finetuned" in offline.execute_script(hidden), "the curve is still there")
+    try:
+        webdriver.ActionChains(offline).move_to_element(toggle).click().perform()
+        wait_until(lambda: "finetuned" in offline.execute_script(hidden), "the curve is still there", seconds=10)
+    except AssertionError:  # A click whose press and release a busy browser sees far apart is none to Plotly.
+        webdriver.ActionChains(offline).move_to_element(toggle).click().perform()
+        wait_until(lambda: "finetuned" in offline.execute_script(hidden), "the curve is still there")
 
 
 def test_charts_fit_a_sheet_of_paper_and_the_window_again(
