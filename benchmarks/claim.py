@@ -16,25 +16,12 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.claim_cell import ABLATIONS, MERGES, Cell, ablation_overrides, run_cell
-from benchmarks.measurement import print_result, print_table
+from benchmarks.measurement import QUICK_OVERRIDES, print_result, print_table
 from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, interval, paired_difference
 
 BASELINES = ("pretrained", "finetuned")
-_QUICK_OVERRIDES = (
-    "dataset.num_images=96",
-    "pretrained.training.num_steps=10",
-    "finetune.num_steps=4",
-    "merge.search.max_candidates=5",
-    "merge.search.num_images=8",
-    "merge.search.num_reference_images=32",
-    "evaluate.num_images=8",
-    "evaluate.seeds=[1, 2, 3]",
-    "evaluate.num_inference_steps=2",
-    "evaluate.extractor_resolution=32",
-    "evaluate.kid_subset_size=4",
-)
 
 
 def run_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
@@ -117,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     if options.quick:
         with _temporary_home():
-            options.overrides = [*_QUICK_OVERRIDES, *options.overrides]
+            options.overrides = [*QUICK_OVERRIDES, *options.overrides]
             cells = run_cells(options)
     else:
         cells = run_cells(options)

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.measurement import print_result, print_table
+from benchmarks.measurement import QUICK_OVERRIDES, print_result, print_table
 from flows.stack.processes import find_started_by
 
 UP, ENV, RUN, FOLLOW, STATUS = COMMANDS = (
@@ -44,19 +44,6 @@ PARTS = {
 _GOAL, _GOAL_SECONDS, _GOAL_GB = 0.10, 300.0, 4.0
 _SECONDS_BETWEEN_SAMPLES = 10.0
 _FOREIGN = ("AWS_", "DEME_", "MLFLOW_", "PREFECT_")
-_QUICK_OVERRIDES = (
-    "dataset.num_images=96",
-    "pretrained.training.num_steps=10",
-    "finetune.num_steps=3",
-    "merge.search.max_candidates=5",
-    "merge.search.num_images=8",
-    "merge.search.num_reference_images=32",
-    "evaluate.num_images=8",
-    "evaluate.seeds=[1, 2, 3]",
-    "evaluate.num_inference_steps=2",
-    "evaluate.extractor_resolution=32",
-    "evaluate.kid_subset_size=4",
-)
 
 
 @dataclass(frozen=True)
@@ -215,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="deme-demo-") as folder:
         demo = Demo(Path(folder) / "home")
         with PeakMemory(demo.home) as memory:
-            demo.run([*(_QUICK_OVERRIDES if options.quick else ()), *options.overrides])
+            demo.run([*(QUICK_OVERRIDES if options.quick else ()), *options.overrides])
     print_demo(demo, memory.peak_bytes / 1e9)
 
 

@@ -14,6 +14,21 @@ from rich.table import Table
 T = TypeVar("T")
 _PIPED_WIDTH = 140
 
+# Of the recipe digits, where a benchmark shall only show that it runs.
+QUICK_OVERRIDES = (
+    "dataset.num_images=96",
+    "pretrained.training.num_steps=10",
+    "finetune.num_steps=4",
+    "merge.search.max_candidates=5",
+    "merge.search.num_images=8",
+    "merge.search.num_reference_images=32",
+    "evaluate.num_images=8",
+    "evaluate.seeds=[1, 2, 3]",
+    "evaluate.num_inference_steps=2",
+    "evaluate.extractor_resolution=32",
+    "evaluate.kid_subset_size=4",
+)
+
 
 @dataclass(frozen=True)
 class Duration:

@@ -45,7 +45,7 @@ TOY_RECIPE: dict[str, Any] = {
         "extractor_resolution": 32,
         "kid_subset_size": 4,
     },
-    # To start a process takes longer than its share of the work; parallel ones: test_prompted_run, test_watch.
+    # To start a process takes longer than its share of the work; test_prompted_run has two of them side by side.
     "execution": {"num_workers": 1, "device": "cpu"},
 }
 

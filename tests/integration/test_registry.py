@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores
@@ -70,3 +71,22 @@ def test_the_first_champion_must_beat_its_pretrained_model(settings: Settings, t
     found = register(settings, content, RowScores([30.0, 31.0]), source=tmp_path.as_uri(), metric=METRIC)
     assert (found.version, found.decision) == ("1", "kept")
     assert champion(settings, "deme-first") is None
+
+
+def test_what_another_run_wrote_at_the_same_moment_is_written_again(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, refused = MlflowClient.set_model_version_tag, list[str]()
+
+    def refuse_first(client: MlflowClient, name: str, version: str, key: str, value: str) -> None:
+        if key not in refused:
+            refused.append(key)
+            raise MlflowException("UNIQUE constraint failed: model_version_tags.name")
+        write(client, name, version, key, value)
+
+    monkeypatch.setattr(MlflowClient, "set_model_version_tag", refuse_first)
+    scores = RowScores([1.0, 2.0, 3.0], [[1.0, 2.0]] * 3)
+    done = register(settings, report("both", "a"), scores, source=tmp_path.as_uri(), metric=METRIC)
+    assert set(refused) == {"deme.decision", "deme.reason"}
+    tags = MlflowClient(settings.tracking_uri).get_model_version("deme-both", done.version).tags
+    assert tags["deme.decision"] == done.decision
