@@ -40,9 +40,10 @@ down:
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# kill -9 of every service in the middle of a run and more; some ten minutes.
+# kill -9 of every service in the middle of a run and more, some ten minutes; and new random examples of the property tests.
 test-faults: install
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest $$(grep -l hypothesis tests/unit/*.py) -n 2 --hypothesis-profile exploring
 
 # The paper's six recipes on tiny stand-ins; some five minutes.
 test-recipes: install

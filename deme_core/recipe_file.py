@@ -116,20 +116,24 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
 def _apply(content: dict[str, Any], override: str) -> None:
     dotted, separator, value = override.partition("=")
     if not separator or not dotted:
-        raise RecipeError(f"The override '{override}' is not of the form key.subkey=value.")
+        raise RecipeError(f"The override {override!r} is not of the form key.subkey=value.")
     *parents, last = dotted.split(".")
     for parent in parents:
         child = content.get(parent)
         if child is not None and not isinstance(child, dict):
-            raise RecipeError(f"The override '{override}' goes below {parent}, which is a plain value.")
+            raise RecipeError(f"The override {override!r} goes below {_printable(parent)}, which is a plain value.")
         if child is None:  # Absent, or an explicit null.
             child = content[parent] = {}
         content = child
-    content[last] = _parse_yaml(value, f"The value of --set {dotted}")
+    content[last] = _parse_yaml(value, f"The value of --set {_printable(dotted)}")
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def _sentence(details: ErrorDetails) -> str:
-    location = [name if (name := str(part)).isprintable() else repr(name) for part in details["loc"]]
+    location = [_printable(str(part)) for part in details["loc"]]
     key = ".".join(location) or "the recipe"
     if details["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])

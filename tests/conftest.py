@@ -1,10 +1,16 @@
-"""Which tests share a process when they run side by side (`make test`)."""
+"""Which tests share a process when they run side by side (`make test`), and how hypothesis draws its examples."""
 
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
+
+# The same examples in every run, so that what passes here passes in CI; `make test-faults` draws new ones, and more.
+settings.register_profile("repeatable", derandomize=True, max_examples=50, deadline=None, database=None)
+settings.register_profile("exploring", max_examples=1000, deadline=None)
+settings.load_profile("repeatable")
 
 # Files that share a running stack, or the artifacts of one run.
 _SHARED = {

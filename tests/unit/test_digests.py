@@ -3,7 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deme_core.digests import canonical_json, sha256_bytes, sha256_file, stage_digest
@@ -23,7 +23,6 @@ def test_one_value_has_one_form() -> None:
     assert canonical_json({"a": None, "b": [1, 2]}) == '{"a":null,"b":[1,2]}'
 
 
-@settings(max_examples=25, database=None)
 @given(plain_json)
 def test_storing_a_value_keeps_its_form(value: object) -> None:
     assert canonical_json(json.loads(canonical_json(value))) == canonical_json(value)

@@ -23,7 +23,7 @@ from tests.tiny_models import one_level_unet, write_tiny_folder
 from tests.unit.test_artifacts import DIGEST, MANIFEST
 from tests.unit.test_recipe import MINIMAL
 
-quick = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text(max_size=8) | st.sampled_from(["..", "/etc/passwd", "../../up", "a/b", "a\\b", ".tmp-x", "con\0"])
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | NAMES
 JSON = st.recursive(

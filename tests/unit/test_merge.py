@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -96,7 +96,6 @@ def test_merging_projections_first_is_not_merging_folded_experts() -> None:
     assert not torch.allclose(fold_first, merge_first, atol=1e-3)
 
 
-@settings(max_examples=30, database=None, deadline=None)
 @given(st.permutations(range(4)))
 def test_the_order_of_segments_does_not_matter(order: list[int]) -> None:
     rng = torch.Generator().manual_seed(0)

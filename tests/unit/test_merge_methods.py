@@ -3,7 +3,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -50,7 +50,6 @@ def test_one_expert_at_weight_one_is_that_expert_bit_for_bit(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["task_arithmetic", "block_weights", "ties", "average"])
-@settings(max_examples=20, database=None, deadline=None)
 @given(order=st.permutations(range(4)))
 def test_the_order_of_experts_does_not_matter(kind: str, order: list[int]) -> None:
     pretrained, experts = random_tensors(4)
@@ -134,7 +133,6 @@ def test_ties_weighs_votes_and_values() -> None:
     torch.testing.assert_close(merged, 0.25 * torch.tensor([0.4 / 0.4, -1.0 / 0.5]))
 
 
-@settings(max_examples=30, database=None, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 2.0), min_size=1, max_size=4))
 def test_ties_of_experts_that_agree_is_task_arithmetic_with_weights_over_n(weights: list[float]) -> None:
     pretrained, experts = random_tensors(len(weights))
@@ -153,7 +151,6 @@ def test_an_expert_fades_out_of_ties_as_its_weight_goes_to_zero() -> None:
     torch.testing.assert_close(nearly[voted], faded[voted], atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=60, database=None, deadline=None)
 @given(
     values=st.lists(st.sampled_from([-2.0, -1.0, 1.0, 2.0, 3.0]), min_size=1, max_size=30),
     density=st.floats(0.01, 1.0),

@@ -1,13 +1,12 @@
 """Truths of merging that hold for all tensors and all weights."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deme_core.merge_methods import Average, TaskArithmetic
 from tests.tiny_models import same_bits
 
-quick = settings(max_examples=60, deadline=None)
 VALUES = st.floats(-100, 100, width=32) | st.sampled_from([0.0, -0.0, 1e-40])
 WEIGHTS = st.floats(-2, 2).map(lambda w: round(w, 3))
 
@@ -30,7 +29,6 @@ def merge(pretrained: torch.Tensor, experts: list[torch.Tensor], weights: list[f
     return merged
 
 
-@quick
 @given(models())
 def test_no_weight_gives_the_pretrained_model_and_a_whole_one_its_expert(
     drawn: tuple[torch.Tensor, list[torch.Tensor]],
@@ -42,7 +40,6 @@ def test_no_weight_gives_the_pretrained_model_and_a_whole_one_its_expert(
         assert same_bits(merge(pretrained, experts, weights), expert.float())
 
 
-@quick
 @given(models(), st.data())
 def test_the_merge_is_linear_in_its_weights(
     drawn: tuple[torch.Tensor, list[torch.Tensor]], data: st.DataObject
@@ -54,7 +51,6 @@ def test_the_merge_is_linear_in_its_weights(
     torch.testing.assert_close(both, parts, rtol=1e-4, atol=1e-2)
 
 
-@quick
 @given(models(), st.data())
 def test_a_merge_of_permuted_experts_is_the_same_merge(
     drawn: tuple[torch.Tensor, list[torch.Tensor]], data: st.DataObject

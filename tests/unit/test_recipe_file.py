@@ -152,9 +152,9 @@ def test_a_missing_part_is_named(tmp_path: Path) -> None:
     assert message(str(tmp_path / "part.yaml")) == "part.yaml: merge is missing."
 
 
-@pytest.mark.parametrize("override", ["finetune.num_steps", "=5", "num_steps"])
+@pytest.mark.parametrize("override", ["finetune.num_steps", "=5", "num_steps", "two\nlines"])
 def test_an_override_of_another_form_is_refused(file: str, override: str) -> None:
-    assert message(file, override) == f"The override '{override}' is not of the form key.subkey=value."
+    assert message(file, override) == f"The override {override!r} is not of the form key.subkey=value."
 
 
 def test_an_override_goes_below_no_value(file: str) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deme_core.recipe import SearchSpec
@@ -62,7 +62,6 @@ def test_a_coordinate_search_finds_the_optimum_of_a_quadratic(optimum: Weights, 
 bounds = st.floats(-3, 3, allow_nan=False).map(lambda value: round(value, 3))
 
 
-@settings(max_examples=80, database=None, deadline=None)
 @given(st.data())
 def test_a_coordinate_search_is_frugal_whatever_it_finds(data: st.DataObject) -> None:
     num_weights = data.draw(st.integers(1, 4))

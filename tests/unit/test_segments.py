@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deme_core.errors import InputError
@@ -9,7 +9,6 @@ from deme_core.segments import TimestepSegment, equal_segments, recipe_segments,
 lengths = st.integers(1, 1000)
 
 
-@settings(max_examples=60, database=None, deadline=None)
 @given(st.data())
 def test_equal_segments_partition_all_timesteps(data: st.DataObject) -> None:
     num_train_timesteps = data.draw(lengths)
@@ -22,7 +21,6 @@ def test_equal_segments_partition_all_timesteps(data: st.DataObject) -> None:
     assert max(map(len, segments)) - min(map(len, segments)) <= 1
 
 
-@settings(max_examples=60, database=None, deadline=None)
 @given(st.data())
 def test_edges_partition_all_timesteps(data: st.DataObject) -> None:
     num_train_timesteps = data.draw(lengths)
@@ -35,7 +33,6 @@ def test_edges_partition_all_timesteps(data: st.DataObject) -> None:
     assert [segment.low for segment in segments] == edges[:-1]
 
 
-@settings(max_examples=50, database=None, deadline=None)
 @given(st.data())
 def test_every_timestep_is_in_exactly_one_segment(data: st.DataObject) -> None:
     segments = equal_segments(data.draw(st.integers(1, 20)), 1000)
