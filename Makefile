@@ -32,7 +32,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml | $(UV)
 # The way a team uses it: a local stack, a deployment, its report. `make down` stops the stack.
 demo: install
 	$(BIN)/deme up
-	@eval "$$($(BIN)/deme env)" && $(BIN)/prefect deployment run deme/full && $(BIN)/deme follow && $(BIN)/deme status
+	@eval "$$($(BIN)/deme env)" && $(BIN)/prefect deployment run deme/full && $(BIN)/deme follow
 
 down:
 	$(BIN)/deme down

@@ -26,12 +26,11 @@ import psutil
 from benchmarks.measurement import QUICK_OVERRIDES, print_result, print_table
 from flows.stack.processes import find_started_by
 
-UP, ENV, RUN, FOLLOW, STATUS = COMMANDS = (
+UP, ENV, RUN, FOLLOW = COMMANDS = (
     "deme up",
     "deme env",
     "prefect deployment run deme/full",
     "deme follow",
-    "deme status",
 )
 PARTS = {
     "stack": f"{UP}: everything is ready",
@@ -39,7 +38,7 @@ PARTS = {
     "work": "work: at least one job runs",
     "idle": "later in the flow, no job runs",
     "storage": "object store, inside of jobs",
-    "end": f"the rest of {FOLLOW}, {STATUS}",
+    "end": f"the rest of {FOLLOW}",
 }
 _GOAL, _GOAL_SECONDS, _GOAL_GB = 0.10, 300.0, 4.0
 _SECONDS_BETWEEN_SAMPLES = 10.0
@@ -86,7 +85,6 @@ class Demo:
             shell = {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
             self._call(RUN, "--param", f"overrides={json.dumps(list(overrides))}", shell=shell)
             self.report = json.loads(self._call(FOLLOW, "--json", shell=shell).splitlines()[-1])
-            self._call(STATUS, shell=shell)
             self._ask_when_it_began(shell["PREFECT_API_URL"])
         finally:
             self._call("deme down")
@@ -137,7 +135,7 @@ def split(demo: Demo) -> dict[str, float]:
         "work": in_flow["total"] - in_flow["idle"] - in_flow["storage"],
         "idle": in_flow["idle"] - (demo.first_task_began - demo.flow_began),
         "storage": in_flow["storage"],
-        "end": at[STATUS] - demo.flow_began - in_flow["total"],
+        "end": at[FOLLOW] - demo.flow_began - in_flow["total"],
     }
 
 

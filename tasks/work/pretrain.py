@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from deme_core.data_parallel import agree, current_share
 from deme_core.errors import InputError
 from deme_core.images import ImageSubset
 from deme_core.model_folder import (
@@ -44,7 +45,9 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     """Trains, and writes a diffusers folder with the EMA weights."""
     images = context.training_images(job.dataset)
     with context.scratch_folder() as scratch:
-        folder = _write_untrained(job, images, scratch)
+        # One folder for all processes: transformers writes weights in the first of them only.
+        written = _write_untrained(job, images, scratch).path if current_share().rank == 0 else scratch
+        folder = open_model_folder(agree(written))
         everything = TimestepSegment(0, folder.num_train_timesteps)
         plan = TrainingPlan(
             label="pretraining",

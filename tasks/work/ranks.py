@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -58,7 +59,8 @@ def all_ranks(job: Job, digest: str, context: JobContext) -> Iterator[None]:
             # The connection may break a moment before the process is seen to be gone.
             if isinstance(error, DemeError) or not lost.wait(_SECONDS_TO_DIE):
                 raise
-            raise WorkerDiedError("One process of a data-parallel training ended before the others.") from error
+            said = "".join(f" ({path.read_text()})" for path in sorted(Path(folder).glob("error-*")))
+            raise WorkerDiedError(f"One process of a data-parallel training ended before the others{said}.") from error
         finally:
             dismissed.set()
             torch.set_num_threads(num_threads)
@@ -97,16 +99,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    # The parent's to handle, though a service manager or terminal sends them to all: this process leaves with it.
+    for signal_to_all in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signal_to_all, signal.SIG_IGN)
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     job = JOBS[order["job"]].model_validate(order["content"])
     context = JobContext(Settings(), arguments.device)
     share = Share(order["rank"], job.num_processes)
     work = import_module(f"tasks.work.{job.work}")
-    with join(share, Path(order["meeting_point"]), arguments.device), context.scratch_folder() as out:
+    point = Path(order["meeting_point"])
+    with (
+        _told(point.with_name(f"error-{share.rank}")),
+        join(share, point, arguments.device),
+        context.scratch_folder() as out,
+    ):
         for record in work.run(job, context, out, order["digest"]):
             if record.get("global_step") == record.get("num_steps", 0):
                 threading.Event().wait()  # What is left is for rank 0 alone, which ends this process.
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Leaves for rank 0 what went wrong here."""
+    try:
+        yield
+    except Exception as error:
+        path.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
 
 
 def _leave_with_parent() -> None:

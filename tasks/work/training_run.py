@@ -26,6 +26,7 @@ from tasks.work.encodings import Encodings
 SPEED_ONLY = {"checkpoint_every", "gradient_checkpointing"}
 _NUM_CHECKPOINTS_KEPT = 2
 _NUM_HISTOGRAM_BINS = 20
+_MAX_DECODERS = 8
 
 
 def run_training(
@@ -56,6 +57,8 @@ def run_training(
         }
         if encodings is not None:
             return EncodedBatches(images, images.indices, encodings.latents, encodings.embeddings, adapter, **settings)
+        # Cores that wait for a GPU decode ahead; where they do the computing themselves there is nothing to gain.
+        decoders = min(torch.get_num_threads(), _MAX_DECODERS) if context.device == "cuda" else 0
         return (
             encode_batch(
                 adapter,
@@ -66,7 +69,7 @@ def run_training(
                 crop_top_lefts=batch.crop_top_lefts,
                 target_sizes=batch.target_sizes,
             )
-            for batch in TrainingBatches(images, random_crop=dataset.crop == "random", **settings)
+            for batch in TrainingBatches(images, random_crop=dataset.crop == "random", num_workers=decoders, **settings)
         )
 
     training = Training(

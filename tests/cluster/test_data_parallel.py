@@ -1,5 +1,6 @@
 """`finetune.num_processes`: two CPU processes over gloo train as one with the doubled batch."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,16 @@ from safetensors.torch import load_file
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.data_parallel import Share
-from deme_core.errors import WorkerDiedError
+from deme_core.errors import WorkerDiedError, WorkerStoppedError
 from deme_core.images.draws import BatchSchedule
-from deme_core.recipe import DatasetSpec, FinetuneSpec, LoraSpec
+from deme_core.recipe import DatasetSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from deme_core.settings import Settings
-from tasks.jobs import FinetuneJob, ImportJob, JobResult
+from tasks.jobs import FinetuneJob, ImportJob, JobResult, PretrainJob
 from tasks.work.base import JobContext, execute
+from tests.family_method import two_classes
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
+from tests.unit.test_text_pretraining import TEXT_ENCODER
+from tests.unit.test_text_pretraining import UNET as TEXT_UNET
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 NUM_STEPS = 12
@@ -89,6 +93,21 @@ def test_two_processes_train_one_lora_whose_teacher_is_the_model_itself(tmp_path
         torch.testing.assert_close(two[name], factor, rtol=1e-3, atol=1e-5)
 
 
+def test_two_processes_pretrain_a_model_that_takes_text(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    captioned = two_classes(tmp_path / "images").model_copy(update={"label_column": None})
+    histories = []
+    for count in (1, 2):
+        with _context(tmp_path / str(count)) as context:
+            training = TrainingSpec(num_steps=3, batch_size=8 // count, num_processes=count, learning_rate=1e-3)
+            job = PretrainJob(
+                dataset=captioned, unet=TEXT_UNET, noise_scheduler={}, training=training, text_encoder=TEXT_ENCODER
+            )
+            histories.append(execute(job, context, lambda _: None).metrics["history"])
+    for record, expected in zip(*histories, strict=True):
+        np.testing.assert_allclose(record["diffusion_loss"], expected["diffusion_loss"], rtol=1e-4)
+
+
 def test_each_process_takes_its_part_of_the_same_batch() -> None:
     whole = BatchSchedule(50, 8, 3, True, 0.5)[7]
     parts = [BatchSchedule(50, 4, 3, True, 0.5, Share(rank, 2))[7] for rank in (0, 1)]
@@ -96,13 +115,17 @@ def test_each_process_takes_its_part_of_the_same_batch() -> None:
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
 
+def _other_process() -> psutil.Process:
+    (other,) = [p for p in psutil.Process().children() if "tasks.work.ranks" in p.cmdline()]
+    return other
+
+
 def test_a_training_that_lost_a_process_fails_at_once_and_goes_on_from_its_checkpoint(
     two: tuple[JobResult, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     def kill_other(record: dict[str, Any]) -> None:
         if record.get("global_step") == 8:
-            (other,) = [p for p in psutil.Process().children() if "tasks.work.ranks" in p.cmdline()]
-            other.kill()
+            _other_process().kill()
 
     records: list[dict[str, Any]] = []
     with _context(tmp_path / "home") as context:
@@ -112,5 +135,38 @@ def test_a_training_that_lost_a_process_fails_at_once_and_goes_on_from_its_check
         result = execute(job, context, records.append)
         (weights,) = context.fetch(result.ref).rglob("*.safetensors")
     assert records[0]["message"] in ("resumed at step 4", "resumed at step 8")
+    for name, weight in load_file(weights).items():
+        assert torch.equal(weight, two[1][name])
+
+
+class _SetLater(threading.Event):
+    """Is set from the third time on that it is asked."""
+
+    times_asked = 0
+
+    def is_set(self) -> bool:
+        self.times_asked += 1
+        return self.times_asked >= 3
+
+
+def test_sigterm_to_all_processes_leaves_a_checkpoint_of_the_step_they_are_at(
+    two: tuple[JobResult, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    """As a service manager sends it: to the worker, whose handler sets `stop`, and to its children."""
+    records: list[dict[str, Any]] = []
+    with _context(tmp_path / "home") as context:
+        job = _job(context, tmp_path, batch_size=4, num_processes=2)
+
+        def take_away(record: dict[str, Any]) -> None:
+            if record.get("global_step") == 4:
+                _other_process().terminate()
+                context.stop = _SetLater()
+
+        with pytest.raises(WorkerStoppedError):
+            execute(job, context, take_away)
+        context.stop = threading.Event()
+        result = execute(job, context, records.append)
+        (weights,) = context.fetch(result.ref).rglob("*.safetensors")
+    assert records[0]["message"] == "resumed at step 6"
     for name, weight in load_file(weights).items():
         assert torch.equal(weight, two[1][name])

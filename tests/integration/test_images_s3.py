@@ -1,4 +1,5 @@
 import io
+import itertools
 import json
 import tarfile
 import zipfile
@@ -9,13 +10,15 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from deme_core.errors import DatasetError, StoreUnavailableError
-from deme_core.images import ImageDataset, load_images
+from deme_core.images import ImageDataset, TrainingBatches, load_images
 from deme_core.recipe import DatasetSpec
 from deme_core.store import open_store
 from tests.integration.conftest import S3Server
+from tests.unit.test_stream import TAR_BYTES, pack_tars
 
 NUM_IMAGES = 12
 
@@ -132,3 +135,25 @@ def test_what_is_missing_is_named(uri: str, load: Load) -> None:
         load("s3:///prefix")
     with pytest.raises(StoreUnavailableError, match="s3://no-such-bucket/prefix"):
         load("s3://no-such-bucket/prefix")
+
+
+def test_tars_larger_than_the_cache_are_streamed(s3_server: S3Server, tmp_path: Path) -> None:
+    prefix = f"s3://{s3_server.make_bucket(f'stream-{uuid4().hex}')}/tars"
+    pack_tars(folder := tmp_path / "tars")
+    for path in folder.iterdir():
+        open_store(prefix).put_file(path.name, path)
+    spec = DatasetSpec.model_validate(
+        {"source": "webdataset", "path": prefix, "resolution": 8, "stream": True, "stream_window": 2}
+        | {"cache_gb": 3 * TAR_BYTES / 1e9, "caption_column": "txt"}
+    )
+    local = spec.model_copy(update={"path": str(folder), "stream": False})
+    index_store = open_store(f"{prefix}-index")
+    streamed = load_images(spec, cache=tmp_path / "cache", index_store=index_store)
+    assert streamed.example_fingerprint == load_images(local, cache=tmp_path).example_fingerprint
+    again = load_images(spec, cache=tmp_path / "cache of another machine", index_store=index_store)
+    batches, resumed = (
+        TrainingBatches(images, batch_size=4, seed=0, random_crop=False, random_flip=True, start_batch=start)
+        for images, start in ((streamed, 0), (again, 20))
+    )
+    for batch, expected in zip(itertools.islice(resumed, 4), itertools.islice(batches, 20, 24), strict=True):
+        assert torch.equal(batch.clean_images, expected.clean_images) and batch.captions == expected.captions

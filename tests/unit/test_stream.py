@@ -22,7 +22,7 @@ NUM_TARS, PER_TAR, WINDOW = 10, 6, 2
 TAR_BYTES = 20_480
 
 
-def _pack(folder: Path) -> None:
+def pack_tars(folder: Path) -> None:
     folder.mkdir()
     for number in range(NUM_TARS):
         with tarfile.open(folder / f"{number:03d}.tar", "w") as archive:
@@ -39,7 +39,7 @@ def _pack(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bucket") / "tars"
-    _pack(folder)
+    pack_tars(folder)
     assert {path.stat().st_size for path in folder.iterdir()} == {TAR_BYTES}
     return folder
 
@@ -138,7 +138,7 @@ def test_a_cache_that_cannot_hold_a_window_is_refused(tars: Path, tmp_path: Path
 
 def test_a_tar_that_changes_during_a_run_is_an_error(tars: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
-    _pack(copy)
+    pack_tars(copy)
     dataset = _load(copy, tmp_path)
     for path in (tmp_path / "cache").rglob("*.shard"):
         path.unlink()
