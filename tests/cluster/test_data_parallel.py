@@ -21,9 +21,9 @@ from deme_core.settings import Settings
 from tasks.jobs import FinetuneJob, ImportJob, JobResult, PretrainJob
 from tasks.work.base import JobContext, execute
 from tests.family_method import two_classes
+from tests.integration.test_text_pretraining import TEXT_ENCODER
+from tests.integration.test_text_pretraining import UNET as TEXT_UNET
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
-from tests.unit.test_text_pretraining import TEXT_ENCODER
-from tests.unit.test_text_pretraining import UNET as TEXT_UNET
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 NUM_STEPS = 12

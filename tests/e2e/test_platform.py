@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -104,21 +103,6 @@ def test_the_same_run_again_computes_nothing_and_registers_nothing(
         [platform.experiment("toy")], f"tags.mlflow.parentRunId = '{second_report['mlflow_run_id']}'"
     )
     assert {child.data.tags["deme.cached"] for child in children} == {"true"}
-
-
-def test_a_killed_flow_is_crashed_and_a_retry_goes_on(platform: Platform, write_recipe: WriteRecipe) -> None:
-    longer = write_recipe(finetune={"num_steps": 100, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10})
-    flow_run = platform.start(longer)
-    engine = platform.wait_for_work(flow_run, "finetune segment 1 [500, 1000)")
-    family = [engine, *engine.children(recursive=True)]
-    engine.send_signal(signal.SIGKILL)
-    _, left = psutil.wait_procs(family, timeout=15)
-    assert not left, "workers outlive their flow"
-    assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "CRASHED"
-    time.sleep(10)  # Prefect's worker reports the crash again, five seconds later: a retry before that is lost.
-    platform.prefect("flow-run", "retry", flow_run)
-    platform.wait(flow_run, lambda state: state["type"] not in FINAL, seconds=30)
-    assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"
 
 
 def test_cancelling_ends_every_process_within_half_a_minute(platform: Platform, write_recipe: WriteRecipe) -> None:

@@ -75,5 +75,20 @@ def test_what_is_killed_loses_nothing(
     assert _orphans(flow_run, platform) == []
 
 
+def test_a_killed_flow_is_crashed_and_a_retry_goes_on(platform: Platform, write_recipe: WriteRecipe) -> None:
+    longer = write_recipe(finetune={"num_steps": 100, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10})
+    flow_run = platform.start(longer)
+    engine = platform.wait_for_work(flow_run, "finetune segment 1 [500, 1000)")
+    family = [engine, *engine.children(recursive=True)]
+    engine.send_signal(signal.SIGKILL)
+    _, left = psutil.wait_procs(family, timeout=15)
+    assert not left, "workers outlive their flow"
+    assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "CRASHED"
+    time.sleep(10)  # Prefect's worker reports the crash again, five seconds later: a retry before that is lost.
+    platform.prefect("flow-run", "retry", flow_run)
+    platform.wait(flow_run, lambda state: state["type"] not in FINAL, seconds=30)
+    assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"
+
+
 def _orphans(flow_run: str, platform: Platform) -> list[Any]:
     return [process for process in platform.processes(flow_run) if process.is_running()]

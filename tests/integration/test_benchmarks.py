@@ -167,7 +167,7 @@ def test_the_demo_benchmark_runs_what_the_makefile_runs() -> None:
 
 
 def test_the_parts_of_the_demo_add_up(capsys: pytest.CaptureFixture[str]) -> None:
-    ends = {"begin": 100.0, demo.UP: 110.0, demo.ENV: 110.5, demo.RUN: 112.0, demo.FOLLOW: 271.0, demo.STATUS: 272.0}
+    ends = {"begin": 100.0, demo.UP: 110.0, demo.ENV: 110.5, demo.RUN: 112.0, demo.FOLLOW: 272.0}
     moments = {name: demo.Moment(epoch, 2 * (epoch - 100)) for name, epoch in ends.items()}
     report = {"seconds": {"finetune": 150.0, "idle": 4.0, "storage": 1.0, "total": 154.0}}
     run = demo.Demo(Path(), moments, report, flow_began=115.0, first_task_began=116.0)
