@@ -175,15 +175,20 @@ def score_conditions(
     }
 
 
-def split_reference(num_images: int, num_for_search: int) -> tuple[list[int], list[int]]:
-    """Divides the real images into those a search may see and those the report uses, disjoint.
+def split_reference(
+    num_images: int, num_for_search: int, num_for_report: int | None = None
+) -> tuple[list[int], list[int]]:
+    """Draws the real images that a search may see and those the report uses, disjoint, from all of the data set.
+
+    Neither is the beginning of the data set, which in a folder per class would be images of one class.
 
     Args:
         num_images: images in the data set.
         num_for_search: images set aside for the search; 0 without one.
+        num_for_report: how many of the others the report uses; None for all.
 
     Returns:
         Sorted indices for the search and for the report.
     """
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed("reference", num_images)))
-    return sorted(order[:num_for_search].tolist()), sorted(order[num_for_search:].tolist())
+    return sorted(order[:num_for_search].tolist()), sorted(order[num_for_search:][:num_for_report].tolist())

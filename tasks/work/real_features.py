@@ -60,15 +60,15 @@ def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> li
             f"merge.search.num_reference_images {num_for_search} leaves none of the {num_images} images of the data "
             "set for the report; lower it."
         )
-    for_search, for_report = split_reference(num_images, num_for_search)
+    num_for_report, num_left = job.evaluate.num_reference_images, num_images - num_for_search
+    for_search, for_report = split_reference(num_images, num_for_search, num_for_report)
     if job.part == "search":
         return for_search
-    wanted = job.evaluate.num_reference_images or len(for_report)
-    if wanted > len(for_report):
+    if num_for_report is not None and num_for_report > num_left:
         raise DatasetError(
-            f"evaluate.num_reference_images asks for {wanted} images, but only {len(for_report)} are there; lower it."
+            f"evaluate.num_reference_images asks for {num_for_report} images, but only {num_left} are there; lower it."
         )
-    return for_report[:wanted]
+    return for_report
 
 
 def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:

@@ -214,9 +214,10 @@ def test_search_and_report_divide_the_real_images(num_images: int, num_for_searc
     assert split_reference(num_images, num_for_search) == (search, report)
 
 
-def test_the_images_for_the_search_are_spread_over_the_data_set() -> None:
-    search, _ = split_reference(10_000, 1000)
-    assert sum(search) / len(search) == pytest.approx(5000, abs=300)
+def test_the_images_for_search_and_report_are_spread_over_the_data_set() -> None:
+    for part in split_reference(10_000, 1000, 1000):
+        assert len(part) == 1000
+        assert sum(part) / len(part) == pytest.approx(5000, abs=300)
 
 
 @pytest.mark.parametrize("images_per_task", [1, 4, 8])
