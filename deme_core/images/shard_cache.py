@@ -78,18 +78,19 @@ class ShardCache:
     def _make_room(self, num_bytes: int) -> bool:
         """Removes the least recently used copies until so many bytes more are allowed; whether that is enough."""
         kept, total = [], 0
-        for path in self._folder.iterdir():
-            owner, _, arrived = path.stem.partition("-")
-            if path.suffix == _RESERVED and not _is_alive(int(owner)):
-                path.unlink(missing_ok=True)
-            elif path.suffix == _RESERVED and (self._folder / f"{arrived}{_SHARD}").exists():
-                pass  # What it stood for is here, and counted.
-            elif path.suffix in (_SHARD, _RESERVED):
+        found = set(self._folder.iterdir())
+        for path in found:
+            owner, _, arriving = path.stem.partition("-")
+            if path.suffix == _SHARD:
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     total += status.st_size
-                    if path.suffix == _SHARD:
-                        kept.append((status.st_mtime_ns, status.st_size, path))
+                    kept.append((status.st_mtime_ns, status.st_size, path))
+            elif path.suffix == _RESERVED and not _is_alive(int(owner)):
+                path.unlink(missing_ok=True)
+            elif path.suffix == _RESERVED and (shard := self._folder / f"{arriving}{_SHARD}") not in found:
+                # Counted even if the shard arrives meanwhile, and the reservation leaves after it.
+                total += _size(path) or _size(shard)
         for _, size, path in sorted(kept):
             if total + num_bytes <= self.max_bytes:
                 break
@@ -105,6 +106,13 @@ class ShardCache:
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _is_alive(pid: int) -> bool:

@@ -2,7 +2,9 @@
 
 import io
 import itertools
+import os
 import tarfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -97,6 +99,27 @@ def test_the_cache_stays_under_its_bound_while_epochs_pass_through_it(
     _batches(dataset, 0, round(3 * per_epoch))
     assert 2.5 * NUM_TARS <= len(fetched) <= 3.5 * NUM_TARS  # Once an epoch, not once an image.
     assert _cached_bytes(tmp_path) > 2 * TAR_BYTES
+
+
+@pytest.mark.parametrize("reservation_left", [False, True])
+def test_a_shard_that_arrives_while_room_is_made_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reservation_left: bool
+) -> None:
+    cache = ShardCache(FileStore(tmp_path / "store"), tmp_path / "cache", max_bytes=3)
+    (tmp_path / "cache").mkdir()
+    reservation = tmp_path / "cache" / f"{os.getpid()}-a.reserved"
+    reservation.write_bytes(b"12")
+    iterdir = Path.iterdir
+
+    def arrive_after_listing(folder: Path) -> Iterator[Path]:
+        listed = list(iterdir(folder))
+        (folder / "a.shard").write_bytes(b"12")
+        if not reservation_left:
+            reservation.unlink()
+        return iter(listed)
+
+    monkeypatch.setattr(Path, "iterdir", arrive_after_listing)
+    assert not cache._make_room(2)
 
 
 def test_a_resumed_run_sees_the_very_same_batches(tars: Path, tmp_path: Path) -> None:
