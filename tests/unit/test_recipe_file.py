@@ -1,6 +1,9 @@
 import json
+import re
+import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -238,3 +241,14 @@ def test_recipes_are_read_without_torch() -> None:
     # `deme run` and `deme recipes` answer in a second only as long as this holds.
     code = "import sys; from deme_core.recipe_file import *; load_recipe('digits'); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_overrides_that_the_documentation_shows_are_valid() -> None:
+    root = Path(__file__).parents[2]
+    shown = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "recipes").glob("*.yaml"))]
+    pattern = r"^(?:#|    ) *deme run (?P<recipe>[a-z0-9_]+)(?![\w.])(?P<options>(?:[^\n\\]|\\\n)*)"
+    found = [match for path in shown for match in re.finditer(pattern, path.read_text("utf-8"), re.MULTILINE)]
+    commands = [(m["recipe"], shlex.split(m["options"].replace("\\\n", " ").partition(" #")[0])) for m in found]
+    assert any("--set" in options for _, options in commands)
+    for recipe, options in commands:
+        load_recipe(recipe, [value for option, value in pairwise(options) if option == "--set"])
