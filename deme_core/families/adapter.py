@@ -93,8 +93,21 @@ class Adapter:
         return 0
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Returns latents, float32 (B, C, H, W), of images, float32 (B, 3, H', W') in [-1, 1]; always the same."""
+        """Returns latents, float32 (B, C, H, W), of images, float32 (B, 3, H', W') in [-1, 1]; always the same.
+
+        Raises:
+            InputError: the images are not of the size that the model makes.
+        """
+        self._check_shape(images)
         return images.to(self.device)
+
+    def _check_shape(self, images: torch.Tensor) -> None:
+        if tuple(images.shape[1:]) != self.image_shape:
+            found, wanted = (" x ".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape))
+            raise InputError(
+                f"The images are {found}, but the {self.pipeline} makes {wanted}; set dataset.resolution "
+                f"to {self.image_shape[1]} and dataset.channels to {self.image_shape[0]}."
+            )
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns images, float32 (B, 3, H', W'), about in [-1, 1], of latents."""

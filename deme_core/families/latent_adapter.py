@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from deme_core.errors import InputError
 from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import read_json
 from deme_core.noise_process import Diffusion, FlowMatching, NoiseProcess
@@ -41,12 +40,7 @@ class LatentAdapter(FrozenPartsAdapter):
         Raises:
             InputError: the images are not of the size that the model makes.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            found, wanted = (" x ".join(map(str, shape)) for shape in (images.shape[1:], self.image_shape))
-            raise InputError(
-                f"The images are {found}, but the {self.pipeline} makes {wanted}; set dataset.resolution "
-                f"to {self.image_shape[1]} and dataset.channels to {self.image_shape[0]}."
-            )
+        self._check_shape(images)
         latents = self.vae.to(self.device).encode(images.to(self.device)).latent_dist.mode()
         return (latents - self._shift) * self._scale
 

@@ -18,7 +18,7 @@ from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from deme_core.projection import attach_projections, fold_projections, is_projection
 from deme_core.prompts import Prompts
 from deme_core.seeds import generator
-from tests.tiny_models import randomize_projections, tiny_images
+from tests.tiny_models import one_level_unet, randomize_projections, tiny_images, write_tiny_folder
 from tests.tiny_pipelines import PIPELINES, flux, save_pipeline
 
 PROMPTS = Prompts(("a photo of a cat", "a truck", "photo of ship"), {}, "digest")
@@ -373,3 +373,12 @@ def test_a_damaged_text_encoder_is_not_started_at_random(tmp_path: Path) -> None
 
 def test_each_pipeline_belongs_to_one_family() -> None:
     assert set(PIPELINES) | {"DDPMPipeline", "DDIMPipeline"} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 16, 16)])
+def test_an_unconditional_model_refuses_images_of_another_size_too(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    config = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+    adapter = open_model_folder(write_tiny_folder(tmp_path / "model", one_level_unet(), **config)).adapter()
+    assert adapter.encode_images(torch.zeros(2, 1, 8, 8)).shape == (2, 1, 8, 8)
+    with pytest.raises(InputError, match=r"but the DDPMPipeline makes 1 x 8 x 8; set dataset.resolution"):
+        adapter.encode_images(torch.zeros(2, *shape))
