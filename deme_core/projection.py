@@ -4,9 +4,11 @@ P (W x + b) = (P W) x + P b, so a projection that directly follows a linear or c
 trace in the architecture (METHOD section 1, "The projection must fold away").
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 PARAMETER_NAME = "channel_projection"
@@ -28,8 +30,7 @@ _PROJECTED_LAYERS: Mapping[str, tuple[str, ...]] = {
 def attach_projections(model: nn.Module) -> list[str]:
     """Gives every projected layer of ``model`` a trainable ``channel_projection``, initialised to the identity.
 
-    The parameter lives on the layer itself and acts in a forward hook, so that the names of all stock
-    parameters stay as they are.
+    The parameter lives on the layer itself, so that the names of all stock parameters stay as they are.
 
     Returns:
         The names of the layers that now have a projection.
@@ -45,7 +46,7 @@ def attach_projections(model: nn.Module) -> list[str]:
             raise ValueError(f"{name} already has a channel projection")
         identity = torch.eye(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device)
         layer.register_parameter(PARAMETER_NAME, nn.Parameter(identity))
-        layer.register_forward_hook(_project)
+        layer.__class__ = _ProjectedLinear if isinstance(layer, nn.Linear) else _ProjectedConv2d
     return list(layers)
 
 
@@ -64,11 +65,30 @@ def _find(owner: nn.Module, path: str) -> nn.Module | None:
         return None  # This variant of the block has no such layer, e.g. a Downsample2D that only pools.
 
 
-def _project(layer: nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
-    projection = layer.get_parameter(PARAMETER_NAME)
-    if isinstance(layer, nn.Linear):
-        return torch.nn.functional.linear(output, projection)
-    return torch.nn.functional.conv2d(output, projection[:, :, None, None])
+class _ProjectedLinear(nn.Linear):
+    """x -> P (W x + b), or (P W) x + P b where that costs less: where there are more outputs than inputs of each."""
+
+    channel_projection: nn.Parameter
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        projection = self.channel_projection
+        if input[..., 0].numel() > self.in_features:
+            return F.linear(input, projection @ self.weight, None if self.bias is None else projection @ self.bias)
+        return F.linear(super().forward(input), projection)
+
+
+class _ProjectedConv2d(nn.Conv2d):
+    """As `_ProjectedLinear`; here an output is a pixel, and its inputs are those under the kernel."""
+
+    channel_projection: nn.Parameter
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        projection = self.channel_projection
+        num_outputs = input[:, 0].numel() // math.prod(self.stride)
+        if num_outputs > self.weight[0].numel():
+            weight = (projection @ self.weight.flatten(1)).view_as(self.weight)
+            return self._conv_forward(input, weight, None if self.bias is None else projection @ self.bias)
+        return F.conv2d(super().forward(input), projection[:, :, None, None])
 
 
 def projection_key(key: str) -> str:

@@ -1,3 +1,4 @@
+import copy
 import re
 from typing import Any
 
@@ -183,3 +184,27 @@ def test_a_projection_is_named_beside_the_weight_it_acts_on() -> None:
     assert projection_key("mid_block.resnets.0.conv2.bias") == "mid_block.resnets.0.conv2.channel_projection"
     assert is_projection("mid_block.resnets.0.conv2.channel_projection")
     assert not is_projection("mid_block.resnets.0.conv2.weight")
+
+
+@pytest.mark.parametrize("num_images", [1, 40], ids=["acts on the output", "acts on the weight"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv", "conv with stride"])
+def test_a_projected_layer_is_the_layer_and_then_the_projection(kind: str, bias: bool, num_images: int) -> None:
+    torch.manual_seed(0)
+    stride = 2 if kind == "conv with stride" else 1
+    layer = nn.Linear(6, 5, bias=bias) if kind == "linear" else nn.Conv2d(6, 5, 3, stride, 1, bias=bias)
+    plain = copy.deepcopy(layer)
+    block = type("Transformer2DModel", (nn.Module,), {})()
+    block.proj_out = layer
+    attach_projections(nn.ModuleList([block]))
+    projection = layer.get_parameter(PARAMETER_NAME)
+    nn.init.normal_(projection)
+    inputs = torch.randn((num_images, 6) if kind == "linear" else (num_images, 6, 4, 4))
+
+    expected = torch.einsum("ij,bj...->bi...", projection, plain(inputs))
+    output = layer(inputs)
+
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    (expected_gradient,) = torch.autograd.grad(expected.square().sum(), projection)
+    (gradient,) = torch.autograd.grad(output.square().sum(), projection)
+    torch.testing.assert_close(gradient, expected_gradient, atol=1e-2, rtol=1e-4)
