@@ -3,12 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from deme_core.artifacts import ArtifactStore
-from deme_core.errors import TrackingUnavailableError
 from deme_core.prompts import load_prompts
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import dump_recipe, flatten
@@ -26,6 +26,9 @@ from tasks.worker_pool import WorkerPool, plan_slots
 # Whether no flow of this process has anything left to do but to tell Prefect how it ended.
 ended = threading.Event()
 ended.set()
+
+# What a run that fails at its start gives MLflow, so that it hears of the failure.
+_SECONDS_TO_OPEN = 10.0
 
 # Before any flow starts: a local Prefect server cannot make its own folder's parents.
 make_folders()
@@ -58,26 +61,45 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         check_tracking(settings)
         if recipe.evaluate.prompts and recipe.execution.runner == "local":  # Else the path is one of the workers'.
             load_prompts(recipe.evaluate.prompts, settings.cache_folder)
-        tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
-        tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
-        tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
-        tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run.id})
+        opening = _open_tracker(settings, recipe, str(flow_run.id))
         artifacts = ArtifactStore(store, settings.cache_folder)
-        runtime = Runtime(recipe, settings, artifacts, pool, tracker, timing)
+        runtime = Runtime(recipe, settings, artifacts, pool, opening, timing)
         # Trainings leave their checkpoints before MLflow is told anything: whoever ends this run may be in a hurry.
-        with _tracked(tracker), use_runtime(runtime), contextlib.closing(pool):
+        with _tracked(opening), use_runtime(runtime), contextlib.closing(pool):
             yield runtime
     finally:
         pool.close()
         ended.set()
 
 
+def _open_tracker(settings: Settings, recipe: Recipe, flow_run_id: str) -> Future[Tracker]:
+    """Starts the flow's run in MLflow, beside the first jobs: the import and the requests take seconds."""
+    opening: Future[Tracker] = Future()
+
+    def open_tracker() -> None:
+        try:
+            tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
+            tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
+            tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
+            tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run_id})
+        except BaseException as error:
+            opening.set_exception(error)
+        else:
+            opening.set_result(tracker)
+
+    # A daemon, since nothing shall keep a process from ending that has lost its server.
+    threading.Thread(target=open_tracker, name="opening the tracker", daemon=True).start()
+    return opening
+
+
 @contextlib.contextmanager
-def _tracked(tracker: Tracker) -> Iterator[None]:
+def _tracked(opening: Future[Tracker]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(TrackingUnavailableError):
+        with contextlib.suppress(Exception):  # What failed before is what must be told.
+            tracker = opening.result(timeout=_SECONDS_TO_OPEN)
             tracker.finish(tracker.run_id, failed=True)
         raise
+    tracker = opening.result()
     tracker.finish(tracker.run_id)

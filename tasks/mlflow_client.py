@@ -19,16 +19,21 @@ def import_mlflow() -> None:
     import mlflow  # noqa: F401
 
 
-def mlflow_client(settings: Settings) -> "MlflowClient":
-    """Returns the client of this environment's tracking server or database; MLflow takes a second to import.
-
-    Raises:
-        InputError: the server's URL holds a password, which would get into messages and reports.
-    """
+def check_address(settings: Settings) -> None:
+    """Raises InputError if the tracking server's URL holds a password, which would get into messages and reports."""
     if settings.tracking_uri.startswith("http") and "@" in settings.tracking_uri:
         raise InputError(
             "MLFLOW_TRACKING_URI must hold no password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )
+
+
+def mlflow_client(settings: Settings) -> "MlflowClient":
+    """Returns the client of this environment's tracking server or database; MLflow takes a second to import.
+
+    Raises:
+        InputError: as `check_address`.
+    """
+    check_address(settings)
     from mlflow import MlflowClient
 
     return MlflowClient(settings.tracking_uri)

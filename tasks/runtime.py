@@ -3,6 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +37,28 @@ class Pool(Protocol):
 
 @dataclass
 class Runtime:
-    """What the tasks of one flow run share."""
+    """What the tasks of one flow run share.
+
+    Attributes:
+        recipe: what is done.
+        settings: of this machine.
+        artifacts: what is there already.
+        pool: does jobs.
+        opening: the tracker, as soon as MLflow knows the flow's run.
+        timing: what took how long.
+    """
 
     recipe: Recipe
     settings: Settings
     artifacts: ArtifactStore
     pool: Pool
-    tracker: Tracker
+    opening: Future[Tracker]
     timing: Timing
+
+    @property
+    def tracker(self) -> Tracker:
+        """The flow's run in MLflow; waits until there is one, or raises why there is none."""
+        return self.opening.result()
 
     def fetch(self, ref: ArtifactRef) -> Path:
         """Returns a local, verified folder with the artifact's files.
@@ -107,16 +122,20 @@ class Runtime:
             raise
         tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
         if child:
-            self.tracker.set_tags(
-                child,
-                {
-                    "deme.cached": str(result.cached).lower(),
-                    "deme.uri": result.ref.uri,
-                    "deme.digest": result.ref.digest,
-                    "deme.seconds": round(result.seconds, 2),
-                },
-            )
+            self.note_result(child, result)
         return result
+
+    def note_result(self, child: str, result: JobResult) -> None:
+        """Tells MLflow what a job of a child run has made."""
+        self.tracker.set_tags(
+            child,
+            {
+                "deme.cached": str(result.cached).lower(),
+                "deme.uri": result.ref.uri,
+                "deme.digest": result.ref.digest,
+                "deme.seconds": round(result.seconds, 2),
+            },
+        )
 
 
 _current: ContextVar[Runtime] = ContextVar("deme_runtime")

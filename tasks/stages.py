@@ -108,9 +108,9 @@ def distill(job: DistillJob) -> JobResult:
 
 def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child_name: str) -> JobResult:
     runtime = current_runtime()
-    tracker = runtime.tracker
-    child = tracker.child(child_name)
-    training_log, move_bar = TrainingLog(tracker, child), progress_artifact(task_name)
+    # MLflow may still be starting the run of the flow.
+    training_log = TrainingLog(lambda: (runtime.tracker, runtime.tracker.child(child_name)))
+    move_bar = progress_artifact(task_name)
 
     def on_record(record: Record) -> None:
         if "global_step" in record:
@@ -118,11 +118,12 @@ def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child
             move_bar(record["global_step"] / record["num_steps"])
 
     try:
-        result = runtime.run(job, task=task_name, child=child, on_record=on_record)
+        result = runtime.run(job, task=task_name, on_record=on_record)
     except BaseException:
         training_log.abandon()
         raise
-    training_log.complete(result.metrics["history"])
+    child, tracker = training_log.complete(result.metrics["history"]), runtime.tracker
+    runtime.note_result(child, result)
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
     tracker.finish(child)

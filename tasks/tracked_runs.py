@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from deme_core.errors import InputError
 from deme_core.settings import Settings
 from tasks.health import check_health
-from tasks.mlflow_client import mlflow_client
+from tasks.mlflow_client import check_address, mlflow_client
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -89,5 +89,5 @@ def check_tracking(settings: Settings) -> None:
     """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
     if not settings.tracking_uri.startswith("http"):
         return
-    mlflow_client(settings)
+    check_address(settings)
     check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from deme_core.errors import TrackingUnavailableError
@@ -18,16 +18,16 @@ class TrainingLog:
     """Passes records on to MLflow some seconds' worth at a time, in a thread of its own: no training waits for it.
 
     Args:
-        tracker: of the flow run.
-        run_id: the child run of the training.
+        start: starts the child run of the training, and returns its id with the tracker; called in that thread.
     """
 
-    def __init__(self, tracker: Tracker, run_id: str) -> None:
-        self._tracker, self._run_id = tracker, run_id
+    def __init__(self, start: Callable[[], tuple[Tracker, str]]) -> None:
+        self._start = start
+        self._run: tuple[Tracker, str] | None = None
         self._waiting: list[tuple[Record, int]] = []  # Each with the time at which it came, in ms since the epoch.
         self._seen: set[int] = set()
         self._change = threading.Condition()
-        self._ending = False
+        self._ending = self._failed = False
         self._error: Exception | None = None
         # A daemon, since nothing shall keep a process from ending that has lost its server.
         self._sender = threading.Thread(target=self._send, daemon=True)
@@ -38,8 +38,11 @@ class TrainingLog:
         with self._change:
             self._take([record])
 
-    def complete(self, history: Iterable[Record]) -> None:
+    def complete(self, history: Iterable[Record]) -> str:
         """Adds what was not seen of a history, as of a training that was resumed or served from the store; sends all.
+
+        Returns:
+            The id of the child run.
 
         Raises:
             TrackingUnavailableError: the server stayed away.
@@ -50,9 +53,12 @@ class TrainingLog:
         self._sender.join()
         if self._error is not None:
             raise self._error
+        assert self._run is not None
+        return self._run[1]
 
     def abandon(self) -> None:
-        """Sends what was taken, of a training that failed, if that can be done in seconds."""
+        """Sends what was taken of a training that failed, and that it did, if that can be done in seconds."""
+        self._failed = True
         self._end()
         self._sender.join(_SECONDS_TO_GIVE_UP)
 
@@ -72,8 +78,12 @@ class TrainingLog:
                 self._change.wait_for(lambda: self._ending, _SECONDS_BETWEEN_RECORDS)
                 batch, is_last = list(self._waiting), self._ending
             try:
+                self._run = self._run or self._start()
+                tracker, run_id = self._run
                 if batch:
-                    self._tracker.log_training(self._run_id, batch)
+                    tracker.log_training(run_id, batch)
+                if is_last and self._failed:
+                    tracker.finish(run_id, failed=True)
             except Exception as error:
                 if isinstance(error, TrackingUnavailableError) and not is_last:
                     continue  # The same again, with the same times: what arrived of it is not there twice.

@@ -90,16 +90,26 @@ class WorkerPool:
     """
 
     def __init__(self, slots: list[Slot], log: Callable[[str], None] = lambda _: None) -> None:
-        self._closed = False
+        self._closed = self._all_started = False
+        self._starting = threading.Lock()
         self._workers = [_Worker(slot, log) for slot in slots]
         self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
         for worker in self._workers:
             self._free.put(worker)
 
     def start(self) -> None:
-        """Starts every process, so that their imports overlap with what the caller does next."""
-        for worker in self._workers:
-            worker.start()
+        """Starts the process of the first job, so that its imports overlap with what the caller does next.
+
+        The others start beside that job: before it, they would compete with its process and the caller for the cores.
+        """
+        self._workers[-1].start()
+
+    def _start_all(self) -> None:
+        with self._starting:
+            if not self._all_started:
+                for worker in self._workers:
+                    worker.start()
+                self._all_started = True
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Does ``job`` in the next free process and returns its result.
@@ -117,6 +127,7 @@ class WorkerPool:
         try:
             if self._closed:
                 raise DemeError("The flow run is ending.")
+            self._start_all()
             on_start()
             return worker.run(job, report)
         except WorkerDiedError as error:

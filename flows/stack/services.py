@@ -207,7 +207,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
             *("--base-job-template", str(_POOL_TEMPLATE)),
         ),
         # The default of ten seconds is felt at every start of a run.
-        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "3"},
+        environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},
         check=lambda: _find_worker(layout, pool, name, since),
         # It passes the signal on to its flow runs, which say that they were stopped before they leave.
         seconds_to_stop=30.0,

@@ -104,7 +104,7 @@ def test_a_training_goes_on_and_its_metrics_arrive_once(
     pretrained = execute(pretrain_job(), context, lambda _: None)
     job = finetune_job(pretrained, 0, num_steps=600, checkpoint_every=10_000)
     with _tracker(server.url, tmp_path, "away") as (tracker, run_id):
-        log, came = TrainingLog(tracker, run_id), list[tuple[int, float]]()
+        log, came = TrainingLog(lambda: (tracker, run_id)), list[tuple[int, float]]()
 
         def take(record: dict[str, Any]) -> None:
             before = time.monotonic()
@@ -143,7 +143,7 @@ def test_a_faulty_way_to_mlflow_doubles_nothing(
             return False
 
         committed = proxy.plan(kind, two_of_three, times=10**6)
-        log = TrainingLog(tracker, run_id)
+        log = TrainingLog(lambda: (tracker, run_id))
         for record in history:
             log.add(record)
             time.sleep(0.02)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def test_all_candidates_of_a_batch_are_under_way_at_once_and_each_is_tried_again
     (tmp_path / "empty").mkdir()
     settings = Settings()
     artifacts = ArtifactStore(open_store(settings.store_uri), settings.cache_folder)
-    tracker = Tracker(settings, experiment="search", run_name="search")
+    opening: Future[Tracker] = Future()
+    opening.set_result(Tracker(settings, experiment="search", run_name="search"))
     ref = ArtifactRef(f"{settings.store_uri}/pretrained/x", "x")
     job = SearchJob(
         pretrained=ref,
@@ -86,7 +88,7 @@ def test_all_candidates_of_a_batch_are_under_way_at_once_and_each_is_tried_again
     @flow(task_runner=ThreadPoolTaskRunner(max_workers=NUM_CANDIDATES + 1))  # type: ignore[arg-type]
     def searching() -> dict[str, Any]:
         pool = MeetingPool(artifacts, tmp_path / "empty")
-        runtime = Runtime(load_recipe("digits", ()), settings, artifacts, pool, tracker, Timing())
+        runtime = Runtime(load_recipe("digits", ()), settings, artifacts, pool, opening, Timing())
         with use_runtime(runtime):
             result = search.submit(job, "merge weights").result()
             return {**result.metrics, "seconds": runtime.timing.seconds()}

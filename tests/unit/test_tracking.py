@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from deme_core.errors import TrackingUnavailableError
+from deme_core.errors import InputError, TrackingUnavailableError
 from tasks import training_log
 from tasks.patient_client import OrderlyClient
 from tasks.tracking import Tracker
@@ -18,6 +18,10 @@ class Recorder(Tracker):
     def __init__(self, *, num_failures: int = 0) -> None:
         self.calls: list[list[tuple[int, int]]] = []
         self.num_failures, self.num_asked = num_failures, 0
+        self.failed = False
+
+    def finish(self, run_id: str, *, failed: bool = False) -> None:
+        self.failed = failed
 
     def log_training(self, run_id: str, records: Any) -> None:
         self.num_asked += 1
@@ -32,7 +36,7 @@ class Recorder(Tracker):
 
 def test_training_records_go_out_together() -> None:
     recorder = Recorder()
-    log = TrainingLog(recorder, "run")
+    log = TrainingLog(lambda: (recorder, "run"))
     for step in (10, 20, 30):
         log.add({"global_step": step})
     assert recorder.calls == []
@@ -42,7 +46,7 @@ def test_training_records_go_out_together() -> None:
 
 def test_what_a_resumed_training_did_before_is_added_once() -> None:
     recorder = Recorder()
-    log = TrainingLog(recorder, "run")
+    log = TrainingLog(lambda: (recorder, "run"))
     log.add({"global_step": 30})
     log.complete([{"global_step": step} for step in (10, 20, 30)])
     assert sorted(step for call in recorder.steps for step in call) == [10, 20, 30]
@@ -51,7 +55,7 @@ def test_what_a_resumed_training_did_before_is_added_once() -> None:
 def test_records_wait_for_a_server_that_is_away_and_keep_their_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training_log, "_SECONDS_BETWEEN_RECORDS", 0.01)
     recorder = Recorder(num_failures=3)
-    log = TrainingLog(recorder, "run")
+    log = TrainingLog(lambda: (recorder, "run"))
     began = time.time() * 1000
     log.add({"global_step": 10})
     while recorder.num_asked < 3:
@@ -65,7 +69,8 @@ def test_records_wait_for_a_server_that_is_away_and_keep_their_times(monkeypatch
 
 
 def test_a_server_that_stays_away_is_an_error_once_the_training_is_done() -> None:
-    log = TrainingLog(Recorder(num_failures=10**9), "run")
+    recorder = Recorder(num_failures=10**9)
+    log = TrainingLog(lambda: (recorder, "run"))
     log.add({"global_step": 10})
     with pytest.raises(TrackingUnavailableError):
         log.complete([])
@@ -73,10 +78,37 @@ def test_a_server_that_stays_away_is_an_error_once_the_training_is_done() -> Non
 
 def test_a_training_that_failed_does_not_wait_for_the_server() -> None:
     recorder = Recorder()
-    log = TrainingLog(recorder, "run")
+    log = TrainingLog(lambda: (recorder, "run"))
     log.add({"global_step": 10})
     log.abandon()
     assert recorder.steps == [[10]]
+    assert recorder.failed
+
+
+def test_a_training_begins_before_mlflow_knows_its_run() -> None:
+    recorder, known = Recorder(), threading.Event()
+
+    def start() -> tuple[Tracker, str]:
+        known.wait()
+        return recorder, "run"
+
+    log = TrainingLog(start)
+    log.add({"global_step": 10})
+    assert recorder.num_asked == 0
+    known.set()
+    assert log.complete([{"global_step": 10}, {"global_step": 20}]) == "run"
+    assert sorted(step for call in recorder.steps for step in call) == [10, 20]
+    assert not recorder.failed
+
+
+def test_a_training_whose_run_cannot_be_started_says_why() -> None:
+    def start() -> tuple[Tracker, str]:
+        raise InputError("no such experiment")
+
+    log = TrainingLog(start)
+    log.add({"global_step": 10})
+    with pytest.raises(InputError, match="no such experiment"):
+        log.complete([])
 
 
 @pytest.mark.parametrize("num_turns", [1, 3])
