@@ -1,5 +1,7 @@
 """Empty databases: copied once, never over one that is in use."""
 
+import contextlib
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,17 @@ def test_without_a_copy_of_this_version_the_server_makes_its_own(kept: Path, tmp
     start_from_copy("prefect", path)
     assert not path.exists()
     assert path.parent.is_dir()
+
+
+def test_what_make_install_made_of_prefect_is_filled_and_holds_nothing_of_its_own() -> None:
+    made = databases._made("prefect")
+    if not made.exists():
+        pytest.skip("`make install` has made no database of this Prefect")
+    with contextlib.closing(sqlite3.connect(f"file:{made}?mode=ro&immutable=1", uri=True)) as connection:
+        filled = [
+            name
+            for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            if connection.execute(f'SELECT count(*) FROM "{name}"').fetchone() != (0,)
+        ]
+    # No keys, no sessions, no runs.
+    assert sorted(filled) == ["alembic_version", "block_schema", "block_schema_reference", "block_type"]
