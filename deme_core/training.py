@@ -256,13 +256,14 @@ class Training:
         timesteps = self.share.of(timesteps)
         noisy, target = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
         told = process.model_timesteps(timesteps)
+        taught = None
+        if self.teacher is not None:  # First: the memory that it takes for a moment is free again for the model's pass.
+            with self.accelerator.autocast():
+                taught = self.teacher.predict(self.adapter, noisy, timesteps, batch.conditioning)
         prediction = self.adapter.predict(self.model, noisy, told, batch.conditioning)
         diffusion = diffusion_loss(prediction, target)
-        if self.teacher is None:
-            return diffusion, torch.zeros_like(diffusion)
-        with self.accelerator.autocast():
-            taught = self.teacher.predict(self.adapter, noisy, timesteps, batch.conditioning)
-        return diffusion, consistency_loss(prediction, taught)
+        consistency = torch.zeros_like(diffusion) if taught is None else consistency_loss(prediction, taught)
+        return diffusion, consistency
 
     def _weighted(self, diffusion: T, consistency: T) -> T:
         return self.plan.diffusion_weight * diffusion + self.plan.consistency_weight * consistency
