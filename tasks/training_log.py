@@ -34,7 +34,13 @@ class TrainingLog:
         self._sender.start()
 
     def add(self, record: Record) -> None:
-        """Takes a record, in the order of steps; returns at once."""
+        """Takes a record, in the order of steps; returns at once.
+
+        Raises:
+            Exception: what MLflow refused the child run with. Better at the first records than after all the work.
+        """
+        if self._run is None and self._error is not None:
+            raise self._error
         with self._change:
             self._take([record])
 

@@ -109,6 +109,10 @@ def test_a_training_whose_run_cannot_be_started_says_why() -> None:
     log.add({"global_step": 10})
     with pytest.raises(InputError, match="no such experiment"):
         log.complete([])
+    with pytest.raises(
+        InputError, match="no such experiment"
+    ):  # So it does at the next record, of a training that goes on.
+        log.add({"global_step": 20})
 
 
 @pytest.mark.parametrize("num_turns", [1, 3])
