@@ -117,7 +117,7 @@ class Laboratory:
         """Returns what scores need of the real images of the search, or of the report."""
         recipe = self.recipe
         shared: dict[str, Any] = {
-            "dataset": recipe.dataset,
+            "dataset": recipe.reference_dataset,
             "evaluate": recipe.evaluate,
             "part": part,
             "num_for_search": recipe.merge.search.num_reference_images if recipe.merge.search else 0,
