@@ -36,7 +36,8 @@ from deme_core.recipe import DatasetSpec, FinetuneSpec
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import Training, TrainingPlan
+from deme_core.training import Training
+from deme_core.training_plan import TrainingPlan
 
 GOAL = 1.05
 _IMAGES, _CACHE, _MEMORY = "images and captions", "cached latents and embeddings", "a batch in memory"

@@ -36,7 +36,8 @@ from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import Training, TrainingPlan
+from deme_core.training import Training
+from deme_core.training_plan import TrainingPlan
 
 # Over the plain step; on a GPU with its options, over the loop of a training script.
 GOAL, GPU_GOAL = 1.40, 0.5

@@ -26,7 +26,8 @@ from deme_core.optimizer import build_optimizer
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import derive_seed, generator
 from deme_core.teacher import Teacher
-from deme_core.timesteps import TimestepSampler, check_histogram
+from deme_core.timesteps import check_histogram
+from deme_core.training_plan import TrainingPlan
 
 # Tensors while training, floats in a record.
 T = TypeVar("T", torch.Tensor, float)
@@ -59,27 +60,6 @@ class TrainingProgress:
     grad_norm: float
     images_per_sec: float
     gpu_memory_gb: float
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """What is trained, apart from how (`TrainingSpec`).
-
-    Attributes:
-        label: name for messages, e.g. ``segment 2 [500, 750)``.
-        sampler: draws the timesteps.
-        num_steps: optimizer steps.
-        consistency_weight: lambda; 0 switches the consistency loss off.
-        seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
-        diffusion_weight: of the diffusion loss; 0 for a distillation, which learns from its teacher alone.
-    """
-
-    label: str
-    sampler: TimestepSampler
-    num_steps: int
-    consistency_weight: float = 0.0
-    seed: int = 0
-    diffusion_weight: float = 1.0
 
 
 @dataclass

@@ -19,7 +19,8 @@ _SHARED = {
     "test_watch.py": "stack",
     "test_run.py": "run",
     "test_report_page.py": "run",
-    "test_faults.py": "run",
+    "test_services.py": "stack",
+    "test_two_runs.py": "stack",
 }
 
 

@@ -8,12 +8,11 @@ from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import TrainingPlan
+from deme_core.training_plan import SPEED_ONLY, TrainingPlan
 from tasks.jobs import DistillJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.encodings import open_encodings
 from tasks.work.model_description import describe_model
-from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: DistillJob, context: JobContext) -> Identity:
@@ -32,6 +31,8 @@ def identity(job: DistillJob, context: JobContext) -> Identity:
 
 def run(job: DistillJob, context: JobContext, out: Path, digest: str) -> Work:
     """Distills, and writes the EMA weights as a folder that stock diffusers loads."""
+    from tasks.work.training_run import run_training  # Seconds of imports, for what is not in the store alone.
+
     folder = context.open_model(job.merged)
     segments = [TimestepSegment(*pair) for pair in itertools.pairwise(job.segment_edges)]
     everything = TimestepSegment(job.segment_edges[0], job.segment_edges[-1])

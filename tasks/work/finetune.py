@@ -9,11 +9,10 @@ from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import TrainingPlan
+from deme_core.training_plan import SPEED_ONLY, TrainingPlan
 from tasks.jobs import FinetuneJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.encodings import open_encodings
-from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: FinetuneJob, context: JobContext) -> Identity:
@@ -34,6 +33,8 @@ def identity(job: FinetuneJob, context: JobContext) -> Identity:
 
 def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
     """Finetunes, and writes the EMA weights with their projections beside the stock tensors, or the LoRA adapter."""
+    from tasks.work.training_run import run_training  # Seconds of imports, for what is not in the store alone.
+
     images = context.training_images(job.dataset)
     folder = context.open_model(job.pretrained)
     model, lora = load_denoiser(folder), job.finetune.lora

@@ -19,12 +19,11 @@ from deme_core.model_folder import (
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import TrainingPlan
+from deme_core.training_plan import SPEED_ONLY, TrainingPlan
 from deme_core.untrained_text_model import write_untrained_text_model
 from tasks.jobs import PretrainJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.model_description import describe_model
-from tasks.work.training_run import SPEED_ONLY, run_training
 
 
 def identity(job: PretrainJob, context: JobContext) -> Identity:
@@ -43,6 +42,8 @@ def identity(job: PretrainJob, context: JobContext) -> Identity:
 
 def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
     """Trains, and writes a diffusers folder with the EMA weights."""
+    from tasks.work.training_run import run_training  # Seconds of imports, for what is not in the store alone.
+
     images = context.training_images(job.dataset)
     with context.scratch_folder() as scratch:
         # One folder for all processes: transformers writes weights in the first of them only.

@@ -16,14 +16,13 @@ from deme_core.images import ImageSubset, TrainingBatches
 from deme_core.lora import LoraTeacher
 from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.teacher import Teacher
-from deme_core.training import Training, TrainingPlan
+from deme_core.training import Training
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
+from deme_core.training_plan import TrainingPlan
 from tasks.patience import patiently
 from tasks.work.base import JobContext, Record, checkpoint_stage
 from tasks.work.encodings import Encodings
 
-# Keys of `TrainingSpec` that change time and memory and no weight.
-SPEED_ONLY = {"checkpoint_every", "gradient_checkpointing"}
 _NUM_CHECKPOINTS_KEPT = 2
 _NUM_HISTOGRAM_BINS = 20
 _MAX_DECODERS = 8

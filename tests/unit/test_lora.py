@@ -36,8 +36,9 @@ from deme_core.recipe import FinetuneSpec, LoraSpec, TrainingSpec
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import Training, TrainingPlan
+from deme_core.training import Training
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
+from deme_core.training_plan import TrainingPlan
 from tests.tiny_models import predict, same_bits, tiny_adapter, tiny_images, tiny_unet
 
 SPEC = LoraSpec(rank=3, alpha=2.0, target_modules=("to_q", "to_out.0", "conv1"))

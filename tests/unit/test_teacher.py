@@ -9,7 +9,8 @@ from deme_core.recipe import DistillSpec
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import Training, TrainingPlan
+from deme_core.training import Training
+from deme_core.training_plan import TrainingPlan
 from tests.tiny_models import one_level_unet, same_bits, tiny_adapter, tiny_images
 
 EVERYTHING = TimestepSegment(0, 1000)

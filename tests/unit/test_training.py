@@ -19,8 +19,9 @@ from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
 from deme_core.timesteps import TimestepSampler
-from deme_core.training import Training, TrainingPlan, TrainingProgress
+from deme_core.training import Training, TrainingProgress
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
+from deme_core.training_plan import TrainingPlan
 from tests.tiny_models import one_level_unet, randomize, same_bits, tiny_adapter, tiny_images, tiny_scheduler
 
 BATCH_SIZE = 4

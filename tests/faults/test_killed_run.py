@@ -1,11 +1,15 @@
+"""`kill -9` of the workers of a `deme run`, and of the run itself, without any server: the next run finishes it."""
+
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 from tests.e2e.command_line import CommandLine
-from tests.e2e.conftest import WriteRecipe
+from tests.e2e.conftest import WriteRecipe, deme, first_report, fresh_deme, prefect_api, write_recipe
 from tests.e2e.waiting import wait_for
+
+__all__ = ["deme", "first_report", "fresh_deme", "prefect_api", "write_recipe"]
 
 
 def test_killed_worker_and_killed_run_end_with_the_same_model(

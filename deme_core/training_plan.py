@@ -1,0 +1,29 @@
+"""What a training is, apart from how: known, and part of a digest, without the libraries that it takes to train."""
+
+from dataclasses import dataclass
+
+from deme_core.timesteps import TimestepSampler
+
+# Keys of `TrainingSpec` that change time and memory and no weight.
+SPEED_ONLY = {"checkpoint_every", "gradient_checkpointing"}
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What is trained, apart from how (`TrainingSpec`).
+
+    Attributes:
+        label: name for messages, e.g. ``segment 2 [500, 750)``.
+        sampler: draws the timesteps.
+        num_steps: optimizer steps.
+        consistency_weight: lambda; 0 switches the consistency loss off.
+        seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
+        diffusion_weight: of the diffusion loss; 0 for a distillation, which learns from its teacher alone.
+    """
+
+    label: str
+    sampler: TimestepSampler
+    num_steps: int
+    consistency_weight: float = 0.0
+    seed: int = 0
+    diffusion_weight: float = 1.0
