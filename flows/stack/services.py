@@ -25,7 +25,6 @@ HOST = "127.0.0.1"
 CPU_POOL, GPU_POOL = "deme-cpu", "deme-gpu"
 STORE_URI = "s3://deme/store"
 _MLFLOW_BUCKET = "mlflow"
-_POOL_TEMPLATE = Path(__file__).resolve().parents[2] / "deployments" / "work_pools" / "process.json"
 _FOREIGN = ("AWS_", "DEME_", "MLFLOW_", "PREFECT_")
 # What a flow run and its watchers both must know, so that a killed one is noticed.
 HEARTBEAT_SECONDS = 30
@@ -203,8 +202,6 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         command=(
             _binary("prefect", layout),
             *("worker", "start", "--name", name, "--pool", pool, "--type", "process"),
-            # It may come to the server before `deme deploy` does, and then makes the pool.
-            *("--base-job-template", str(_POOL_TEMPLATE)),
         ),
         # The default of ten seconds is felt at every start of a run.
         environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},

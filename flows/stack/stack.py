@@ -93,14 +93,15 @@ class Stack:
 
     def _start(self, layout: Layout, started: list[str], *, gpu: bool) -> None:
         with contextlib.ExitStack() as cleanup:
-            prefect = self._launch(services.prefect(layout), started)
+            first: list[Starting] = [self._launch(services.prefect(layout), started)]
             others: list[Starting] = [
                 self._launch(service, started) for service in (services.mlflow(layout), services.s3(layout))
             ]
             if "prefect" in started or not self._read().get("deployed"):
                 self._say("registering work pools and deployments")
-                others.append(cleanup.enter_context(DeployStart(layout.environment(), self._log("deploy"))))
-            wait_for([prefect], beside=others)
+                first.append(cleanup.enter_context(DeployStart(layout.environment(), self._log("deploy"))))
+            # Then the worker: its polls and the registration lock each other out of SQLite, for seconds or a minute.
+            wait_for(first, beside=others)
             for pool in (services.CPU_POOL, *([services.GPU_POOL] if gpu else [])):
                 others.append(self._launch(services.worker(layout, pool, since=time.time() - 1.0), started))
             wait_for(others)
