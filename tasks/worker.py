@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +47,15 @@ def main() -> None:
 
     import torch  # Heavy; done while the parent is still busy.
 
+    from deme_core.errors import DemeError
     from deme_core.settings import Settings
     from tasks.error_messages import error_message
     from tasks.jobs import JOBS, Job
     from tasks.work.base import JobContext, execute
 
     context = JobContext(Settings(), device)
+    with suppress(DemeError):  # What is wrong with it is for the first job to say.
+        _ = context.artifacts  # Half a second of imports, too.
     current: Job | None = None
 
     def leave(*_: object) -> None:
