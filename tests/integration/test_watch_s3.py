@@ -18,7 +18,7 @@ from tests.integration.conftest import S3Server
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-NUM_WATCHERS = 3
+NUM_WATCHERS = 2
 # Looks, waits until all have looked, then claims; prints whether it started the run.
 WATCHER = """
 import sys, time, pathlib
