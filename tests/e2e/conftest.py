@@ -65,7 +65,7 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory) -> WriteRecipe:
     return write
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """One Prefect server for all commands: five seconds of processor time less for each."""
     layout = services.Layout(tmp_path_factory.mktemp("prefect"), dict.fromkeys(NAMES, free_ports(1)[0]))
@@ -89,7 +89,7 @@ def _answers(service: services.Service) -> bool:
     return True
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def deme(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> CommandLine:
     """One state folder for the tests that build on one another's artifacts."""
     return CommandLine(tmp_path_factory.mktemp("home"), prefect_api)
@@ -100,7 +100,7 @@ def fresh_deme(tmp_path: Path, prefect_api: str) -> CommandLine:
     return CommandLine(tmp_path / "home", prefect_api)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def first_report(deme: CommandLine, write_recipe: WriteRecipe) -> dict[str, Any]:
     """The report of the toy recipe, run once for the session, without any server."""
     return replace(deme, prefect_api=None).report("run", write_recipe())
@@ -112,7 +112,7 @@ def browser() -> Iterator[webdriver.Chrome]:
         yield found
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     deme = CommandLine(tmp_path_factory.mktemp("platform"))
     done = deme.run("up")
@@ -126,12 +126,12 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         assert not left, left
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def full_report(platform: Platform, write_recipe: WriteRecipe) -> dict[str, Any]:
     return platform.report(write_recipe())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def second_report(platform: Platform, full_report: dict[str, Any], write_recipe: WriteRecipe) -> dict[str, Any]:
     """The report of the same recipe, run once more."""
     return platform.report(write_recipe())
