@@ -40,7 +40,7 @@ down:
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
-# kill -9 of every service in the middle of a run and more, some ten minutes; and new random examples of the property tests.
+# kill -9 of every service in the middle of a run and more, some twenty minutes; and new random examples of the property tests.
 test-faults: install
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
 	$(BIN)/python -m pytest $$(grep -l hypothesis tests/unit/*.py) -n 2 --hypothesis-profile exploring
