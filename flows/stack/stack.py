@@ -5,10 +5,8 @@ import fcntl
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +29,8 @@ from flows.stack.services import Layout, Service
 from flows.stack.startup import DeployStart, ServiceStart, Starting, last_words, wait_for
 
 State = Literal["ready", "not answering", "died", "stopped"]
+# What is stopped first depends on what is stopped last.
+_STOP_ORDER = ("worker", "mlflow", "prefect", "s3")
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,15 @@ class Stack:
         return stopped
 
     def _stop(self, names: list[str]) -> list[str]:
-        """Ends the workers, whose flow runs tell the servers that they were stopped, and then all servers at once."""
-        stopped: list[str] = []
-        workers = [name for name in names if name.startswith("worker")]
-        for group, seconds in ((workers, 30.0), ([name for name in names if name not in workers], 15.0)):
-            running = {name: process for name in group if (process := self._process(self._read(), name))}
-            for name in running:
+        stopped = []
+        for name in sorted(names, key=lambda name: _STOP_ORDER.index(name.partition("-")[0])):
+            process = self._process(self._read(), name)
+            if process is not None:
                 self._say(f"stopping {name}")
-            with ThreadPoolExecutor() as threads:
-                list(threads.map(partial(stop_tree, seconds=seconds), running.values()))
-            stopped += running
+                stop_tree(process, seconds=30.0 if name.startswith("worker") else 15.0)
+                stopped.append(name)
             state = self._read()
-            self._write({**state, "services": {k: v for k, v in state["services"].items() if k not in group}})
+            self._write({**state, "services": {k: v for k, v in state["services"].items() if k != name}})
         return stopped
 
     def layout(self) -> Layout:

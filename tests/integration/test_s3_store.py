@@ -144,7 +144,9 @@ def test_a_server_that_never_answers_is_said(s3_server: S3Server, monkeypatch: p
 
 
 def test_a_server_of_something_else_is_said(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deme_core.store._ACCESS_WAITS_SEC", (0.1, 0.1))  # The test above takes the whole time.
+    monkeypatch.setattr(
+        "deme_core.store._ACCESS_WAITS_SEC", (0.1, 0.1)
+    )  # test_an_unreachable_port_is_said takes all of it.
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{other.server_port}"
