@@ -28,7 +28,10 @@ def run_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
     """Returns the cells of each setting, one per training seed, and prints each setting's table as it is done."""
     cells = {}
     for name in options.ablations:
-        cells[name] = [run_cell(_recipe(options, name, seed), options.merges) for seed in options.seeds]
+        cells[name] = [
+            run_cell(_recipe(options, name, seed), options.merges, soup=options.soup, device=options.device)
+            for seed in options.seeds
+        ]
         print_setting(name, cells[name], options.seeds)
     return cells
 
@@ -131,6 +134,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--ablations", nargs="+", default=["none"], choices=ABLATIONS, help="settings; the claim is about the first"
     )
     parser.add_argument("--same-pretrained", action="store_true", help="training seeds share one pretrained model")
+    parser.add_argument("--soup", action="store_true", help="a row of N copies of all timesteps, merged with a search")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where models are (default cpu)")
     parser.add_argument(
         "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
     )

@@ -66,10 +66,23 @@ def ablation_overrides(recipe: Recipe, name: str) -> tuple[str, ...]:
     return changed
 
 
-def run_cell(recipe: Recipe, merges: Sequence[str], **laboratory_settings: Any) -> Cell:
-    """Does what a cell needs and the store does not have."""
+def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **laboratory_settings: Any) -> Cell:
+    """Does what a cell needs and the store does not have.
+
+    Args:
+        recipe: the setting.
+        merges: ways to merge, of `MERGES`.
+        soup: also N copies of all timesteps, merged by weights that the same search found (Wortsman et al. 2022,
+            arXiv 2203.05482): the number of directions without the segments.
+        laboratory_settings: see `Laboratory`.
+    """
     laboratory = Laboratory(recipe, **laboratory_settings)
     rows, weights = _models(laboratory, merges)
+    if soup:
+        assert recipe.merge.search is not None
+        copies = laboratory.soup()
+        weights["soup"] = laboratory.found_weights(copies, recipe.merge.search, MethodSpec())["weights"]
+        rows["soup"] = laboratory.merged(copies, weights["soup"])
     experts = laboratory.experts()
     scores = {row: laboratory.scores((model,)) for row, model in rows.items()}
     scores["ensemble"] = laboratory.scores(experts, laboratory.edges)

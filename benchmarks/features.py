@@ -60,6 +60,7 @@ class Setup:
         reference: features of other images; None leaves the distance out.
         model: the extractor's network as clean-fid calls it, from a batch that its data loader made.
         resize: what clean-fid's data loader does with an image; None for its own.
+        device: where the network is.
     """
 
     extractor: NetworkExtractor
@@ -67,30 +68,36 @@ class Setup:
     reference: Reference | None
     model: Callable[[torch.Tensor], torch.Tensor]
     resize: Callable[[Any], Any] | None
+    device: str = "cpu"
 
 
-def load_stand_in(folder: Path) -> NetworkExtractor:
+def load_stand_in(folder: Path, device: str) -> NetworkExtractor:
     """Returns the extractor ``inception`` with random weights."""
     torch.manual_seed(0)
     path = folder / "random-inception.pt"
     torch.jit.trace(InceptionLayers(), torch.zeros(1, 3, 299, 299)).save(str(path))
-    return _loaded("inception", str(path), None, folder)
+    return _loaded("inception", str(path), None, folder, device)
 
 
-def _loaded(name: str, weights: str | None, resolution: int | None, folder: Path) -> NetworkExtractor:
-    extractor = load_extractor(name, weights=weights, resolution=resolution, cache=folder, device="cpu")
+def _loaded(name: str, weights: str | None, resolution: int | None, folder: Path, device: str) -> NetworkExtractor:
+    extractor = load_extractor(name, weights=weights, resolution=resolution, cache=folder, device=device)
     assert isinstance(extractor, NetworkExtractor)
     return extractor
 
 
-def build_setup(name: str, folder: Path, *, num_images: int, size: int, resolution: int, distance: bool) -> Setup:
+def build_setup(
+    name: str, folder: Path, *, num_images: int, size: int, resolution: int, distance: bool, device: str
+) -> Setup:
     """Returns images, as smooth as photographs are, with their reference and both ways to features."""
     noise = torch.rand(num_images + 64, 3, size // 4, size // 4, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(noise, size=(size, size), mode="bicubic").clamp(0, 1).mul(255).byte()
-    extractor = load_stand_in(folder) if name == "inception" else _loaded(name, None, resolution, folder)
+    if name == "inception":
+        extractor = load_stand_in(folder, device)
+    else:
+        extractor = _loaded(name, None, resolution, folder, device)
     model, resize = (extractor.network, None) if name == "inception" else _as_cleanfid(extractor, resolution)
     reference = _draw_reference(extractor) if distance else None
-    return Setup(extractor, images[:num_images], reference, model, resize)
+    return Setup(extractor, images[:num_images], reference, model, resize, device)
 
 
 def _draw_reference(extractor: NetworkExtractor) -> Reference:
@@ -152,7 +159,7 @@ def their_features(setup: Setup, num_workers: int) -> FeatureArray:
             setup.model,
             num_workers=num_workers,
             batch_size=_CLEANFID_BATCH_SIZE,
-            device=torch.device("cpu"),
+            device=torch.device(setup.device),
             custom_fn_resize=setup.resize,
             verbose=False,
         )
@@ -234,11 +241,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size=options.size,
             resolution=options.resolution,
             distance=not options.features_only,
+            device=options.device,
         )
         difference = largest_difference(setup)
         durations = measure(setup, options.workers, options.rounds)
     title = (
-        f"{options.extractor}: {options.num_images} images of {options.size} pixels, cpu, "
+        f"{options.extractor}: {options.num_images} images of {options.size} pixels, {options.device}, "
         f"{torch.get_num_threads()} threads, medians of {options.rounds} rounds"
     )
     report(durations, title=title, difference=difference, workers=options.workers)
@@ -253,6 +261,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="side of the images (default 32)", default=32)
     parser.add_argument("--num-images", type=int, help="images per round (default 512, quick 16)")
     parser.add_argument("--rounds", type=int, help="rounds of each kind (default 3, quick 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where the network is, on both sides")
     parser.add_argument(
         "--workers", type=int, nargs="+", help="clean-fid's num_workers (default 0 and its own default, 12)"
     )

@@ -86,7 +86,8 @@ def build_problem(shape: str, *, tiny: bool, size: int | None, batch_size: int, 
     """Returns a denoiser of a shape of `benchmarks.shapes` with random weights, and a batch."""
     config = SHAPES[shape](tiny=tiny) | ({"sample_size": size} if size else {})
     torch.manual_seed(0)
-    model = build_denoiser(config).to(device)
+    with torch.device(device):  # A billion normal draws take a CPU a quarter of a minute.
+        model = build_denoiser(config)
     latents, conditioning = random_batch(config, batch_size, device)
     return Problem(model, adapter_of(config), EncodedBatch(latents, conditioning))
 
@@ -166,7 +167,9 @@ def deme_steps(problem: Problem, *, channel_projection: bool, **spec: Any) -> It
     return (progress.diffusion_loss for progress in training.progress())
 
 
-def contestants_of(*, with_options: bool, compiles: bool) -> dict[str, Callable[[Problem], Iterator[float]]]:
+def contestants_of(
+    *, with_options: bool, left_out: Sequence[str] = ()
+) -> dict[str, Callable[[Problem], Iterator[float]]]:
     """Returns who takes part."""
     known: dict[str, Callable[[Problem], Iterator[float]]] = {
         _PLAIN: plain_steps,
@@ -176,8 +179,8 @@ def contestants_of(*, with_options: bool, compiles: bool) -> dict[str, Callable[
     }
     spec: dict[str, Any] = {}
     for name, option in OPTIONS.items() if with_options else ():
-        spec |= option
-        if compiles or "compile" not in spec:
+        if not option.keys() & set(left_out):
+            spec |= option
             known[name] = partial(deme_steps, channel_projection=True, **spec)
     return known
 
@@ -341,9 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     on_gpu = problem.device.type == "cuda"
     flops = step_flops(problem)
-    contestants = contestants_of(with_options=options.options, compiles=not options.no_compile)
+    contestants = contestants_of(with_options=options.options, left_out=options.leave_out)
     measured = measure(problem, contestants, options.rounds, in_turns=not options.options)
-    of_it = measure_parts(problem, options.rounds)
+    of_it = measure_parts(problem, min(options.rounds, 3))
     num_parameters = sum(parameter.numel() for parameter in problem.model.parameters())
     _, height, width = problem.batch.latents.shape[1:]
     title = (
@@ -361,7 +364,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="the shape's parts at a tiny width")
     parser.add_argument("--size", type=int, help="side of images or latents (default the shape's own)")
     parser.add_argument("--options", action="store_true", help="also DeMe's options for GPUs (default on cuda)")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], choices=["channels_last", "compile"], help="options to leave out"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--batch-size", type=int, help="images per step (default 4)", default=4)
     parser.add_argument("--rounds", type=int, help="steps of each kind (default 9, quick 3)")

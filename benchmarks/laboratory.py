@@ -30,6 +30,7 @@ from tasks.jobs import (
     SearchJob,
 )
 from tasks.weight_search import search_artifact
+from tasks.work.base import JobContext, execute
 
 
 class Laboratory:
@@ -37,6 +38,7 @@ class Laboratory:
 
     Args:
         device: where they are done.
+        context: of another laboratory, whose decoded images this one takes; None for its own.
         before_job: called before each job; what it raises ends the work between two jobs.
 
     Attributes:
@@ -45,10 +47,15 @@ class Laboratory:
         edges: 0, inner edges, T of the segments.
     """
 
-    def __init__(self, recipe: Recipe, *, device: str = "cpu", before_job: Callable[[], None] = lambda: None) -> None:
-        from tasks.work.base import JobContext
-
-        self.recipe, self.context, self._before_job = recipe, JobContext(Settings(), device), before_job
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        device: str = "cpu",
+        context: JobContext | None = None,
+        before_job: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.recipe, self.context, self._before_job = recipe, context or JobContext(Settings(), device), before_job
         source = recipe.pretrained
         if source.source == "pretrain":
             assert source.training is not None
@@ -66,8 +73,6 @@ class Laboratory:
 
     def do(self, job: Job) -> JobResult:
         """Does a job, or takes its result from the store."""
-        from tasks.work.base import execute
-
         self._before_job()
         return execute(job, self.context, lambda _: None)
 
@@ -81,13 +86,20 @@ class Laboratory:
         more = self.recipe.distill.num_steps if self.recipe.distill else 0
         return self.finetuned(0, self.edges[-1], self.recipe.finetune.num_steps * (len(self.edges) - 1) + more)
 
-    def finetuned(self, low: int, high: int, num_steps: int) -> ArtifactRef:
-        """Returns the copy finetuned on [low, high)."""
+    def soup(self) -> tuple[ArtifactRef, ...]:
+        """Returns copies as many and as long as the experts, all of them of all timesteps: their seeds differ alone."""
+        seeds = (f"{self.recipe.finetune.seed}{index}" for index in range(1, len(self.edges)))
+        steps = self.recipe.finetune.num_steps
+        return tuple(self.finetuned(0, self.edges[-1], steps, seed=10_000 + int(seed)) for seed in seeds)
+
+    def finetuned(self, low: int, high: int, num_steps: int, *, seed: int | None = None) -> ArtifactRef:
+        """Returns the copy finetuned on [low, high), from the recipe's seed or another."""
+        finetune = self.recipe.finetune
         job = FinetuneJob(
             label=f"[{low}, {high})",
             pretrained=self.pretrained.ref,
             dataset=self.recipe.dataset,
-            finetune=self.recipe.finetune,
+            finetune=finetune if seed is None else finetune.model_copy(update={"seed": seed}),
             low=low,
             high=high,
             num_steps=num_steps,

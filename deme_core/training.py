@@ -28,6 +28,7 @@ from deme_core.seeds import derive_seed, generator
 from deme_core.teacher import Teacher
 from deme_core.timesteps import check_histogram
 from deme_core.training_plan import TrainingPlan
+from deme_core.typed_norms import normalize_in_type
 
 # Tensors while training, floats in a record.
 T = TypeVar("T", torch.Tensor, float)
@@ -85,6 +86,8 @@ class _MovingAverage(EMAModel):
 
 def _arrange(model: nn.Module, spec: TrainingSpec) -> None:
     """Orders and compiles a model as ``spec`` says; names and shapes of its tensors stay."""
+    if spec.mixed_precision == "bf16":  # Not fp16: a sum over two feature maps may not fit.
+        normalize_in_type(model)
     if spec.channels_last:
         model.to(memory_format=torch.channels_last)
     if spec.compile:
@@ -167,7 +170,8 @@ class Training:
             power=spec.ema_power,
         )
         self.global_step = 0
-        self.timestep_counts = torch.zeros(plan.sampler.num_train_timesteps, dtype=torch.int64)
+        # On the device: to count on the CPU would be to wait for the device at every step.
+        self.timestep_counts = torch.zeros(plan.sampler.num_train_timesteps, dtype=torch.int64, device=self.device)
 
     def progress(self) -> Iterator[TrainingProgress]:
         """Trains to the end, yielding a record every ``record_every`` steps, at checkpoints and at the end.
@@ -195,7 +199,7 @@ class Training:
                 sums = _Sums()
         batch_size = self.spec.batch_size * self.share.num_processes
         draws_per_decision = batch_size if self.plan.sampler.per_batch_mirrored else 1
-        check_histogram(self.timestep_counts, self.plan.sampler, draws_per_decision=draws_per_decision)
+        check_histogram(self.timestep_counts.cpu(), self.plan.sampler, draws_per_decision=draws_per_decision)
         if self.teacher is not None and self.teacher.digests() != frozen_digests:
             raise FrozenModelChangedError(f"A frozen model changed while {self.plan.label} was trained.")
 
@@ -232,7 +236,7 @@ class Training:
         num_images = len(batch) * self.share.num_processes
         noise = self.share.of(torch.randn(num_images, *clean.shape[1:], generator=rng, device=self.device))
         timesteps = self.plan.sampler(num_images, rng)
-        self.timestep_counts += torch.bincount(timesteps.cpu(), minlength=len(self.timestep_counts))
+        self.timestep_counts.index_add_(0, timesteps, torch.ones_like(timesteps))
         timesteps = self.share.of(timesteps)
         noisy, target = process.add_noise(clean, noise, timesteps), process.target(clean, noise, timesteps)
         told = process.model_timesteps(timesteps)

@@ -60,7 +60,7 @@ def restore_checkpoint(training: Training, folder: Path) -> None:
         group["lr"] = rate
     if state["scaler"] is not None and training.accelerator.scaler is not None:
         training.accelerator.scaler.load_state_dict(state["scaler"])
-    training.timestep_counts = checkpoint["timestep_counts"].clone()
+    training.timestep_counts.copy_(checkpoint["timestep_counts"])
     training.global_step = state["global_step"]
 
 

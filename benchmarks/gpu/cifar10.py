@@ -24,6 +24,8 @@ from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import print_result
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
+from deme_core.settings import Settings
+from tasks.work.base import JobContext
 
 _RECIPE = Path(__file__).with_name("cifar10.yaml")
 # Of a piece, for training; the rest is for imports, losses, packing.
@@ -67,6 +69,7 @@ class Piece:
 
     def __init__(self, home: Path, options: argparse.Namespace, deadline: float) -> None:
         self._home, self._options, self._deadline = home, options, deadline
+        self._context = JobContext(Settings(), options.device)
         self._theta = home / "theta"
         progress = home / "progress.json"
         self.progress: dict[str, Any] = json.loads(progress.read_text()) if progress.exists() else {"pretraining": []}
@@ -91,7 +94,8 @@ class Piece:
             return None
 
     def _recipe(self, *overrides: str) -> Recipe:
-        given = [f"dataset.path={self._options.images}", *(_TOY if self._options.toy else ()), *overrides]
+        toy = _TOY if self._options.toy else ()
+        given = [f"dataset.path={self._options.images}", *toy, *self._options.overrides, *overrides]
         return load_recipe(str(_RECIPE), given)
 
     def _check_time(self) -> None:
@@ -99,9 +103,13 @@ class Piece:
             raise PieceIsOverError
 
     def _pretrain(self) -> None:
-        """Trains theta_0 on, for as many steps as a short trial promises time for."""
-        trial = self._train_on(self._options.trial_steps, seed=2**20)
-        rate = trial["history"][-1]["images_per_sec"] / self._recipe().finetune.batch_size
+        """Trains theta_0 on, for as many steps as a trial promises time for."""
+        recipe = self._recipe()
+        num_images = self._context.training_images(recipe.dataset).num_images
+        # Beyond the first epoch, whose steps wait for images to be decoded; what it decoded stays in memory.
+        num_trial_steps = self._options.trial_steps or num_images // recipe.finetune.batch_size + 40
+        trial = self._train_on(num_trial_steps, seed=2**20)
+        rate = trial["history"][-1]["images_per_sec"] / recipe.finetune.batch_size
         left = (self._deadline - time.monotonic()) * _SHARE
         num_steps = max(1, min(self._options.max_steps, int(rate * left)))
         number = len(self.progress["pretraining"])
@@ -117,7 +125,7 @@ class Piece:
         """Trains from theta, or from nothing, on all timesteps; keeps the result as theta if it shall be kept."""
         if not self._theta.exists():
             steps = (f"pretrained.training.num_steps={num_steps}", f"pretrained.training.seed={seed}")
-            laboratory = Laboratory(self._recipe(*steps), device=self._options.device)
+            laboratory = Laboratory(self._recipe(*steps), context=self._context)
             model, metrics = laboratory.pretrained.ref, laboratory.pretrained.metrics
         else:
             training = self._recipe().pretrained.training
@@ -126,7 +134,7 @@ class Piece:
             plain = self._recipe("pretrained=" + json.dumps({"source": str(self._theta)}))
             finetune = plain.finetune.model_copy(update={**alike, "global_sampling_probability": 0.0})
             recipe = plain.model_copy(update={"finetune": finetune})
-            laboratory = Laboratory(recipe, device=self._options.device)
+            laboratory = Laboratory(recipe, context=self._context)
             model = laboratory.finetuned(0, laboratory.edges[-1], num_steps)
             metrics = laboratory.context.artifacts.manifest(model).metrics
         if not keep:
@@ -141,7 +149,7 @@ class Piece:
 
     def _merge_and_evaluate(self) -> dict[str, Any]:
         recipe = self._recipe("pretrained=" + json.dumps({"source": str(self._theta)}))
-        cell = run_cell(recipe, self._options.merges, device=self._options.device, before_job=self._check_time)
+        cell = run_cell(recipe, self._options.merges, context=self._context, before_job=self._check_time)
         print("One training seed, so the intervals of this table are over its three sampling seeds.")
         print_setting("CIFAR-10 (JPEG), 32 x 32", [cell], [0])
         row = next(row for row in cell.scores if row.startswith("merged"))
@@ -213,12 +221,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--piece-seconds", type=float, default=540.0, help="how long this piece may take")
     parser.add_argument("--carry", choices=["all", "model"], default="all", help="what a piece leaves to the next")
     parser.add_argument("--flat", type=float, default=0.003, help="gain of a piece below which pretraining is done")
-    parser.add_argument("--trial-steps", type=int, help="steps that tell how fast it goes (default 60, toy 2)")
+    parser.add_argument("--trial-steps", type=int, help="steps that tell how fast it goes (default an epoch and 40)")
     parser.add_argument("--max-steps", type=int, help="most steps of a piece (default 20000, toy 4)")
     parser.add_argument("--merges", nargs="+", default=["cma_es", "uniform", "regmean"], help="as of benchmarks.claim")
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="override a setting"
+    )
     parser.add_argument("--toy", action="store_true", help="a toy on a few images: shows that it runs")
     options = parser.parse_args(arguments)
-    options.trial_steps = options.trial_steps or (2 if options.toy else 60)
+    options.trial_steps = options.trial_steps or (2 if options.toy else None)
     options.max_steps = options.max_steps or (4 if options.toy else 20_000)
     return options
 

@@ -26,6 +26,12 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
     return images.to(torch.float32).div_(255).sub_(0.5).div_(0.5)
 
 
+def fits_in_memory(dataset: ImageDataset, *, random_crop: bool) -> bool:
+    """Returns whether the squares that training takes are so small and so few that each is decoded once."""
+    num_bytes = len(dataset) * dataset.channels * dataset.resolution**2
+    return not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY and getattr(dataset, "stream", None) is None
+
+
 class TrainingBatches:
     """Batches ``start_batch``, ``start_batch`` + 1, … of an endless stream of shuffled epochs.
 
@@ -41,6 +47,7 @@ class TrainingBatches:
         start_batch: number of the first batch to yield.
         num_workers: processes that decode ahead; 0 decodes in this one. A small set without random crops is instead
             decoded once and kept in memory.
+        kept: what other streams of the same images have decoded, if they fit in memory.
     """
 
     def __init__(
@@ -54,14 +61,16 @@ class TrainingBatches:
         caption_dropout: float = 0.0,
         start_batch: int = 0,
         num_workers: int = 0,
+        kept: CropsInMemory | None = None,
     ) -> None:
         if batch_size < 1 or start_batch < 0 or num_workers < 0:
             raise ValueError(f"{batch_size=} must be at least 1, {start_batch=} and {num_workers=} at least 0")
         self.start_batch, self.num_workers = start_batch, num_workers
-        num_bytes = len(dataset) * dataset.channels * dataset.resolution**2
         stream = getattr(dataset, "stream", None)
-        self._in_memory = not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY and stream is None
-        cropper = CropsInMemory(dataset) if self._in_memory else Crops(dataset, random_crop=random_crop)
+        self._in_memory = fits_in_memory(dataset, random_crop=random_crop)
+        cropper: Cropper = (
+            (kept or CropsInMemory(dataset)) if self._in_memory else Crops(dataset, random_crop=random_crop)
+        )
         schedule = BatchSchedule(len(dataset), batch_size, seed, random_flip, caption_dropout, current_share())
         if stream is not None:
             schedule = replace(schedule, windows=stream.windows)

@@ -12,7 +12,7 @@ from deme_core.data_parallel import agree
 from deme_core.encodings import EncodedBatches
 from deme_core.errors import ChecksumMismatchError, WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
-from deme_core.images import ImageSubset, TrainingBatches
+from deme_core.images import CropsInMemory, ImageSubset, TrainingBatches, fits_in_memory
 from deme_core.lora import LoraTeacher
 from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.teacher import Teacher
@@ -56,6 +56,7 @@ def run_training(
         }
         if encodings is not None:
             return EncodedBatches(images, images.indices, encodings.latents, encodings.embeddings, adapter, **settings)
+        random_crop = dataset.crop == "random"
         # Cores that wait for a GPU decode ahead; where they do the computing themselves there is nothing to gain.
         decoders = min(torch.get_num_threads(), _MAX_DECODERS) if context.device == "cuda" else 0
         return (
@@ -68,7 +69,13 @@ def run_training(
                 crop_top_lefts=batch.crop_top_lefts,
                 target_sizes=batch.target_sizes,
             )
-            for batch in TrainingBatches(images, random_crop=dataset.crop == "random", num_workers=decoders, **settings)
+            for batch in TrainingBatches(
+                images,
+                random_crop=random_crop,
+                num_workers=decoders,
+                kept=_kept(context, images, random_crop),
+                **settings,
+            )
         )
 
     training = Training(
@@ -95,6 +102,15 @@ def run_training(
         if stopped:
             raise WorkerStoppedError(plan.label, progress.global_step)
     return training.averaged_tensors(), {"history": history, "timestep_histogram": _histogram(training.timestep_counts)}
+
+
+def _kept(context: JobContext, images: ImageSubset, random_crop: bool) -> CropsInMemory | None:
+    """Returns what earlier trainings of this process decoded of the same images; None where they are too many."""
+    if not fits_in_memory(images, random_crop=random_crop):
+        return None
+    return context.remember_latest(
+        "decoded images", images.reference_fingerprint, lambda: CropsInMemory(images), num_kept=1
+    )
 
 
 def _histogram(counts: torch.Tensor) -> list[int]:

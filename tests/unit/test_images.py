@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from deme_core.errors import DatasetError
-from deme_core.images import ImageDataset, TrainingBatches, batches, load_images, normalize, source
+from deme_core.images import CropsInMemory, ImageDataset, TrainingBatches, batches, load_images, normalize, source
 from deme_core.images.remote import FileKind, fetch_images
 from deme_core.recipe import DatasetSpec
 
@@ -422,6 +422,18 @@ def test_the_number_of_workers_changes_nothing(folder: Path, tmp_path: Path, mon
     monkeypatch.setattr(batches, "MAX_BYTES_IN_MEMORY", 0)
     assert torch.equal(first(8, dataset, random_flip=True), in_memory)
     assert torch.equal(first(8, dataset, random_flip=True, num_workers=2), in_memory)
+
+
+def test_what_one_stream_decoded_another_takes_from_memory(folder: Path, tmp_path: Path) -> None:
+    dataset = load(folder, tmp_path)
+    kept = CropsInMemory(dataset)
+    whole = first(12, dataset, random_flip=True, kept=kept)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.unlink()
+    assert torch.equal(first(12, dataset, random_flip=True, kept=kept), whole)
+    with pytest.raises(DatasetError):
+        first(12, dataset, random_flip=True)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
