@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from deme_core.extractors import pillow_bicubic
 from deme_core.extractors.base import NetworkExtractor, chunk_size, digest, fixed_resolution, local_file, unavailable
 from deme_core.extractors.inception_networks import NETWORKS, InceptionFile
 from deme_core.store import local_errors
@@ -51,7 +52,11 @@ def load_inception(
         digest=digest(NAME, path, resolution=resolution, preprocessing=f"clean-fid mode {mode}"),
         num_features=2048,
         chunk_size=chunk_size(resolution, device),
-        prepare=partial(_resize_as_cleanfid, resize=_resizer(mode), device=device),
+        prepare=(
+            partial(resize_on_device, device=device)
+            if mode == "clean" and device.type != "cpu"
+            else partial(_resize_as_cleanfid, resize=_resizer(mode), device=device)
+        ),
         network=network.to(device),
     )
 
@@ -81,9 +86,15 @@ def _resizer(mode: str) -> Resizer:
     return resize
 
 
+def resize_on_device(images: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """Returns what clean-fid's mode clean makes of uint8 images (B, C, H, W): float32 (B, 3, 299, 299)."""
+    resized = pillow_bicubic.resize(images.to(device).float(), _RESOLUTION)
+    return resized.clamp(0, 255).expand(-1, 3, -1, -1).contiguous()
+
+
 def _resize_as_cleanfid(images: torch.Tensor, *, resize: Resizer, device: torch.device) -> torch.Tensor:
     pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    # PIL works outside of Python's lock; a GPU would otherwise wait for one core to resize.
+    # PIL works outside of Python's lock.
     with ThreadPoolExecutor(min(torch.get_num_threads(), len(pixels))) as threads:
         resized = np.stack(list(threads.map(resize, pixels)))
     # Channels last in memory, as pixels come: convolutions on a CPU are a quarter faster than with clean-fid's order.

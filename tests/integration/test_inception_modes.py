@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cleanfid.resize import build_resizer
 from PIL import Image
 
 from deme_core.errors import ExtractorUnavailableError
 from deme_core.extractors import FeatureExtractor, NetworkExtractor, load_extractor
+from deme_core.extractors.inception import resize_on_device
 from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.recipe import EvaluateSpec
 from deme_core.reference import Reference
@@ -107,6 +109,17 @@ def test_the_frechet_distance_in_memory_is_that_of_cleanfids_folder_path(
     reference = Reference(extractor(real)[:, ::256], extractor_name=extractor.name)
     ours = frechet_distance_to(reference, extractor(generated)[:, ::256])
     assert ours == pytest.approx(fid_from_feats(*theirs), rel=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "size"), [(1, 32), (3, 64), (3, 320)])
+def test_a_gpu_resizes_as_cleanfid_does(channels: int, size: int) -> None:
+    images = draw_images(3, channels, size)
+    with warnings.catch_warnings():
+        resizer = build_resizer("clean")
+    pixels = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+    theirs = torch.from_numpy(np.stack([resizer(image) for image in pixels])).permute(0, 3, 1, 2)
+    ours = resize_on_device(images, device=CPU)
+    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=3e-5)
 
 
 def test_every_mode_has_its_own_digest_and_features(weights: dict[str, Path], tmp_path: Path) -> None:
