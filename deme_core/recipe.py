@@ -220,7 +220,9 @@ class DatasetSpec(_Spec):
     cache_gb: float = Field(
         50.0, gt=0, description="stream: bound of the cache on each machine, 10^9 bytes; each training needs a window."
     )
-    num_images: int | None = Field(None, ge=1, description="Use only the first so many images.")
+    num_images: int | None = Field(
+        None, ge=1, description="Use only the first so many, by path: of folders by class those of the first classes."
+    )
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."
     )

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from deme_core.projection import (
     PARAMETER_NAME,
@@ -208,3 +209,22 @@ def test_a_projected_layer_is_the_layer_and_then_the_projection(kind: str, bias:
     (expected_gradient,) = torch.autograd.grad(expected.square().sum(), projection)
     (gradient,) = torch.autograd.grad(output.square().sum(), projection)
     torch.testing.assert_close(gradient, expected_gradient, atol=1e-2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_images", [1, 40])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_projection_acts_where_it_costs_less(kind: str, num_images: int) -> None:
+    layer = nn.Linear(6, 5, bias=False) if kind == "linear" else nn.Conv2d(6, 5, 3, padding=1, bias=False)
+    inputs = torch.randn((num_images, 6) if kind == "linear" else (num_images, 6, 4, 4))
+    num_inputs, num_outputs = layer.weight[0].numel(), num_images * (1 if kind == "linear" else 16)
+    without = _flops(layer, inputs)
+    block = type("Transformer2DModel", (nn.Module,), {})()
+    block.proj_out = layer
+    attach_projections(nn.ModuleList([block]))
+    assert _flops(layer, inputs) - without == 2 * 5 * 5 * min(num_inputs, num_outputs)
+
+
+def _flops(layer: nn.Module, inputs: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter:
+        layer(inputs)
+    return counter.get_total_flops()
