@@ -56,7 +56,7 @@ def over_training_seeds(cells: Sequence[Cell], row: str, baseline: str) -> Inter
 
 
 def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int]) -> None:
-    """Prints what every row scored, against both baselines, and with which weights."""
+    """Prints what every row scored, against both baselines, and with which weights; then the same of other metrics."""
     rows = sorted(cells[0].scores, key=lambda row: (row not in (*BASELINES, "ensemble"), row.startswith("merged")))
     lines = []
     for row in rows:
@@ -69,6 +69,8 @@ def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int
     columns = ("row", *(f"seed {seed}" for seed in training_seeds), *(f"- {base}" for base in BASELINES))
     title = f"{name}: {metric}, {direction([metric])}; differences with 95 % intervals over training seeds"
     print_table(title, (*columns, "held-out loss", "weights"), lines)
+    for others in zip(*(cell.others for cell in cells), strict=True):
+        print_setting(name, others, training_seeds)
 
 
 def _text(difference: Interval) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 from benchmarks.laboratory import Laboratory
 from deme_core.artifacts import ArtifactRef
-from deme_core.metrics import metric_name
 from deme_core.recipe import MethodSpec, Recipe
 
 # Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,
@@ -49,12 +48,14 @@ class Cell:
         scores: of each row, one per sampling seed.
         weights: merge weights of each row that has some; the control's is its scale.
         heldout: held-out loss of each row that is one model.
+        others: the recipe's other metrics of the same images, each with its scores alone.
     """
 
     metric: str
     scores: Mapping[str, Sequence[float]]
     weights: Mapping[str, Sequence[float]]
     heldout: Mapping[str, float]
+    others: Sequence["Cell"] = ()
 
 
 def ablation_overrides(recipe: Recipe, name: str) -> tuple[str, ...]:
@@ -84,13 +85,15 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
         weights["soup"] = laboratory.found_weights(copies, recipe.merge.search, MethodSpec())["weights"]
         rows["soup"] = laboratory.merged(copies, weights["soup"])
     experts = laboratory.experts()
-    scores = {row: laboratory.scores((model,)) for row, model in rows.items()}
-    scores["ensemble"] = laboratory.scores(experts, laboratory.edges)
+    found = {row: laboratory.scores_by_metric((model,)) for row, model in rows.items()}
+    found["ensemble"] = laboratory.scores_by_metric(experts, laboratory.edges)
+    deciding, *others = found["pretrained"]
     return Cell(
-        metric=metric_name(recipe.evaluate.metrics[0], recipe.evaluate.extractor_name),
-        scores=scores,
+        metric=deciding,
+        scores={row: scores[deciding] for row, scores in found.items()},
         weights=weights,
         heldout={row: laboratory.mean_heldout(model) for row, model in rows.items()},
+        others=[Cell(metric, {row: scores[metric] for row, scores in found.items()}, {}, {}) for metric in others],
     )
 
 

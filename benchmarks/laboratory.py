@@ -139,6 +139,12 @@ class Laboratory:
 
     def scores(self, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None = None) -> list[float]:
         """Returns the deciding metric under each seed of the report, of one model or of the ensemble of experts."""
+        return next(iter(self.scores_by_metric(models, edges).values()))
+
+    def scores_by_metric(
+        self, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None = None
+    ) -> dict[str, list[float]]:
+        """Returns every metric of the recipe under each seed of the report, the deciding one first."""
         spec, reference, found = self.recipe.evaluate, self.reference("report").ref, []
         for seed in spec.seeds:
             images = GeneratedImages(models=models, edges=edges, seed=seed)
@@ -146,8 +152,8 @@ class Laboratory:
                 GeneratedFeaturesJob(label="model", images=images, evaluate=spec, low=0, high=spec.num_images)
             )
             job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
-            found.append(next(iter(self.do(job).metrics["scores"].values())))
-        return found
+            found.append(self.do(job).metrics["scores"])
+        return {metric: [scores[metric] for scores in found] for metric in found[0]}
 
     def found_weights(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> dict[str, Any]:
         """Returns what a search found, candidate by candidate from the store where they are there."""
