@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import bin_edges
+from deme_core.metrics import metric_name
 from deme_core.recipe import DistillSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
@@ -153,7 +154,9 @@ class Laboratory:
             )
             job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
             found.append(self.do(job).metrics["scores"])
-        return {metric: [scores[metric] for scores in found] for metric in found[0]}
+        # In the order of the recipe: a manifest has its own.
+        names = [metric_name(metric, spec.extractor_name) for metric in spec.metrics]
+        return {name: [scores[name] for scores in found] for name in names}
 
     def found_weights(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> dict[str, Any]:
         """Returns what a search found, candidate by candidate from the store where they are there."""
