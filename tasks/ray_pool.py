@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
@@ -31,6 +31,8 @@ _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 90.0
 _PATIENCE_SECONDS = 15.0
 _CONNECT_SECONDS = 10.0
+# The head gives a process that it starts for each client half a minute to answer.
+_JOIN_ATTEMPTS, _BUSY = 3, "Starting Ray client server failed"
 
 
 def cluster_address(execution: ExecutionSpec) -> str:
@@ -74,12 +76,10 @@ class RayPool:
         self._check_address()
         with get_client(sync_client=True) as client:
             self._api_url = str(client.api_url)
-        try:
-            runner = RayTaskRunner(self._address, init_kwargs=self._init_options())
-            self._stack.callback(ray.shutdown)
-            self._runner = self._stack.enter_context(runner)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise self._cannot_join(str(error).strip().partition("\n")[0]) from error
+        self._stack.callback(ray.shutdown)
+        self._runner = self._stack.enter_context(
+            self._joined(lambda: RayTaskRunner(self._address, init_kwargs=self._init_options()))
+        )
         check_access(self._store)
         self._look_at_nodes()
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
@@ -95,6 +95,20 @@ class RayPool:
                 socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
         except (OSError, ValueError) as error:
             raise self._cannot_join(str(error)) from error
+
+    @contextlib.contextmanager
+    def _joined(self, build_runner: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[Any]:
+        """Gives the runner of a cluster that was joined; a head that is busy is asked again."""
+        for attempts_left in reversed(range(_JOIN_ATTEMPTS)):
+            with contextlib.ExitStack() as stack:
+                try:
+                    runner = stack.enter_context(build_runner())
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    if attempts_left and _BUSY in str(error):
+                        continue
+                    raise self._cannot_join(str(error).strip().rpartition("\n")[2]) from error
+                yield runner
+                return
 
     def _cannot_join(self, reason: str) -> InputError:
         mend = "correct execution.ray_address or RAY_ADDRESS"

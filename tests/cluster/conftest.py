@@ -68,6 +68,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """Nodes know neither the object store nor its keys; each has a disk of its own."""
     # Ray listens on all interfaces; nobody without the token is heard. Read when Ray is imported.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0")
+    os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "90"  # On two cores that other programs use too.
     logs = Path(tempfile.mkdtemp(prefix="ray"))  # A short path, for Ray makes sockets in it.
     ports = free_ports(2)
     found = RayCluster(*ports, logs)

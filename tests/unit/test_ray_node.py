@@ -1,5 +1,8 @@
+import contextlib
 import os
 import pickle
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,29 @@ def test_an_address_where_nobody_listens_is_said_at_once(address: str, tmp_path:
     with pytest.raises(InputError, match=rf"{address} cannot be joined .*; correct execution.ray_address"):
         pool.start()
     pool.close()
+
+
+BUSY = "Initialization failure from server:\nTraceback …\nRuntimeError: Starting Ray client server failed."
+
+
+@pytest.mark.parametrize(
+    ("failures", "joins", "num_attempts"),
+    [([BUSY, BUSY], True, 3), ([BUSY] * 3, False, 3), (["the versions differ"], False, 1)],
+    ids=["busy for a while", "busy for good", "something else"],
+)
+def test_a_busy_head_is_asked_again(tmp_path: Path, failures: list[str], joins: bool, num_attempts: int) -> None:
+    settings = Settings.model_validate({"DEME_HOME": tmp_path, "DEME_STORE_URI": None})
+    pool = RayPool(ExecutionSpec(runner="ray"), settings, open_store(settings.store_uri))
+    attempts: list[int] = []
+
+    @contextlib.contextmanager
+    def build() -> Iterator[str]:
+        attempts.append(1)
+        if len(attempts) <= len(failures):
+            raise ConnectionAbortedError(failures[len(attempts) - 1])
+        yield "runner"
+
+    refused = pytest.raises(InputError, match=f"cannot be joined .{re.escape(failures[-1].splitlines()[-1])}")
+    with contextlib.nullcontext() if joins else refused, pool._joined(build) as runner:
+        assert runner == "runner"
+    assert len(attempts) == num_attempts
