@@ -17,6 +17,8 @@ MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     "quadratic": ({"strategy": "quadratic"}, MethodSpec()),
     "tpe": ({"strategy": "tpe"}, MethodSpec()),
     "cma_es": ({"strategy": "cma_es"}, MethodSpec()),
+    # Around 1/N as RegMean's search is around 1: a quarter of the range for four copies.
+    "cma_es, narrow": ({"strategy": "cma_es", "max_weight": 0.5}, MethodSpec()),
     "block_weights": ({}, MethodSpec(method="block_weights")),
     # Weights in the paper's scale: about N times those of task arithmetic.
     "ties": ({"initial_weight": 1.0}, MethodSpec(method="ties")),
@@ -81,8 +83,10 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
     rows, weights = _models(laboratory, merges)
     if soup:
         assert recipe.merge.search is not None
-        copies = laboratory.soup()
-        weights["soup"] = laboratory.found_weights(copies, recipe.merge.search, MethodSpec())["weights"]
+        copies, search = laboratory.soup(), recipe.merge.search
+        # Their steps add up: each takes its share of the range.
+        narrow = search.model_copy(update={"max_weight": search.max_weight / len(copies)})
+        weights["soup"] = laboratory.found_weights(copies, narrow, MethodSpec())["weights"]
         rows["soup"] = laboratory.merged(copies, weights["soup"])
     experts = laboratory.experts()
     found = {row: laboratory.scores_by_metric((model,)) for row, model in rows.items()}
