@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.laboratory import Laboratory
 from deme_core.artifacts import ArtifactRef
-from deme_core.recipe import MethodSpec, Recipe
+from deme_core.recipe import MethodSpec, Recipe, SearchSpec
 
 # Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,
 # which are 1 for RegMean and 1/N otherwise.
@@ -17,8 +17,7 @@ MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     "quadratic": ({"strategy": "quadratic"}, MethodSpec()),
     "tpe": ({"strategy": "tpe"}, MethodSpec()),
     "cma_es": ({"strategy": "cma_es"}, MethodSpec()),
-    # Around 1/N as RegMean's search is around 1: a quarter of the range for four copies.
-    "cma_es, narrow": ({"strategy": "cma_es", "max_weight": 0.5}, MethodSpec()),
+    "cma_es, narrow": ({"strategy": "cma_es"}, MethodSpec()),
     "block_weights": ({}, MethodSpec(method="block_weights")),
     # Weights in the paper's scale: about N times those of task arithmetic.
     "ties": ({"initial_weight": 1.0}, MethodSpec(method="ties")),
@@ -26,6 +25,8 @@ MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     "regmean": (None, MethodSpec(method="regmean")),
     "regmean, searched": ({"initial_weight": 1.0}, MethodSpec(method="regmean")),
 }
+# Around 1/N, as RegMean's search is around 1.
+_NARROW = {"cma_es, narrow"}
 # One change each of the recipe's settings, the optimizer steps of all copies together left as they are.
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "none": (),
@@ -83,10 +84,9 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
     rows, weights = _models(laboratory, merges)
     if soup:
         assert recipe.merge.search is not None
-        copies, search = laboratory.soup(), recipe.merge.search
-        # Their steps add up: each takes its share of the range.
-        narrow = search.model_copy(update={"max_weight": search.max_weight / len(copies)})
-        weights["soup"] = laboratory.found_weights(copies, narrow, MethodSpec())["weights"]
+        copies = laboratory.soup()
+        search = _shared_range(recipe.merge.search, len(copies))
+        weights["soup"] = laboratory.found_weights(copies, search, MethodSpec())["weights"]
         rows["soup"] = laboratory.merged(copies, weights["soup"])
     experts = laboratory.experts()
     found = {row: laboratory.scores_by_metric((model,)) for row, model in rows.items()}
@@ -99,6 +99,11 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
         heldout={row: laboratory.mean_heldout(model) for row, model in rows.items()},
         others=[Cell(metric, {row: scores[metric] for row, scores in found.items()}, {}, {}) for metric in others],
     )
+
+
+def _shared_range(search: SearchSpec, num_copies: int) -> SearchSpec:
+    """Returns the search with the range of one weight shared by all: the steps of copies add up."""
+    return search.model_copy(update={"max_weight": search.max_weight / num_copies})
 
 
 def _models(laboratory: Laboratory, merges: Sequence[str]) -> tuple[dict[str, ArtifactRef], dict[str, list[float]]]:
@@ -118,7 +123,8 @@ def _models(laboratory: Laboratory, merges: Sequence[str]) -> tuple[dict[str, Ar
         if changed is None:
             weights[row] = [natural] * len(experts)
         else:
-            weights[row] = laboratory.found_weights(merged, search.model_copy(update=changed), method)["weights"]
+            among = _shared_range(search, len(merged)) if name in _NARROW else search
+            weights[row] = laboratory.found_weights(merged, among.model_copy(update=changed), method)["weights"]
         rows[row] = laboratory.merged(merged, weights[row], method)
     if recipe.distill is not None:
         rows["distilled"] = laboratory.distilled(rows[f"merged, {merges[0]}"], experts, recipe.distill)

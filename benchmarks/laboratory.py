@@ -89,9 +89,9 @@ class Laboratory:
 
     def soup(self) -> tuple[ArtifactRef, ...]:
         """Returns copies as many and as long as the experts, all of them of all timesteps: their seeds differ alone."""
-        seeds = (f"{self.recipe.finetune.seed}{index}" for index in range(1, len(self.edges)))
-        steps = self.recipe.finetune.num_steps
-        return tuple(self.finetuned(0, self.edges[-1], steps, seed=10_000 + int(seed)) for seed in seeds)
+        finetune, first = self.recipe.finetune, 10_000 + 10 * self.recipe.finetune.seed
+        seeds = range(first + 1, first + len(self.edges))
+        return tuple(self.finetuned(0, self.edges[-1], finetune.num_steps, seed=seed) for seed in seeds)
 
     def finetuned(self, low: int, high: int, num_steps: int, *, seed: int | None = None) -> ArtifactRef:
         """Returns the copy finetuned on [low, high), from the recipe's seed or another."""

@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 
 from benchmarks import claim, claim_cell, conditioning_cache, demo, features, finetune_step, merge_child, search, shapes
 from benchmarks.gpu import parted_state
+from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import median_ratio, take_turns
+from deme_core.artifacts import ArtifactRef
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.model_folder import write_model_folder
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, interval
+from tasks.jobs import JobResult
 from tests.tiny_models import randomize, tiny_unet
 
 BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
@@ -149,6 +152,19 @@ def test_the_claim_is_judged_over_training_seeds(
     against = Interval(**result["differences"]["none"]["merged, cma_es"]["finetuned"])
     assert vars(against) == pytest.approx(vars(interval([-gain for gain in gains])))
     assert result["ratio"] == pytest.approx(1 - sum(gains) * 3 / sum(map(sum, BASELINE)))
+
+
+def test_the_deciding_metric_is_the_recipes_first_whatever_order_a_manifest_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe("digits", ["evaluate.metrics=[kid,fid]", "evaluate.seeds=[1,2,3]"])
+    ref = ArtifactRef("file:///any/any/" + "0" * 64, "0" * 64)
+    done = JobResult(ref, {"scores": {"fd_efficientnet_lite0": 5.0, "kd_efficientnet_lite0": 0.1}}, True, 0.0, 0.0)
+    monkeypatch.setattr(Laboratory, "__init__", lambda self: setattr(self, "recipe", recipe))
+    monkeypatch.setattr(Laboratory, "do", lambda _self, _job: done)
+    found = Laboratory().scores_by_metric((ref,))  # type: ignore[call-arg]
+    assert list(found.items()) == [("kd_efficientnet_lite0", [0.1] * 3), ("fd_efficientnet_lite0", [5.0] * 3)]
+    assert Laboratory().scores((ref,)) == [0.1] * 3  # type: ignore[call-arg]
 
 
 def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:
