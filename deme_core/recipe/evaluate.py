@@ -1,0 +1,108 @@
+"""How rows are scored."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from deme_core.metrics import METRICS, MetricName, deciding_metric, needs_prompts
+from deme_core.recipe.base import Precision, Spec
+from deme_core.recipe.dataset import DatasetSpec
+
+Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
+
+
+class EvaluateSpec(Spec):
+    """How every row is sampled and scored: the same for all rows (METHOD section 5.3)."""
+
+    num_images: int = Field(ge=2, description="Images generated per row and seed.")
+    seeds: tuple[int, ...] = Field(
+        (1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval."
+    )
+    sampler: Sampler = Field(
+        "ddim", description="Sampler of the reverse process; flow_match_euler for flow-matching models, and only those."
+    )
+    num_inference_steps: int = Field(50, ge=1, description="Sampling steps.")
+    eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
+    timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
+        None, description="Spacing of the sampling timesteps; default the model's own scheduler config."
+    )
+    # Left out of a dump where it is the default, as are others below: digests made before there was a choice stay.
+    guidance_scale: float = Field(
+        1.0,
+        ge=1,
+        exclude_if=lambda scale: bool(scale == 1.0),
+        description="Classifier-free guidance: unconditional + scale * (conditional - unconditional); 1 is none.",
+    )
+    mixed_precision: Precision = Field(
+        "fp32",
+        exclude_if=lambda precision: bool(precision == "fp32"),
+        description="Autocast type of the denoiser while it samples, a condition of all scores; the autoencoder and "
+        "held-out losses stay fp32.",
+    )
+    batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
+    extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
+        "inception", description="Feature extractor; distances are named after it."
+    )
+    # Left out of a dump where it is the default: digests made before there were modes stay.
+    extractor_mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] = Field(
+        "clean",
+        exclude_if=lambda mode: bool(mode == "clean"),
+        description="inception: network and resizing as clean-fid's mode of that name, to compare with older numbers.",
+    )
+    extractor_weights: str | None = Field(
+        None, description="Path or object-store URI of the extractor's weights; default the library's own."
+    )
+    extractor_resolution: int | None = Field(
+        None,
+        ge=32,
+        description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299.",
+    )
+    # Left out of a dump where there are none: digests made before there were prompts stay.
+    prompts: str | None = Field(
+        None,
+        exclude_if=lambda prompts: prompts is None,
+        description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
+        "caption; or imagenet1k or cifar10, a photo of each class. Image i belongs to prompt i modulo their number.",
+    )
+    clip_weights: str | None = Field(
+        None,
+        exclude_if=lambda weights: weights is None,
+        description="clip_score: path or object-store URI of a CLIP model's folder; default ViT-B/32 from the hub.",
+    )
+    metrics: tuple[MetricName, ...] = Field(
+        ("fid", "kid"), min_length=1, description="What is computed; the first is searched and decides the verdict."
+    )
+    kid_subset_size: int = Field(1000, ge=2, description="Images per subset of the KID estimate.")
+    num_reference_images: int | None = Field(
+        None, ge=2, description="Real images in the reference; default all that the search does not set aside."
+    )
+    reference_dataset: DatasetSpec | None = Field(
+        None,
+        exclude_if=lambda dataset: dataset is None,
+        description="Real images of the reference, and of the search's, where they are not those of the training.",
+    )
+    num_bootstrap: int = Field(
+        100, ge=0, description="Resamples of the generated images for the verdict's second interval; 0 for none."
+    )
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must differ from one another")
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metrics must differ from one another")
+        if deciding_metric(self.metrics[0]) is None:
+            able = ", ".join(metric for metric in METRICS if deciding_metric(metric))
+            raise ValueError(f"metrics must begin with one of {able}: {self.metrics[0]} alone does not decide")
+        if needs_prompts(self.metrics) and self.prompts is None:
+            raise ValueError("clip_score needs prompts; set evaluate.prompts to a text file with one per line")
+        if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
+            raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
+        if self.extractor != "inception" and self.extractor_mode != "clean":
+            raise ValueError(f"extractor_mode {self.extractor_mode} is a mode of inception, not of {self.extractor}")
+        return self
+
+    @property
+    def extractor_name(self) -> str:
+        """The extractor together with its mode: what `load_extractor` loads and `metric_name` names scores after."""
+        return self.extractor if self.extractor_mode == "clean" else f"{self.extractor}_{self.extractor_mode}"

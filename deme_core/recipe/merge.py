@@ -1,0 +1,95 @@
+"""How copies become one model, and how its weights are found."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from deme_core.recipe.base import Spec
+
+
+class SearchSpec(Spec):
+    """How merge weights are searched; the control's scale is searched the same way (METHOD section 5.1)."""
+
+    strategy: Literal["grid", "coordinate", "quadratic", "tpe", "cma_es"] = Field(
+        "coordinate",
+        description="Every combination of values; one weight at a time around the best so far; a quadratic fit of the "
+        "held-out loss and a few scores along the line to its minimum; Optuna's TPE or CMA-ES, started from that fit.",
+    )
+    values: tuple[float, ...] = Field(
+        (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
+    )
+    initial_weight: float | None = Field(
+        None, gt=0, description="Where every weight starts, and the step of the fit; default 1/N, control 1."
+    )
+    max_weight: float = Field(2.0, gt=0, description="quadratic, tpe, cma_es: no weight is tried beyond it.")
+    few_steps: int | None = Field(
+        None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."
+    )
+    survivors: float = Field(0.25, gt=0, le=1, description="few_steps: share of the candidates scored in full.")
+    step_size: float = Field(0.25, gt=0, description="coordinate: first step, halved when no step helps.")
+    max_candidates: int = Field(24, ge=2, description="Score at most so many candidates (of each search).")
+    num_images: int = Field(500, ge=2, description="Images generated per candidate and seed.")
+    seeds: tuple[int, ...] = Field(
+        (1001,), min_length=1, description="Sampling seeds; none may be a seed of the report."
+    )
+    num_reference_images: int | None = Field(
+        None, ge=2, description="Real images set aside for the search alone; default half of the data set."
+    )
+
+    def reaches_every_weight(self, num_segments: int) -> bool:
+        """Returns whether the budget is enough for the pretrained model and a change of each segment's weight."""
+        return self.strategy == "grid" or self.max_candidates > num_segments  # A grid has no budget but its values.
+
+
+class RegMeanSpec(Spec):
+    """How the inputs of a copy's linear maps are measured, and used."""
+
+    num_images: int = Field(1024, ge=1, description="Noisy training images that pass through each copy.")
+    max_features: int = Field(
+        4608,
+        ge=1,
+        description="Maps from more features than that are averaged: their matrices, of features x features, would be "
+        "too large. A 3x3 convolution of 512 channels has 4,608.",
+    )
+    shrinkage: float = Field(0.9, ge=0, le=1, description="Share of the matrices' off-diagonal entries that is kept.")
+
+
+class MethodSpec(Spec):
+    """How task vectors are combined (METHOD section 2)."""
+
+    method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average", "regmean"] = Field(
+        "task_arithmetic",
+        description="theta_0 + sum of w_i tau_i; with a weight per segment and UNet level; with task vectors that act "
+        "on the inputs of their own segments alone (RegMean, whose natural weights are 1); trimmed and with elected "
+        "signs (TIES); with random entries dropped (DARE); or the plain mean of the copies.",
+    )
+    regmean: RegMeanSpec = Field(RegMeanSpec(), description="regmean: how inputs are measured.")
+    density: float = Field(0.2, gt=0, le=1, description="ties: share of each task vector's entries that is kept.")
+    drop_rate: float = Field(0.5, ge=0, lt=1, description="dare: share of each task vector's entries that is dropped.")
+    seed: int = Field(0, ge=0, description="dare: decides which entries are dropped.")
+
+    def settings(self) -> dict[str, Any]:
+        """Returns what decides the result of this method."""
+        own = {"ties": ["density"], "dare": ["drop_rate", "seed"]}.get(self.method, [])
+        return {"method": self.method} | {name: getattr(self, name) for name in own}
+
+
+class MergeSpec(MethodSpec):
+    """How the copies become one model, and which weights they get."""
+
+    weights: tuple[float, ...] | None = Field(
+        None, description="Fixed merge weights, lowest timesteps first; block_weights takes one for each copy."
+    )
+    search: SearchSpec | None = Field(None, description="Search the weights instead.")
+    on_bad_expert: Literal["drop", "keep", "fail"] = Field(
+        "drop", description="What to do with a copy that is no better than the pretrained model on its own segment."
+    )
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if self.method == "average":
+            if self.weights is not None or self.search is not None:
+                raise ValueError("method 'average' takes neither weights nor search")
+        elif (self.weights is None) == (self.search is None):
+            raise ValueError("give either weights or search")
+        return self

@@ -1,0 +1,69 @@
+"""One run, completely described."""
+
+from collections.abc import Sequence
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from deme_core.recipe.base import Spec
+from deme_core.recipe.dataset import DatasetSpec
+from deme_core.recipe.evaluate import EvaluateSpec
+from deme_core.recipe.execution import ExecutionSpec
+from deme_core.recipe.merge import MergeSpec
+from deme_core.recipe.pretrained import PretrainedSpec
+from deme_core.recipe.segments import SegmentsSpec
+from deme_core.recipe.training import DistillSpec, FinetuneSpec
+
+
+class Recipe(Spec):
+    """One run, completely described."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the MLflow experiment.")
+    pretrained: PretrainedSpec
+    dataset: DatasetSpec
+    segments: SegmentsSpec
+    finetune: FinetuneSpec
+    merge: MergeSpec
+    distill: DistillSpec | None = Field(
+        None,
+        description="Train the merged model to predict, at every timestep, what its segment's copy predicts: the row "
+        "distilled. The control takes as many optimizer steps more.",
+    )
+    evaluate: EvaluateSpec
+    execution: ExecutionSpec = ExecutionSpec()
+
+    @property
+    def num_processes(self) -> int:
+        """Processes of the training that takes most."""
+        trainings = (self.finetune, self.pretrained.training, self.distill)
+        return max(training.num_processes for training in trainings if training)
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Self:
+        num_segments = self.segments.num_segments
+        if self.merge.weights is not None and len(self.merge.weights) != num_segments:
+            raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
+        if self.pretrained.source == "pretrain" and self.segments.edges is not None:
+            # Of a model from elsewhere this is known once it is there; of this one it would be after its training.
+            num_timesteps = self.pretrained.noise_scheduler.get("num_train_timesteps", 1000)
+            if self.segments.edges[-1] != num_timesteps:
+                raise ValueError(
+                    f"segments.edges {list(self.segments.edges)} must end at {num_timesteps}, the number of timesteps"
+                )
+        if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
+            raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
+        if self.merge.search and not self.merge.search.reaches_every_weight(num_segments):
+            raise ValueError(
+                f"merge.search.max_candidates {self.merge.search.max_candidates} is too small for {num_segments} "
+                f"segments: theta_0 and a change of each weight take {num_segments + 1}"
+            )
+        return self
+
+    @property
+    def reference_dataset(self) -> DatasetSpec:
+        """Where the real images of reference and search come from."""
+        return self.evaluate.reference_dataset or self.dataset
+
+
+def _shared(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    return sorted(set(left) & set(right))
