@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.laboratory import Laboratory
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import MethodSpec, Recipe, SearchSpec
 
 # Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,

@@ -6,8 +6,8 @@ Everything is kept in the store of DEME_HOME, where the flow's artifacts are too
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import bin_edges
+from deme_core.manifest import ArtifactRef
 from deme_core.metrics import metric_name
 from deme_core.recipe import DistillSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import recipe_segments

@@ -90,7 +90,7 @@ def run_segments(num_segments: int, seed: int, stopwatch: Stopwatch) -> Run:
     from prefect import flow
     from prefect.task_runners import ThreadPoolTaskRunner
 
-    from deme_core.artifacts import ArtifactRef
+    from deme_core.manifest import ArtifactRef
     from deme_core.recipe_file import load_recipe
     from flows.flow_runtime import flow_runtime
     from tasks.jobs import FinetuneJob

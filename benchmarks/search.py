@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import print_result, print_table
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import MethodSpec
 from deme_core.recipe_file import load_recipe
 from tasks.jobs import Job, JobResult

@@ -7,20 +7,17 @@ In the store::
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 from uuid import uuid4
-
-from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from deme_core.digests import sha256_file
 from deme_core.errors import (
@@ -31,6 +28,7 @@ from deme_core.errors import (
     InputError,
     ObjectTooLargeError,
 )
+from deme_core.manifest import DIGEST, UPLOADED, ArtifactRef, Manifest, StoredFile, malformed, manifest_key
 from deme_core.store import (
     FileStore,
     ObjectStore,
@@ -42,105 +40,10 @@ from deme_core.store import (
     temporary_beside,
 )
 
-_HEX = "[0-9a-f]"
-# A word, then digests: only so can the stage be told from the store's own path in the URI of an artifact.
-_STAGE = rf"[a-z][a-z0-9_-]*(?:/{_HEX}{{64}})*"
-_DIGEST = r"(?!upload-)[A-Za-z0-9_-][A-Za-z0-9._-]*"
-_UPLOADED = re.compile(rf"(?P<artifact>{_STAGE}/{_DIGEST})/upload-{_HEX}{{32}}/.+")
 # Files that travel, or are hashed, side by side (benchmarks/store.py).
 _FILES_AT_ONCE = 4
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class ArtifactRef:
-    """A small reference to an artifact: all that tasks pass to one another.
-
-    Attributes:
-        uri: ``<store>/<stage>/<digest>``.
-        digest: the last part of it.
-    """
-
-    uri: str
-    digest: str
-
-    @property
-    def stage(self) -> str:
-        """The stage that made it, e.g. ``finetune``, or ``checkpoints/<finetune digest>``."""
-        match = re.search(rf"/({_STAGE})/{_DIGEST}\Z", self.uri)
-        if match is None:
-            raise ValueError(f"{self.uri} is no URI of an artifact.")
-        return match[1]
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file of an artifact.
-
-    Attributes:
-        name: POSIX path within the artifact.
-        key: key of the object that holds it.
-        size: bytes.
-        sha256: hexadecimal SHA-256.
-    """
-
-    name: Annotated[str, AfterValidator(check_key)]
-    key: str
-    size: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern=rf"^{_HEX}{{64}}$")]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an artifact is, and how it came to be.
-
-    Attributes:
-        stage: name of the stage.
-        digest: digest of the work.
-        settings: resolved settings of the stage.
-        inputs: digests of the input artifacts, by role.
-        dataset: fingerprint of the data set, if the stage read one.
-        metrics: what the stage measured.
-        files: its files.
-        code_version: version of DeMe that made it.
-        created: ISO 8601, UTC.
-    """
-
-    stage: str
-    digest: str
-    settings: dict[str, Any]
-    inputs: dict[str, str]
-    dataset: str | None
-    metrics: dict[str, Any]
-    files: tuple[StoredFile, ...]
-    code_version: str
-    created: str
-
-    def to_json(self) -> str:
-        """Write as indented JSON; NaN or infinity among settings or metrics is a ValueError."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, *, uri: str = "manifest.json") -> "Manifest":
-        """Read and validate.
-
-        Text that is no manifest, or names a file outside its artifact, is a ChecksumMismatchError that says ``uri``.
-        """
-        try:
-            manifest = _ADAPTER.validate_json(text)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"])) or "text"
-            raise _malformed(uri, f"{where}: {problem['msg']}") from error
-        for file in manifest.files:
-            home = _UPLOADED.fullmatch(file.key)
-            if home is None or home["artifact"] != f"{manifest.stage}/{manifest.digest}":
-                raise _malformed(uri, f"{file.key!r} is not an object of this artifact")
-        return manifest
-
-
-_ADAPTER = TypeAdapter(Manifest)
 
 
 class ArtifactStore:
@@ -156,11 +59,11 @@ class ArtifactStore:
 
     def find(self, stage: str, digest: str) -> ArtifactRef | None:
         """Return the artifact if there is one."""
-        return self._ref(stage, digest) if self.store.exists(_manifest_key(stage, digest)) else None
+        return self._ref(stage, digest) if self.store.exists(manifest_key(stage, digest)) else None
 
     def list_refs(self, stage: str) -> list[ArtifactRef]:
         """All artifacts of a stage, sorted by digest."""
-        pattern = re.compile(rf"{re.escape(stage)}/({_DIGEST})/manifest\.json")
+        pattern = re.compile(rf"{re.escape(stage)}/({DIGEST})/manifest\.json")
         matches = (pattern.fullmatch(found.key) for found in self.store.list(f"{stage}/"))
         return [self._ref(stage, digest) for digest in sorted(match[1] for match in matches if match)]
 
@@ -176,9 +79,9 @@ class ArtifactStore:
         """
         stage, digest = self._locate(ref)
         uri = f"{ref.uri}/manifest.json"
-        manifest = Manifest.from_json(self.store.get_bytes(_manifest_key(stage, digest)), uri=uri)
+        manifest = Manifest.from_json(self.store.get_bytes(manifest_key(stage, digest)), uri=uri)
         if (manifest.stage, manifest.digest) != (stage, digest):
-            raise _malformed(uri, f"it belongs to {manifest.stage}/{manifest.digest}")
+            raise malformed(uri, f"it belongs to {manifest.stage}/{manifest.digest}")
         return manifest
 
     def folder_uri(self, ref: ArtifactRef) -> str:
@@ -216,7 +119,7 @@ class ArtifactStore:
         Returns:
             The artifact: this one, or the one that was there first.
         """
-        key = _manifest_key(stage, digest)
+        key = manifest_key(stage, digest)
         if look_first and (existing := self.find(stage, digest)):
             return existing
         manifest = Manifest(
@@ -265,7 +168,7 @@ class ArtifactStore:
 
     def withdraw(self, ref: ArtifactRef) -> None:
         """Take a damaged artifact out of sight, so that its stage is run again; what is left of its files is swept."""
-        self.store.delete(_manifest_key(*self._locate(ref)))
+        self.store.delete(manifest_key(*self._locate(ref)))
 
     def remove(self, ref: ArtifactRef) -> None:
         """Remove an artifact and its local copy; a missing one is fine.
@@ -278,7 +181,7 @@ class ArtifactStore:
         except (ArtifactNotFoundError, ChecksumMismatchError):
             # What nobody can name any more is left to sweep.
             files = ()
-        self.store.delete(_manifest_key(stage, digest))
+        self.store.delete(manifest_key(stage, digest))
         self._delete_files(files)
         folder = self.cache / stage / digest
         with local_errors(folder), suppress(FileNotFoundError), temporary_beside(folder) as doomed:
@@ -297,7 +200,7 @@ class ArtifactStore:
         before = store_time(self.store) - older_than
         suspects: dict[str, set[str]] = {}
         for found in self.store.list(""):
-            if found.modified < before and (match := _UPLOADED.fullmatch(found.key)):
+            if found.modified < before and (match := UPLOADED.fullmatch(found.key)):
                 suspects.setdefault(match["artifact"], set()).add(found.key)
         # Manifests are read only now: one written during the listing must protect its files.
         orphans = [key for artifact, keys in suspects.items() for key in keys - self._named_keys(artifact)]
@@ -382,15 +285,6 @@ class ArtifactStore:
         return located
 
 
-def _manifest_key(stage: str, digest: str) -> str:
-    if not re.fullmatch(_STAGE, stage) or not re.fullmatch(_DIGEST, digest):
-        raise ValueError(
-            f"Stage {stage!r} and digest {digest!r} cannot name an artifact: a stage is a lower-case word, or one and "
-            "SHA-256 digests joined by slashes; a digest is one plain file name."
-        )
-    return f"{stage}/{digest}/manifest.json"
-
-
 def _names(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder to publish.")
@@ -436,7 +330,3 @@ def fetch_or_withdraw(artifacts: ArtifactStore, ref: ArtifactRef) -> Path:
 
 def _damaged(ref: ArtifactRef, problem: str) -> DamagedArtifactError:
     return DamagedArtifactError(ref.uri, problem, f"remove {ref.uri}/manifest.json and run again")
-
-
-def _malformed(uri: str, problem: str) -> ChecksumMismatchError:
-    return ChecksumMismatchError(f"{uri} is malformed ({problem}); remove it and run its stage again.")

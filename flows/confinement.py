@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from tasks.experts import Expert
 from tasks.jobs import ConfineJob, GramsJob

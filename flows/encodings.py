@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from prefect.futures import PrefectFuture
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.errors import RecipeError
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from deme_core.slices import ENCODED_AT_ONCE, slice_size
 from tasks.jobs import EmbeddingsJob, JobResult, LatentsJob

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from prefect import allow_failure
 from prefect.futures import PrefectFuture
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from deme_core.slices import REAL_BATCH_SIZE, slice_size, slices
 from tasks.jobs import GeneratedFeaturesJob, GeneratedImages, JobResult, RealFeaturesJob

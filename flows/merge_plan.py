@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from prefect.futures import PrefectFuture
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import MethodSpec, Recipe, SearchSpec
 from tasks.experts import Expert
 from tasks.jobs import JobResult, MergeJob, SearchJob

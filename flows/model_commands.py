@@ -13,8 +13,9 @@ from typing import cast, get_args
 from rich.console import Console
 from rich.progress import track
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactStore
 from deme_core.errors import InputError
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Sampler
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store

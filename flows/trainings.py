@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from prefect.futures import PrefectFuture
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DistillSpec, FinetuneSpec, Recipe
 from deme_core.segments import TimestepSegment
 from flows.encodings import EncodedDataset

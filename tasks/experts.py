@@ -9,7 +9,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import (
     Losses,
     RelativeLosses,
@@ -19,6 +18,7 @@ from deme_core.binned_losses import (
     relative_losses,
 )
 from deme_core.errors import BadExpertError
+from deme_core.manifest import ArtifactRef
 from deme_core.segments import TimestepSegment
 from deme_core.verdict import Interval
 from tasks.jobs import JobResult

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore, Manifest
+from deme_core.artifacts import ArtifactStore
 from deme_core.errors import ArtifactNotFoundError, InputError
 from deme_core.lora import LORA_NAME, LoraFactors, sum_adapters, truncate, truncate_difference, write_factors
+from deme_core.manifest import ArtifactRef, Manifest
 from deme_core.merge_methods import Average, BlockWeights, TaskArithmetic
 from deme_core.merge_methods.build import build_method
 from deme_core.model_folder import ModelFolder, open_model_folder, weights_digest

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.binned_losses import RelativeLosses
 from deme_core.html_report import run_page
 from deme_core.html_report.content import (
@@ -19,6 +18,7 @@ from deme_core.html_report.content import (
     TriedWeights,
 )
 from deme_core.html_report.sentences import headline
+from deme_core.manifest import ArtifactRef
 from deme_core.metrics import higher_is_better
 from deme_core.recipe_file import dump_recipe
 from deme_core.verdict import RowScores

@@ -6,7 +6,8 @@ Prefect is not imported here: `deme report` answers at once.
 import tempfile
 from pathlib import Path
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactStore
+from deme_core.manifest import ArtifactRef
 from deme_core.settings import Settings
 from deme_core.store import local_errors, open_store, temporary_beside
 from tasks.tracked_runs import check_tracking, download, find_page

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
+from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.errors import TrackingUnavailableError
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult

@@ -7,8 +7,8 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.errors import StoreUnavailableError, WorkerDiedError
+from deme_core.manifest import ArtifactRef
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
     ConfineJob,

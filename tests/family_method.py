@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec, FinetuneSpec, MethodSpec
 from deme_core.settings import Settings
 from tasks.jobs import (

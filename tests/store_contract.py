@@ -14,7 +14,7 @@ import pytest
 
 from deme_core import s3_store as s3_module
 from deme_core import store as store_module
-from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
+from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import sha256_file
 from deme_core.errors import (
     ArtifactNotFoundError,
@@ -24,6 +24,7 @@ from deme_core.errors import (
     ObjectTooLargeError,
     StoreUnavailableError,
 )
+from deme_core.manifest import ArtifactRef
 from deme_core.store import Digest, ObjectStore, check_access
 
 NUM_WRITERS = 8

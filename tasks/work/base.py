@@ -19,10 +19,11 @@ from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore, fetch_or_withdraw
+from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import stage_digest
 from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError
 from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
+from deme_core.manifest import ArtifactRef
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.errors import InputError, RecipeError
 from deme_core.evaluation import Evaluation, FeatureSource
 from deme_core.extractors.clip import ClipScore, clip_score_digest, load_clip_score
 from deme_core.generate import Sampling
+from deme_core.manifest import ArtifactRef
 from deme_core.metrics import needs_prompts
 from deme_core.model_folder import ModelFolder
 from deme_core.prompts import Prompts, load_prompts

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactStore
 from deme_core.data_parallel import agree
 from deme_core.encodings import EncodedBatches
 from deme_core.errors import ChecksumMismatchError, WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import CropsInMemory, ImageSubset, TrainingBatches, fits_in_memory
 from deme_core.lora import LoraTeacher
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, TrainingSpec
 from deme_core.teacher import Teacher
 from deme_core.training import Training

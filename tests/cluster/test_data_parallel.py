@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.data_parallel import Share
 from deme_core.errors import WorkerDiedError, WorkerStoppedError
 from deme_core.images.draws import BatchSchedule
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from deme_core.settings import Settings
 from tasks.jobs import FinetuneJob, ImportJob, JobResult, PretrainJob

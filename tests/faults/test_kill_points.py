@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactStore
+from deme_core.manifest import ArtifactRef
 from tests.fault_proxy import FaultProxy, Kind
 from tests.integration.conftest import S3Server, s3_server
 from tests.small_run import check_cache, check_nothing_is_left, contents, in_child, layout, make_context, run_all

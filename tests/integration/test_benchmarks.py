@@ -14,8 +14,8 @@ from benchmarks import claim, claim_cell, conditioning_cache, demo, features, fi
 from benchmarks.gpu import parted_state
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import median_ratio, take_turns
-from deme_core.artifacts import ArtifactRef
 from deme_core.denoiser_size import measure_denoiser
+from deme_core.manifest import ArtifactRef
 from deme_core.model_folder import write_model_folder
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, interval

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.errors import InputError, RecipeError
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, FinetuneSpec, Recipe
 from deme_core.settings import Settings
 from flows.encodings import EncodedDataset, encode_dataset

@@ -12,8 +12,9 @@ from prefect.client.orchestration import get_client
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.testing.utilities import prefect_test_harness
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactStore
 from deme_core.errors import WorkerDiedError
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
 from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore, Manifest, StoredFile
+from deme_core.artifacts import ArtifactStore
 from deme_core.errors import ChecksumMismatchError
+from deme_core.manifest import ArtifactRef, Manifest, StoredFile
 from deme_core.store import FileStore
 from tests.store_contract import ANY_AGE, DIGEST, ArtifactContract
 

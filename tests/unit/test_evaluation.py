@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.errors import DemeError, NonFiniteImagesError
 from deme_core.evaluation import Evaluation, split_reference
 from deme_core.extractors.clip import ClipScore
 from deme_core.generate import Sampling, SingleModel
+from deme_core.manifest import ArtifactRef
 from deme_core.metrics import Comparison, score
 from deme_core.prompts import Prompts
 from deme_core.recipe import EvaluateSpec

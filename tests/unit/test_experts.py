@@ -2,8 +2,8 @@
 
 import pytest
 
-from deme_core.artifacts import ArtifactRef
 from deme_core.errors import BadExpertError
+from deme_core.manifest import ArtifactRef
 from deme_core.segments import TimestepSegment
 from deme_core.verdict import Interval
 from tasks.experts import Expert, judge, spread_weights

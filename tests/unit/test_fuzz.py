@@ -13,9 +13,10 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore, Manifest
+from deme_core.artifacts import ArtifactStore
 from deme_core.checkpoint import Checkpoint
 from deme_core.errors import ChecksumMismatchError, DemeError
+from deme_core.manifest import ArtifactRef, Manifest
 from deme_core.model_folder import load_denoiser, open_model_folder
 from deme_core.recipe_file import dump_recipe, load_recipe
 from deme_core.store import FileStore

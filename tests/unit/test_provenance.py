@@ -5,7 +5,8 @@ import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
-from deme_core.artifacts import ArtifactRef, ArtifactStore
+from deme_core.artifacts import ArtifactStore
+from deme_core.manifest import ArtifactRef
 from deme_core.store import open_store
 from tasks.jobs import JobResult
 from tasks.provenance import model_digests, versions

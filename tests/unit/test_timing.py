@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import EvaluateSpec, MethodSpec
 from tasks.jobs import JOBS, GeneratedFeaturesJob, GeneratedImages, Job, JobResult, MergeJob, ScoreJob
 from tasks.timing import LABELS, Timing

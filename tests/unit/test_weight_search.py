@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deme_core.artifacts import ArtifactRef
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
 from deme_core.search import Weights
 from tasks.jobs import Job, JobResult, LossJob, ScoreJob, SearchJob

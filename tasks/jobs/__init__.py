@@ -1,0 +1,55 @@
+"""Jobs: the work of each stage as plain data, which a worker process can be sent.
+
+How a job is done is in the module of `tasks.work` that it names; only workers import that, since it needs torch.
+"""
+
+from tasks.jobs.base import Job, JobResult
+from tasks.jobs.measuring import (
+    EvaluateJob,
+    GeneratedFeaturesJob,
+    GeneratedImages,
+    HeldoutJob,
+    RealFeaturesJob,
+    ReferenceJob,
+)
+from tasks.jobs.merging import CandidateJob, ConfineJob, GramsJob, LossJob, MergeJob, ScoreJob, SearchJob
+from tasks.jobs.training import (
+    PRETRAINED_STAGE,
+    DistillJob,
+    EmbeddingsJob,
+    FinetuneJob,
+    ImportJob,
+    LatentsJob,
+    PretrainJob,
+)
+
+__all__ = [
+    "JOBS",
+    "PRETRAINED_STAGE",
+    "CandidateJob",
+    "ConfineJob",
+    "DistillJob",
+    "EmbeddingsJob",
+    "EvaluateJob",
+    "FinetuneJob",
+    "GeneratedFeaturesJob",
+    "GeneratedImages",
+    "GramsJob",
+    "HeldoutJob",
+    "ImportJob",
+    "Job",
+    "JobResult",
+    "LatentsJob",
+    "LossJob",
+    "MergeJob",
+    "PretrainJob",
+    "RealFeaturesJob",
+    "ReferenceJob",
+    "ScoreJob",
+    "SearchJob",
+]
+
+_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, DistillJob)
+_MERGING = (GramsJob, ConfineJob, SearchJob, ScoreJob, LossJob, MergeJob)
+_MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
+JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}

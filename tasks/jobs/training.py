@@ -1,0 +1,136 @@
+"""Jobs that bring, encode for, train and distill models."""
+
+from typing import Any, ClassVar
+
+from deme_core.manifest import ArtifactRef
+from deme_core.recipe import DatasetSpec, DistillSpec, FinetuneSpec, TrainingSpec
+from tasks.jobs.base import Job
+
+PRETRAINED_STAGE = "pretrained"
+
+
+class PretrainJob(Job):
+    """Train theta_0 from scratch on the data set, whose image size and channels it takes.
+
+    Attributes:
+        text_encoder: T5 config of a model that takes text; None for one that takes none.
+    """
+
+    stage: ClassVar[str] = PRETRAINED_STAGE
+    work: ClassVar[str] = "pretrain"
+    leaves_checkpoints: ClassVar[bool] = True
+    dataset: DatasetSpec
+    unet: dict[str, Any]
+    noise_scheduler: dict[str, Any]
+    training: TrainingSpec
+    text_encoder: dict[str, Any] | None = None
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.training.num_processes
+
+
+class ImportJob(Job):
+    """Bring a pretrained diffusers folder into the store, checked, as safetensors."""
+
+    stage: ClassVar[str] = PRETRAINED_STAGE
+    work: ClassVar[str] = "import_model"
+    source: str
+    revision: str | None = None
+    allow_pickle: bool = False
+
+
+class LatentsJob(Job):
+    """Encode a slice of the data set's images by the autoencoder of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first image of the slice, among those of the whole data set.
+        high: end of the slice; it may lie beyond the last image.
+    """
+
+    stage: ClassVar[str] = "latents"
+    work: ClassVar[str] = "latents"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+
+
+class EmbeddingsJob(Job):
+    """Encode a slice of the data set's distinct captions by the text encoders of a model.
+
+    Attributes:
+        pretrained: the model; its denoiser is no part of the digest.
+        low: first caption of the slice.
+        high: end of the slice; it may lie beyond the last caption.
+    """
+
+    stage: ClassVar[str] = "embeddings"
+    work: ClassVar[str] = "embeddings"
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    low: int
+    high: int
+
+
+class FinetuneJob(Job):
+    """Finetune a copy of theta_0 on the timesteps [low, high).
+
+    Attributes:
+        label: name for messages; no part of the result.
+        num_steps: optimizer steps; N times ``finetune.num_steps`` for the control.
+        latents: the whole data set encoded, slice by slice; without them images are encoded as they are trained on.
+        embeddings: its distinct captions encoded, slice by slice.
+    """
+
+    stage: ClassVar[str] = "finetune"
+    work: ClassVar[str] = "finetune"
+    leaves_checkpoints: ClassVar[bool] = True
+    label: str
+    pretrained: ArtifactRef
+    dataset: DatasetSpec
+    finetune: FinetuneSpec
+    low: int
+    high: int
+    num_steps: int
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.finetune.num_processes
+
+
+class DistillJob(Job):
+    """Train the merged model on all timesteps to predict what each segment's expert predicts.
+
+    Attributes:
+        label: name for messages; no part of the result.
+        pretrained: theta_0, which holds the frozen parts.
+        merged: where the training starts.
+        experts: what it is taught by, lowest timesteps first.
+        segment_edges: 0, inner edges, T of the experts' segments.
+        latents: as in FinetuneJob.
+        embeddings: as in FinetuneJob.
+    """
+
+    stage: ClassVar[str] = "distilled"
+    work: ClassVar[str] = "distill"
+    leaves_checkpoints: ClassVar[bool] = True
+    label: str
+    pretrained: ArtifactRef
+    merged: ArtifactRef
+    experts: tuple[ArtifactRef, ...]
+    segment_edges: tuple[int, ...]
+    dataset: DatasetSpec
+    distill: DistillSpec
+    latents: tuple[ArtifactRef, ...] = ()
+    embeddings: tuple[ArtifactRef, ...] = ()
+
+    @property
+    def num_processes(self) -> int:
+        """As the training says."""
+        return self.distill.num_processes
