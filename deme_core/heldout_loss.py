@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deme_core.binned_losses import Losses
+from deme_core.errors import NonFiniteImagesError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageDataset, normalize
 from deme_core.seeds import generator
@@ -62,6 +63,15 @@ def heldout_losses(
             errors = (prediction.float().cpu() - target).square().flatten(1).mean(dim=1)
             losses[start : start + len(indices), column] = errors.numpy()
     return losses
+
+
+def check_finite(losses: Losses, what: str) -> None:
+    """Raises NonFiniteImagesError, which names ``what`` was measured, if a loss is NaN or infinite."""
+    if not np.isfinite(losses).all():
+        raise NonFiniteImagesError(
+            f"The held-out loss of {what} is NaN or infinite; train it with a lower learning rate, or merge with "
+            "smaller weights."
+        )
 
 
 def encode_images(adapter: Adapter, images: ImageDataset, indices: Sequence[int]) -> EncodedBatch:

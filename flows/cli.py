@@ -35,7 +35,7 @@ _INTERRUPTED = "interrupted; run the same command again to go on."
 # What the last checkpoint of a training may take.
 _SECONDS_TO_LEAVE = 28.0
 
-RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path of a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path or object-store URI of a YAML file.")]
 ModelArgument = Annotated[str, typer.Argument(help="A diffusers folder, an object-store URI, or a hub id.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="Override a setting, e.g. finetune.num_steps=50. Repeatable.")
@@ -70,7 +70,7 @@ def pretrain(
 @app.command(epilog="Example: deme evaluate s3://bucket/my-model --recipe digits")
 def evaluate(
     model: ModelArgument,
-    recipe: Annotated[str, typer.Option(help="The recipe whose evaluation is used.")] = "digits",
+    recipe: Annotated[str, typer.Option(help="The recipe whose evaluation is used: name, path or URI.")] = "digits",
     set_: SetOption = None,
     json_: JsonOption = False,
     verbose: VerboseOption = False,
@@ -185,13 +185,24 @@ def export(
 def merge(
     pretrained: Annotated[Path, typer.Option(help="Folder of the pretrained model.")],
     expert: Annotated[list[Path], typer.Option(help="Folder of a finetuned copy, lowest timesteps first. Repeatable.")],
-    weights: Annotated[str, typer.Option(help="One merge weight per expert, separated by commas.")],
     out: OutOption,
+    weights: Annotated[
+        str | None, typer.Option(help="One merge weight per expert, separated by commas; average takes none.")
+    ] = None,
+    method: Annotated[
+        Literal["task_arithmetic", "block_weights", "ties", "dare", "average"],
+        typer.Option(help="How task vectors are combined; block_weights takes a weight per expert and block, too."),
+    ] = "task_arithmetic",
+    density: Annotated[float | None, typer.Option(help="ties: share of each tensor's entries that is kept.")] = None,
+    drop_rate: Annotated[float | None, typer.Option(help="dare: share of the entries that is dropped.")] = None,
+    seed: Annotated[int | None, typer.Option(help="dare: decides which entries are dropped.")] = None,
 ) -> None:
     """Merge finetuned copies of a model into one, in weight space."""
     from flows.model_commands import merge_models
 
-    Console().print(f"wrote {merge_models(pretrained, expert, weights, out)}", highlight=False, soft_wrap=True)
+    settings = {"method": method, "density": density, "drop_rate": drop_rate, "seed": seed}
+    merged = merge_models(pretrained, expert, weights, out, **settings)
+    Console().print(f"wrote {merged}", highlight=False, soft_wrap=True)
 
 
 @app.command(epilog="Example: deme generate merged-model --num-images 64 --out images")
@@ -205,7 +216,10 @@ def generate(
     ] = None,
     num_inference_steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 50,
     prompts: Annotated[
-        str | None, typer.Option(help="Path or URI of prompts, for a model that takes text; image i has prompt i.")
+        str | None,
+        typer.Option(
+            help="Path or URI of prompts, for a model that takes text; image i has prompt i modulo their number."
+        ),
     ] = None,
     guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 is none.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change the images.")] = 64,
@@ -255,16 +269,17 @@ def list_recipes() -> None:
 
 @recipes_app.command("show", epilog="Example: deme recipes show digits --set segments.count=8")
 def show_recipe(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Print a recipe with every default filled in."""
-    from deme_core.recipe_file import dump_recipe, load_recipe
+    """Print a recipe with every key there is, defaults filled in."""
+    from deme_core.recipe_file import load_recipe, spell_out_recipe
 
-    print(dump_recipe(load_recipe(recipe, set_ or [])), end="")  # noqa: T201
+    print(spell_out_recipe(load_recipe(recipe, set_ or [])), end="")  # noqa: T201
 
 
 @app.command(epilog="Example: deme doctor sd14_coco30k --set dataset.path=/data/coco/train2014")
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="Name of a recipe, or path of a YAML file: also look for all that it needs.")
+        str | None,
+        typer.Argument(help="Name of a recipe, or path or URI of a YAML file: also look for all that it needs."),
     ] = None,
     set_: SetOption = None,
 ) -> None:

@@ -72,8 +72,11 @@ class MergePlan:
         return merge(MergeJob(pretrained=self.pretrained, experts=refs, method=method, weights=weights), what)
 
     def _search(self, spec: SearchSpec) -> SearchSpec:
-        """Returns the search; confined copies add up to RegMean's merge at weights of 1, so there it starts."""
-        if self.recipe.merge.method == "regmean" and spec.initial_weight is None:
+        """Returns the search, from where the method's natural weights are 1, not 1/N.
+
+        Confined copies add up to RegMean's merge there, and TIES's weights are those of its mean.
+        """
+        if self.recipe.merge.method in ("regmean", "ties") and spec.initial_weight is None:
             return spec.model_copy(update={"initial_weight": 1.0})
         return spec
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from rich.console import Console
 from rich.progress import track
@@ -63,17 +63,38 @@ def _find_model(run: str | None, row: str) -> tuple[ArtifactStore, ArtifactRef]:
     return ArtifactStore(open_store(store_uri), settings.cache_folder), ArtifactRef(uri, digest)
 
 
-def merge_models(pretrained: Path, experts: list[Path], weights: str, out: Path) -> Path:
-    """Merges model folders into the folder ``out``; ``weights`` are separated by commas."""
+def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out: Path, **method: Any) -> Path:
+    """Merges model folders into the folder ``out``.
+
+    Args:
+        pretrained: folder of theta_0.
+        experts: folders of the copies.
+        weights: separated by commas; None for a method without.
+        out: a new folder.
+        method: of `MethodSpec`; what is None is left at its default.
+
+    Raises:
+        InputError: weights or settings are none, or do not fit the method.
+    """
     try:
-        parsed = tuple(float(weight) for weight in weights.split(","))
+        parsed = tuple(float(weight) for weight in weights.split(",")) if weights else ()
     except ValueError:
         raise InputError(f"--weights '{weights}' are not numbers separated by commas.") from None
+    from pydantic import ValidationError
+
     from deme_core.recipe import MethodSpec
     from tasks.work.merge import merge_folders
 
+    try:
+        spec = MethodSpec.model_validate({name: value for name, value in method.items() if value is not None})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise InputError(f"--{option} {problem['input']}: {problem['msg']}.") from None
+    if spec.method == "average" and parsed:
+        raise InputError("--method average takes no --weights.")
     with new_folder(out) as folder:
-        merge_folders(pretrained, experts, MethodSpec(), parsed, folder)
+        merge_folders(pretrained, experts, spec, parsed, folder)
     return out
 
 

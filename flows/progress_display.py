@@ -71,7 +71,7 @@ def _position(record: dict[str, Any]) -> dict[str, Any]:
         note = f"loss {record['loss']:.4f}, {record['images_per_sec']:.0f} images/s"
         return {"completed": record["global_step"], "total": record["num_steps"], "note": note}
     if "best_score" in record:
-        return {"completed": record["done"], "total": record["total"], "note": f"best {record['best_score']:.2f}"}
+        return {"completed": record["done"], "total": record["total"], "note": f"best {record['best_score']:.4g}"}
     if "done" in record:
         return {"completed": record["done"], "total": record["total"]}
     return {"note": record.get("message", "")}

@@ -1,5 +1,6 @@
 """The report: what the rows say, as one JSON object, a page, figures and MLflow metrics."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -15,7 +16,7 @@ from tasks.prefect_artifacts import show_report, show_scores
 from tasks.registry import register, registration_tags
 from tasks.report_figures import draw_figures, sample_grids
 from tasks.report_metrics import log_report, log_run_metrics, log_score_metrics
-from tasks.report_page import keep_page, page_of_rows, page_of_run
+from tasks.report_page import keep_page, page_of_rows, page_of_run, recipe_file
 from tasks.row_scores import (
     BASELINES,
     Rows,
@@ -70,7 +71,7 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
     report = {**_evaluation(runtime, rows, flow_run_id), "model": model, "seconds": runtime.timing.seconds()}
     log_score_metrics(runtime, report)
     grids = sample_grids(runtime, rows)
-    command = f"deme evaluate {model} --recipe {{recipe}}"
+    command = f"deme evaluate {shlex.quote(model)} --recipe {recipe_file(runtime)}"
     content = page_of_rows(runtime, report, deciding, grids, title=model, command=command)
     report["page"] = keep_page(runtime, content, report, rows)
     log_report(runtime, report, deciding)

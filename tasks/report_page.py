@@ -56,9 +56,8 @@ def page_of_run(
         grids: sample grids by row.
     """
     pairs = [(row, baseline) for row in ("merged", "distilled") if row in results.rows for baseline in BASELINES]
-    content = page_of_rows(
-        runtime, report, deciding, grids, title=runtime.recipe.name, command="deme run {recipe}", pairs=pairs
-    )
+    command = f"deme run {recipe_file(runtime)}"
+    content = page_of_rows(runtime, report, deciding, grids, title=runtime.recipe.name, command=command, pairs=pairs)
     segments = [expert.segment for expert in results.experts]
     digests = model_digests(runtime.artifacts, results.models, results.trainings)
     return replace(
@@ -91,7 +90,7 @@ def page_of_rows(
         deciding: what each row scored by the metric that decides.
         grids: sample grids by row.
         title: what was evaluated.
-        command: does it again; ``{recipe}`` stands for the recipe's file.
+        command: does it again, from the `recipe_file`.
         pairs: rows and the baselines that they are compared with.
     """
     name, seed = runtime.recipe.name, report["seeds"][0]
@@ -107,7 +106,7 @@ def page_of_rows(
             recipe=dump_recipe(runtime.recipe),
             commands=(
                 "# With the same DEME_STORE_URI nothing is computed again.",
-                command.format(recipe=f"{name}.yaml"),
+                command,
             ),
             versions=versions(),
             digests=evaluation_digests(report),
@@ -115,6 +114,11 @@ def page_of_rows(
         costs=runtime.timing.costs(),
         seconds=report["seconds"],
     )
+
+
+def recipe_file(runtime: Runtime) -> str:
+    """Name of the file that the page calls its recipe."""
+    return f"{runtime.recipe.name}.yaml"
 
 
 def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], rows: Rows) -> dict[str, str]:

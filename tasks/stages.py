@@ -208,8 +208,10 @@ def search(job: SearchJob, what: str) -> JobResult:
 
 
 def _candidate_metrics(candidate: Mapping[str, Any]) -> dict[str, float]:
-    weights = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
-    return {"rough_score" if candidate["rough"] else "score": candidate["score"], **weights}
+    metrics = {f"weight/{index}": weight for index, weight in enumerate(candidate["weights"])}
+    if candidate["score"] is not None:
+        metrics["rough_score" if candidate["rough"] else "score"] = candidate["score"]
+    return metrics
 
 
 def _do_all(jobs: Sequence[Job], what: str) -> Iterator[JobResult]:

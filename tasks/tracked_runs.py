@@ -30,14 +30,19 @@ def find_report(settings: Settings, *, run: str | None = None, flow_run: str | N
     """Returns the report of the run whose id begins with ``run``, of a flow run, or of the newest whole run.
 
     Raises:
-        InputError: there is no such run, or more than one.
+        InputError: there is no such run, more than one, or it ended before its report was written.
     """
     newest = _has(_MERGED if run is None else _SCORED)
     query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
     found = _find_run(settings, query, run)
     with tempfile.TemporaryDirectory() as folder:
-        path = mlflow_client(settings).download_artifacts(found.info.run_id, "report.json", folder)
-        report: dict[str, Any] = json.loads(Path(path).read_text())
+        path = download(settings, found.info.run_id, "report.json", Path(folder))
+        if path is None:
+            raise InputError(
+                f"Run {found.info.run_id} has no report: it ended before that was written, or MLflow's files cannot be "
+                "reached; run it again, which computes nothing that the object store still has."
+            )
+        report: dict[str, Any] = json.loads(path.read_text())
     return report
 
 

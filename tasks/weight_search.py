@@ -5,6 +5,7 @@ was killed goes on where it was, and no two searches score the same candidate tw
 """
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.errors import InputError
 from deme_core.metrics import METRICS
 from deme_core.search import (
     Batch,
@@ -65,7 +67,13 @@ def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Ca
 
 
 def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, None, dict[str, Any]]:
-    """Yields a progress record per candidate; returns the best weights, all candidates, and what they cost."""
+    """Yields a progress record per candidate; returns the best weights, all candidates, and what they cost.
+
+    Raises:
+        InputError: the search's budget or grid does not suit so many weights.
+    """
+    if shortcoming := job.search.shortcoming(num_weights):
+        raise InputError(f"merge.search: {shortcoming}.")
     measured, num_segments = _Measurements(job, num_weights, do), len(job.segment_edges) - 1
     total = max_candidates(job.search, num_weights=num_weights, num_segments=num_segments, is_control=job.is_control)
     batches = search_weights(job.search, num_weights=num_weights, num_segments=num_segments, is_control=job.is_control)
@@ -76,15 +84,15 @@ def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, 
             "done": len(candidates),
             "total": total,
             "weights": list(candidate.weights),
-            "score": measured.sign * candidate.score,
+            "score": measured.told(candidate.score),
             "rough": candidate.rough,
-            "best_score": measured.sign * min(c.score for c in candidates if c.rough == candidate.rough),
+            "best_score": measured.told(min(c.score for c in candidates if c.rough == candidate.rough)),
         }
     best, cost = best_candidate(candidates), measured.cost()
     return {
         "weights": list(best.weights),
-        "score": measured.sign * best.score,
-        "candidates": [asdict(c) | {"score": measured.sign * c.score} for c in candidates],
+        "score": measured.told(best.score),
+        "candidates": [asdict(c) | {"score": measured.told(c.score)} for c in candidates],
         **cost,
         "rank_correlation": _rank_correlations(candidates, measured if cost["num_losses"] else None),
     }
@@ -103,16 +111,27 @@ class _Measurements:
         self.sign = -1.0 if METRICS[job.evaluate.metrics[0]].higher_is_better else 1.0
 
     def scores(self, batch: Batch) -> Iterator[float]:
-        """Yields the scores or losses of a batch in its order, as they come, the lower the better."""
+        """Yields the scores or losses of a batch in its order, as they come, the lower the better.
+
+        What could not be measured, since the merge's images or losses are not finite, is infinitely bad.
+        """
         if batch.kind == "loss":
             return self.losses(batch.weights)
-        return (self.sign * value for value in self._values(batch.kind, batch.weights))
+        values = self._values(batch.kind, batch.weights)
+        return (math.inf if value is None else self.sign * value for value in values)
+
+    def told(self, score: float) -> float | None:
+        """Returns the score of a candidate as its metric has it; None if there is none."""
+        return self.sign * score if math.isfinite(score) else None
 
     def losses(self, weights: Sequence[Weights]) -> Iterator[float]:
         """Yields held-out losses, relative to the pretrained model's in each segment, mean over the segments."""
         values = self._values("loss", [self._zero, *weights])
         before = next(values)
-        return (fmean(loss / of_zero for loss, of_zero in zip(losses, before, strict=True)) for losses in values)
+        return (
+            math.inf if losses is None else fmean(loss / of_zero for loss, of_zero in zip(losses, before, strict=True))
+            for losses in values
+        )
 
     def cost(self) -> dict[str, int]:
         """Returns how many images and losses were needed, those that the store had included."""
@@ -160,10 +179,14 @@ def _rank_correlations(candidates: Sequence[Candidate], measured: _Measurements 
         proxies["heldout_loss"] = list(measured.losses(list(full)))
     if rough:
         proxies["few_steps"] = [rough[weights] for weights in full]
-    return {name: _spearman(values, list(full.values())) for name, values in proxies.items()}
+    correlations = {name: _spearman(values, list(full.values())) for name, values in proxies.items()}
+    return {name: rho for name, rho in correlations.items() if rho is not None}
 
 
-def _spearman(left: list[float], right: list[float]) -> float:
+def _spearman(left: list[float], right: list[float]) -> float | None:
+    """Returns the rank correlation; None where all values of one side are equal, which have no ranks."""
     from scipy.stats import spearmanr
 
+    if len(set(left)) == 1 or len(set(right)) == 1:
+        return None
     return round(float(spearmanr(left, right).statistic), 4)

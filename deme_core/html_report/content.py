@@ -91,12 +91,12 @@ class TriedWeights:
 
     Attributes:
         weights: what was scored.
-        score: mean over the search's seeds.
+        score: mean over the search's seeds; None if the images were not finite.
         rough: scored with few sampling steps, on a scale of its own.
     """
 
     weights: tuple[float, ...]
-    score: float
+    score: float | None
     rough: bool
 
 
@@ -121,6 +121,11 @@ class SearchLog:
     num_images: int
     num_losses: int
     higher_is_better: bool = False
+
+    @property
+    def num_failed(self) -> int:
+        """Candidates whose images were not finite."""
+        return sum(candidate.score is None for candidate in self.candidates)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ class Ties:
 
     Args:
         weights: w_i of each expert.
-        density: share of each task vector, in (0, 1], that trimming keeps.
+        density: share of each tensor of a task vector, in (0, 1], that trimming keeps. The paper trims the task vector
+            as a whole, which a merge that streams tensor by tensor cannot.
 
     Raises:
         InputError: ``density`` is out of range.

@@ -6,6 +6,9 @@ from pydantic import Field, model_validator
 
 from deme_core.recipe.base import Spec
 
+# Beyond it nobody waits: the paper's largest has some hundreds.
+_LARGEST_GRID = 20_000
+
 
 class SearchSpec(Spec):
     """How merge weights are searched; the control's scale is searched the same way (METHOD section 5.1)."""
@@ -36,9 +39,28 @@ class SearchSpec(Spec):
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
     )
 
-    def reaches_every_weight(self, num_segments: int) -> bool:
-        """Returns whether the budget is enough for the pretrained model and a change of each segment's weight."""
-        return self.strategy == "grid" or self.max_candidates > num_segments  # A grid has no budget but its values.
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> Self:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds must differ from one another: one seed makes the same images twice")
+        return self
+
+    def shortcoming(self, num_weights: int) -> str | None:
+        """Returns why so many weights cannot be searched: with too small a budget, or on too large a grid."""
+        if self.strategy != "grid":
+            if self.max_candidates > num_weights:
+                return None
+            return (
+                f"max_candidates {self.max_candidates} is too small for {num_weights} weights: theta_0 and a change of "
+                f"each take {num_weights + 1}"
+            )
+        size = len(set(self.values)) ** num_weights
+        if size <= _LARGEST_GRID:
+            return None
+        return (
+            f"a grid of {len(set(self.values))} values has {size:,} combinations of {num_weights} weights; give fewer "
+            "values or another strategy"
+        )
 
 
 class RegMeanSpec(Spec):

@@ -52,11 +52,12 @@ class Recipe(Spec):
                 )
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
-        if self.merge.search and not self.merge.search.reaches_every_weight(num_segments):
-            raise ValueError(
-                f"merge.search.max_candidates {self.merge.search.max_candidates} is too small for {num_segments} "
-                f"segments: theta_0 and a change of each weight take {num_segments + 1}"
-            )
+        # Of block weights there are more, which only the model tells; the search looks again.
+        if self.merge.search and (shortcoming := self.merge.search.shortcoming(num_segments)):
+            raise ValueError(f"merge.search: {shortcoming}")
+        few, full = self.merge.search and self.merge.search.few_steps, self.evaluate.num_inference_steps
+        if few and few >= full:
+            raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")
         return self
 
     @property

@@ -23,6 +23,10 @@ from deme_core.search.halving import halve
 from deme_core.search.quadratic import fit_minimum
 from deme_core.search.strategies import FITTED, STRATEGIES
 
+# How far a control may be scaled, whatever bounds the weights of segments: those add up where copies agree, and a
+# control that could not even keep what it learnt would lose to any merge.
+_CONTROL_REACH = 2.0
+
 __all__ = [
     "STRATEGIES",
     "Batch",
@@ -49,6 +53,8 @@ def search_weights(spec: SearchSpec, *, num_weights: int, num_segments: int, is_
     """
     start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_weights
     starts = [(start,) * num_weights]
+    if is_control:
+        spec = spec.model_copy(update={"max_weight": max(spec.max_weight, _CONTROL_REACH)})
     if spec.strategy in FITTED:
         fit = fit_minimum(num_weights=num_weights, step=start, max_weight=spec.max_weight)
         starts.insert(0, (yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))))

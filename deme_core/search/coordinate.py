@@ -10,6 +10,7 @@ def coordinate_search(
     max_candidates: int,
     min_step_size: float = 0.02,
     lowest: float = float("-inf"),
+    highest: float = float("inf"),
 ) -> Strategy:
     """Yields a pattern search (Hooke and Jeeves 1961) from ``start``, both ways of a direction at once.
 
@@ -23,8 +24,17 @@ def coordinate_search(
         max_candidates: score at most so many, the pretrained model included.
         min_step_size: give up below this step.
         lowest: no weight goes below it.
+        highest: no weight goes beyond it; from a start beyond it the search begins there.
     """
     scored: dict[Weights, float] = {}
+    start = tuple(min(weight, highest) for weight in start)
+
+    def moved_from(weights: Weights, direction: Weights, step: float) -> Weights:
+        # Rounded, so that a point reached along two ways is one candidate.
+        return tuple(
+            round(min(max(w + step * d, lowest), highest) if d else w, 6)
+            for w, d in zip(weights, direction, strict=True)
+        )
 
     def score(*wanted: Weights) -> Strategy:
         new = [weights for weights in dict.fromkeys(wanted) if weights not in scored][: max_candidates - len(scored)]
@@ -39,12 +49,12 @@ def coordinate_search(
     while step_size >= min_step_size and len(scored) < max_candidates:
         improved = False
         for direction in _directions(len(start)):
-            up, down = (_moved(best, direction, step, lowest) for step in (step_size, -step_size))
+            up, down = (moved_from(best, direction, step) for step in (step_size, -step_size))
             yield from score(up, down)
             moved, step = (up, step_size) if value(up) <= value(down) else (down, -step_size)
             while value(moved) < scored[best]:
                 best, improved = moved, True
-                moved = _moved(best, direction, step, lowest)
+                moved = moved_from(best, direction, step)
                 yield from score(moved)
         if not improved:
             step_size /= 2
@@ -53,8 +63,3 @@ def coordinate_search(
 def _directions(size: int) -> list[Weights]:
     axes = [tuple(float(i == axis) for i in range(size)) for axis in range(size)]
     return [(1.0,) * size, *axes] if size > 1 else axes
-
-
-def _moved(weights: Weights, direction: Weights, step: float, lowest: float) -> Weights:
-    # Rounded, so that a point reached along two ways is one candidate.
-    return tuple(round(max(w + step * d, lowest) if d else w, 6) for w, d in zip(weights, direction, strict=True))

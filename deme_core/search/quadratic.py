@@ -29,13 +29,18 @@ def fit_minimum(
 
     Args:
         num_weights: N.
-        step: h, the distance of the design's points.
+        step: h, the distance of the design's points; less where 2 h would be beyond the bound.
         max_weight: bound of every weight.
+
+    Returns:
+        The minimum; where a loss is infinite, and there is no quadratic, the point with the lowest.
     """
     from scipy.optimize import minimize
 
-    points = design(num_weights, step)
+    points = design(num_weights, min(step, max_weight / 2))
     losses = yield points
+    if not np.isfinite(losses).all():
+        return points[int(np.argmin(losses))]
     rows = np.array([_monomials(np.asarray(point)) for point in points])
     coefficients = np.linalg.solve(rows, np.array(losses))
     start = np.full(num_weights, min(step, max_weight))
@@ -51,11 +56,12 @@ def _monomials(weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return np.array([1.0, *weights, *(weights[i] * weights[j] for i, j in pairs)])
 
 
-def line_search(minimum: Weights, *, max_candidates: int) -> Strategy:
+def line_search(minimum: Weights, *, max_weight: float, max_candidates: int) -> Strategy:
     """Yields the pretrained model, the minimum of a fit, and a pattern search along the line through both.
 
     Args:
         minimum: where the fitted loss is lowest; if that is the pretrained model, the line of equal weights is tried.
+        max_weight: bound of every weight.
         max_candidates: full scores at the most.
     """
     # The loss rises whichever way: only the line of equal weights is left to try.
@@ -64,5 +70,12 @@ def line_search(minimum: Weights, *, max_candidates: int) -> Strategy:
     def on_line(scales: list[Weights]) -> list[Weights]:
         return [tuple(round(scale * weight, 6) for weight in direction) for (scale,) in scales]
 
-    search = coordinate_search((1.0,), step_size=0.5, max_candidates=max_candidates, min_step_size=0.1, lowest=0.0)
+    search = coordinate_search(
+        (1.0,),
+        step_size=0.5,
+        max_candidates=max_candidates,
+        min_step_size=0.1,
+        lowest=0.0,
+        highest=max_weight / max(direction),
+    )
     return translated(search, on_line)

@@ -24,7 +24,7 @@ def _coordinate(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
 
 
 def _quadratic(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
-    return line_search(starts[0], max_candidates=spec.max_candidates)
+    return line_search(starts[0], max_weight=spec.max_weight, max_candidates=spec.max_candidates)
 
 
 def _optuna(sampler: Literal["tpe", "cma_es"], spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:

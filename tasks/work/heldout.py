@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from deme_core.binned_losses import mean_loss, save_losses
-from deme_core.heldout_loss import heldout_losses
+from deme_core.heldout_loss import check_finite, heldout_losses
 from deme_core.model_folder import load_denoiser
 from tasks.jobs import HeldoutJob
 from tasks.work.base import Identity, JobContext, Work
@@ -30,6 +30,7 @@ def run(job: HeldoutJob, context: JobContext, out: Path, digest: str) -> Work:
         edges=job.edges,
         device=context.device,
     )
+    check_finite(losses, job.model.uri)
     save_losses(out, losses)
     return {
         "edges": list(job.edges),

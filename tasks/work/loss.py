@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from deme_core.binned_losses import bin_edges, widths
-from deme_core.heldout_loss import heldout_losses
+from deme_core.heldout_loss import check_finite, heldout_losses
 from tasks.jobs import LossJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.live_model import live_merge, merge_inputs
@@ -26,7 +26,7 @@ def identity(job: LossJob, context: JobContext) -> Identity:
 
 
 def run(job: LossJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Returns the mean loss in each segment."""
+    """Returns the mean loss in each segment; None if one is not finite, which the pretrained model's must be."""
     yield {"message": "measuring the held-out loss"}
     folder, merge = live_merge(job, context)
     edges = bin_edges(folder.num_train_timesteps, job.segment_edges)
@@ -41,4 +41,7 @@ def run(job: LossJob, context: JobContext, out: Path, digest: str) -> Work:
     weighted = widths(edges) * losses.mean(axis=0, dtype=np.float64)
     segments = itertools.pairwise(job.segment_edges)
     lows = np.array(edges[:-1])
-    return {"value": [float(weighted[(low <= lows) & (lows < high)].sum()) for low, high in segments]}
+    by_segment = [float(weighted[(low <= lows) & (lows < high)].sum()) for low, high in segments]
+    if not any(job.weights):
+        check_finite(losses, "the pretrained model")
+    return {"value": by_segment if np.isfinite(by_segment).all() else None}

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from deme_core.errors import NonFiniteImagesError
 from deme_core.generate import SingleModel
 from deme_core.metrics import metric_name
 from tasks.jobs import ScoreJob
@@ -24,7 +25,10 @@ def identity(job: ScoreJob, context: JobContext) -> Identity:
 
 
 def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Returns the mean score over the search's seeds."""
+    """Returns the mean score over the search's seeds; None if the images are not finite.
+
+    Weights that go too far are what a search has to expect. The pretrained model, all weights zero, must score.
+    """
     folder, merge = live_merge(job, context)
     evaluation = build_evaluation(
         context, job.evaluate, model=folder, reference=job.reference, num_images=job.num_images
@@ -33,6 +37,11 @@ def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
     scores: list[float] = []
     for seed in job.seeds:
         yield {"done": len(scores), "total": len(job.seeds)}
-        with naming(job.label):
-            scores.append(evaluation.score(SingleModel(merge.model), seed)[0][metric])
+        try:
+            with naming(job.label):
+                scores.append(evaluation.score(SingleModel(merge.model), seed)[0][metric])
+        except NonFiniteImagesError:
+            if not any(job.weights):
+                raise
+            return {"value": None}
     return {"value": sum(scores) / len(scores)}

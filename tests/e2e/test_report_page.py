@@ -1,6 +1,7 @@
 """The page of a run, and of several, in a real browser without a network."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,16 @@ def offline(browser: webdriver.Chrome) -> webdriver.Chrome:
 
 
 @pytest.fixture(scope="module")
-def evaluated(deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe) -> dict[str, Any]:
-    """The merged model of the first run, evaluated once more by itself."""
+def evaluated(
+    deme: CommandLine,
+    first_report: dict[str, Any],
+    write_recipe: WriteRecipe,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """The merged model of the first run, evaluated once more by itself, from a folder of an awkward name."""
     (folder,) = (deme.home / "store" / "merged" / first_report["merged"]["digest"]).glob("upload-*")
-    return deme.report("evaluate", str(folder), "--recipe", write_recipe())
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("models") / "of {mine} 100%")
+    return deme.report("evaluate", str(copy), "--recipe", write_recipe())
 
 
 def charts(browser: webdriver.Chrome) -> list[dict[str, Any]]:
@@ -125,6 +132,7 @@ def test_a_model_that_was_evaluated_alone_has_a_page_too(offline: webdriver.Chro
     page = Path(evaluated["page"]["path"])
     show(offline, page)
     assert [row.split()[0] for row in table(offline, "scores")] == ["model"]
+    assert f"deme evaluate '{evaluated['model']}' --recipe toy.yaml" in offline.page_source
     assert_it_asked_for_nothing(offline, page)
 
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from deme_core.errors import InputError, NonFiniteImagesError
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
 from deme_core.settings import Settings
 from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, RealFeaturesJob, ReferenceJob, SearchJob
@@ -104,8 +106,31 @@ def test_what_one_search_scored_another_does_not(laboratory: Laboratory) -> None
 
 
 def test_blocks_have_weights_of_their_own(laboratory: Laboratory) -> None:
-    result = laboratory.search(1, 2, method="block_weights", max_candidates=3)
+    with pytest.raises(InputError, match="max_candidates 6 is too small for 6 weights"):
+        laboratory.search(1, 2, method="block_weights", max_candidates=6)
+    result = laboratory.search(1, 2, method="block_weights", max_candidates=7)
     assert len(result.metrics["weights"]) == 2 * 3, "two copies, and three blocks of a network of one level"
+
+
+def test_weights_that_go_too_far_are_no_end_of_a_search(laboratory: Laboratory) -> None:
+    result = laboratory.search(1, 2, strategy="grid", values=(0.0, 1e30))
+    assert [c["score"] is None for c in result.metrics["candidates"]] == [False, True, True, True]
+    assert result.metrics["weights"] == [0.0, 0.0]
+    fitted = laboratory.search(1, 2, strategy="cma_es", max_candidates=8, max_weight=4e30, initial_weight=1e30)
+    scores = [c["score"] for c in fitted.metrics["candidates"]]
+    assert None in scores
+    assert fitted.metrics["score"] == min(score for score in scores if score is not None)
+
+
+def test_a_pretrained_model_that_cannot_be_scored_is_an_error(laboratory: Laboratory, tmp_path: Path) -> None:
+    broken = randomize(one_level_unet(), seed=0)
+    with torch.no_grad():
+        broken.conv_out.bias.fill_(float("inf"))
+    folder = write_tiny_folder(tmp_path / "broken", broken, **CONFIG)
+    laboratory.models[0] = laboratory.one(ImportJob(source=str(folder))).ref
+    for strategy in ("grid", "quadratic"):
+        with pytest.raises(NonFiniteImagesError):
+            laboratory.search(1, 2, strategy=strategy)
 
 
 def test_of_large_things_only_the_last_stay_in_memory(tmp_path: Path) -> None:

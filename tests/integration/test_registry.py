@@ -1,4 +1,4 @@
-"""Versions and aliases in a real MLflow registry."""
+"""What a real MLflow holds: versions and aliases, and runs that ended too early."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +7,11 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from deme_core.errors import InputError
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores
 from tasks.registry import register
+from tasks.tracked_runs import find_report
 
 METRIC = "fd_efficientnet_lite0"
 
@@ -53,6 +55,12 @@ def test_a_champion_must_be_beaten_beyond_the_interval(settings: Settings, tmp_p
     better = run("c", [20.0, 21.0, 22.1])
     assert (better.version, better.decision) == ("4", "promoted")
     assert champion(settings, "deme-race") == "4"
+    without = register(
+        settings, report("race", "f"), RowScores([1.0, 2.0, 3.1]), source=tmp_path.as_uri(), metric=METRIC
+    )
+    assert without.decision == "kept"
+    assert "too close to call" in without.reason
+    assert "only one of the two has resamples" in without.reason
     other_terms = run("d", [1.0, 1.1, 1.2], fingerprint="g")
     assert other_terms.decision == "kept"
     assert "cannot be compared" in other_terms.reason
@@ -90,3 +98,11 @@ def test_what_another_run_wrote_at_the_same_moment_is_written_again(
     assert set(refused) == {"deme.decision", "deme.reason"}
     tags = MlflowClient(settings.tracking_uri).get_model_version("deme-both", done.version).tags
     assert tags["deme.decision"] == done.decision
+
+
+def test_a_run_that_ended_before_its_report_is_named(settings: Settings, tmp_path: Path) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    experiment = client.create_experiment("cut short", artifact_location=tmp_path.as_uri())
+    run = client.create_run(experiment, tags={"deme.fingerprint": "f"}).info.run_id
+    with pytest.raises(InputError, match=f"{run} has no report.*run it again"):
+        find_report(settings, run=run)

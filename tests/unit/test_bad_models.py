@@ -1,5 +1,6 @@
 """What is wrong with models, adapters, captions, segments and prompts, as the command line says it: one sentence."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -151,3 +152,30 @@ def test_captions_that_are_missing_and_segments_out_of_range_of_a_model_from_els
     first = ", ".join(str(file) for file in files[:3])
     assert "4 of 20 images" in said
     assert first in said
+
+
+def test_settings_of_a_merge_method(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merge = ("merge", "--pretrained", str(model), "--expert", str(model), "--out", "out")
+    dare = ("--weights", "1", "--method", "dare", "--drop-rate", "1")
+    assert refused(monkeypatch, capsys, *merge, *dare) == "--drop-rate 1.0: Input should be less than 1."
+    average = ("--weights", "1", "--method", "average")
+    assert refused(monkeypatch, capsys, *merge, *average) == "--method average takes no --weights."
+    assert "0 merge weights were given for 1 experts" in refused(monkeypatch, capsys, *merge)
+
+
+def test_a_merge_by_another_method(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    before = pipeline.unet.conv_in.bias.detach().clone()
+    with torch.no_grad():
+        pipeline.unet.conv_in.bias.add_(1.0)
+    pipeline.save_pretrained(tmp_path / "copy")
+    copies = ("--expert", "copy", "--expert", str(model))
+    monkeypatch.setattr(
+        sys, "argv", ["deme", "merge", "--pretrained", str(model), *copies, "--method", "average", "--out", "out"]
+    )
+    with contextlib.suppress(SystemExit):
+        main()
+    merged = DiffusionPipeline.from_pretrained("out").unet.conv_in.bias
+    assert torch.allclose(merged, before + 0.5)

@@ -323,6 +323,16 @@ def test_a_search_shows_its_best_so_far_and_marks_the_best() -> None:
     assert [width > 0 for width in widths] == [False, True, False]
 
 
+def test_candidates_without_a_score_are_left_out_and_counted() -> None:
+    first, second, third = SEARCH.candidates
+    log = replace(SEARCH, candidates=(first, replace(second, score=None), third))
+    figure = search_chart(log).to_dict()
+    by_weight = next(trace for trace in figure["data"] if trace.get("name") == "segment 1")
+    assert list(by_weight["x"]) == [first.weights[0], third.weights[0]]
+    assert [text.split(":")[0] for text in by_weight["text"]] == ["1", "3"]
+    assert log.num_failed == 1
+
+
 def test_a_search_for_a_metric_that_grows_marks_the_highest() -> None:
     figure = search_chart(replace(SEARCH, higher_is_better=True)).to_dict()
     best_so_far = next(trace for trace in figure["data"] if trace.get("name") == "best so far")

@@ -265,8 +265,13 @@ def test_the_blocks_of_a_transformer_are_quarters_of_its_depth(blocks: str) -> N
     assert merged == [float(block == "depth 2") for block in expected]
 
 
+def test_single_transformer_blocks_come_after_the_others() -> None:
+    names = [f"transformer_blocks.{k}.w" for k in range(2)] + [f"single_transformer_blocks.{k}.w" for k in range(6)]
+    assert list(blocks_by_name(names).values()) == [f"depth {k}" for k in (0, 0, 1, 1, 2, 2, 3, 3)]
+
+
 def test_weights_for_a_transformer_need_its_depth() -> None:
-    with pytest.raises(InputError, match="give the number of its transformer blocks"):
+    with pytest.raises(InputError, match="give the numbers of its transformer blocks"):
         BlockWeights(((0.5,),), ("depth 0",))
 
 

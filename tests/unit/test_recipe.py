@@ -154,10 +154,23 @@ def test_a_name_is_plain(name: str) -> None:
 @pytest.mark.parametrize("strategy", ["coordinate", "quadratic", "tpe", "cma_es"])
 def test_a_search_can_try_every_weight(strategy: str) -> None:
     search = {"strategy": strategy, "max_candidates": 4}
-    with pytest.raises(ValidationError, match=r"max_candidates 4 is too small for 4 segments: .* take 5"):
+    with pytest.raises(ValidationError, match=r"max_candidates 4 is too small for 4 weights: .* take 5"):
         recipe(segments={"count": 4}, merge={"search": search})
     assert recipe(segments={"count": 3}, merge={"search": search})
     assert recipe(segments={"count": 4}, merge={"search": search | {"strategy": "grid"}})
+
+
+def test_a_search_that_cannot_end_or_see_is_refused() -> None:
+    grid = {"strategy": "grid", "values": [0.0, 0.25, 0.5, 0.75, 1.0]}
+    assert recipe(segments={"count": 6}, merge={"search": grid})
+    with pytest.raises(ValidationError, match="5 values has 78,125 combinations of 7 weights"):
+        recipe(segments={"count": 7}, merge={"search": grid})
+    with pytest.raises(ValidationError, match="same images twice"):
+        recipe(merge={"search": {"seeds": [1001, 1001]}})
+    evaluate = {"num_images": 10, "num_inference_steps": 20}
+    with pytest.raises(ValidationError, match=r"few_steps 20 are no fewer than evaluate\.num_inference_steps 20"):
+        recipe(merge={"search": {"few_steps": 20}}, evaluate=evaluate)
+    assert recipe(merge={"search": {"few_steps": 19}}, evaluate=evaluate)
 
 
 def test_real_images_are_those_of_the_training_unless_others_are_named() -> None:

@@ -81,6 +81,35 @@ def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weight
     assert run() == weights
 
 
+@pytest.mark.parametrize("strategy", ["quadratic", "tpe", "cma_es"])
+def test_no_weight_is_tried_or_measured_beyond_its_bound(strategy: str) -> None:
+    spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 0.6})
+    proxy, objective = bowl((0.4, 0.5)), bowl((3.0, 3.0), 0.0)
+    assert len(list(search(objective, spec, num_weights=2, num_segments=2, proxy=proxy))) > 3
+    assert all(0 <= weight <= 0.6 for weights in proxy.asked + objective.asked for weight in weights)
+    assert max(max(weights) for weights in objective.asked) > 0.55
+
+
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es"])
+def test_the_control_can_keep_and_double_what_it_learnt_whatever_bounds_the_segments(strategy: str) -> None:
+    spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 0.5})
+    found = list(search(bowl((1.8,)), spec, num_weights=1, num_segments=4, is_control=True, proxy=bowl((1.0,))))
+    assert (1.0,) in [candidate.weights for candidate in found]
+    assert best_candidate(found).weights[0] > 1.4
+
+
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es"])
+def test_a_search_goes_around_what_cannot_be_measured(strategy: str) -> None:
+    def measured(weights: Weights) -> float:
+        return float("inf") if sum(weights) > 0.9 else bowl((0.3, 0.4))(weights)
+
+    values = (0.0, 0.3, 0.4, 2.0)
+    spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 30, "values": values})
+    found = list(search(measured, spec, num_weights=2, num_segments=2, proxy=measured))
+    assert any(candidate.score == float("inf") for candidate in found) or strategy == "quadratic"
+    assert best_candidate(found).score < 0.3 * found[0].score
+
+
 def test_cma_es_gets_near_a_minimum_without_any_proxy() -> None:
     strategy = optuna_search("cma_es", num_weights=2, starts=[(0.5, 0.5)], max_weight=1.0, max_candidates=80)
     found = list(candidates_of(strategy, bowl((0.2, 0.8))))
