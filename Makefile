@@ -1,4 +1,4 @@
-# make install | demo | down | test | test-faults | test-recipes | test-compose | test-cluster | lint | types | lock | audit
+# make install | demo | down | test | test-faults | test-recipes | test-compose | test-cluster | lint | types | docs | lock | audit
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test test-faults test-recipes test-compose test-cluster lint types check lock audit clean
+.PHONY: install demo down test test-faults test-recipes test-compose test-cluster lint types check docs lock audit clean
 
 install: $(VENV)/.installed
 
@@ -68,9 +68,13 @@ types: install
 
 check: test lint types
 
+# docs/recipe.md, of what deme_core/recipe/ says; a test compares the two.
+docs: install
+	$(BIN)/python -m deme_core.recipe_reference
+
 # Without bitsandbytes: where it is installed diffusers imports it whether it is needed or not, which takes seconds.
-lock:
-	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+lock: | $(UV)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
 		--no-emit-find-links --extra stack --extra server --extra ray --extra dev --custom-compile-command "make lock" pyproject.toml -o requirements.lock
 
 # Known holes in what the lock names; needs PyPI's own service. Strict: what cannot be looked up is no good news.

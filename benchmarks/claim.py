@@ -1,9 +1,10 @@
 """Does the claim hold: is a merged model better than the pretrained one, and than the control of equal steps?
 
 A small laboratory. A cell is one training seed under one setting, with a row for each way to merge; every stage of it
-is an artifact, so that to resume, or to add cells, the same command does only what is missing. The training seed moves
-a score more than the sampling seed does (METHOD section 5.2), so a row is judged by a t interval over the training
-seeds' mean paired differences. A training seed seeds every finetuning and, unless all share one, the pretraining.
+is an artifact, so that to resume, or to add cells, the same command does only what is missing. A training seed seeds
+every finetuning and, unless all share one, the pretraining. It moves a score more than the sampling seed does (METHOD
+section 5.2), but where training seeds share sampling seeds and a pretrained model, they share its luck: so a row is
+judged by the intervals over training seeds, over sampling seeds, and over resampled images, which must agree.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from benchmarks.claim_cell import ABLATIONS, MERGES, Cell, ablation_overrides, r
 from benchmarks.measurement import QUICK_OVERRIDES, print_result, print_table
 from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe_file import load_recipe
-from deme_core.verdict import Interval, interval, paired_difference
+from deme_core.verdict import Interval, RowScores, image_difference, interval
 
 BASELINES = ("pretrained", "finetuned")
 
@@ -46,13 +47,30 @@ def _recipe(options: argparse.Namespace, ablation: str, seed: int) -> Any:
     return load_recipe(options.recipe, [*options.overrides, *ablation_overrides(plain, ablation), *seeds])
 
 
-def over_training_seeds(cells: Sequence[Cell], row: str, baseline: str) -> Interval:
-    """Returns row minus baseline: the mean over training seeds of each one's mean paired difference, and its interval.
+def differences(cells: Sequence[Cell], row: str, baseline: str) -> dict[str, Interval]:
+    """Returns row minus baseline, the mean over all cells, with the interval over each thing that was drawn.
 
-    With a single training seed the interval is that over its sampling seeds, which leaves out what training moves.
+    ``training seeds`` are the cells; without a second one there is no such interval. ``sampling seeds`` are those that
+    all cells share, and ``images`` theirs: what the baseline's images have of luck is in both, and in the first only
+    if each training seed has a baseline of its own.
     """
-    differences = [paired_difference(cell.scores[row], cell.scores[baseline]) for cell in cells]
-    return interval([difference.mean for difference in differences]) if len(cells) > 1 else differences[0]
+    rows, baselines = ([cell.scores[name] for cell in cells] for name in (row, baseline))
+    by_seed = [
+        [ours - theirs for ours, theirs in zip(a.by_seed, b.by_seed, strict=True)]
+        for a, b in zip(rows, baselines, strict=True)
+    ]
+    found = {"training seeds": interval([fmean(cell) for cell in by_seed])} if len(cells) > 1 else {}
+    found["sampling seeds"] = interval([fmean(seed) for seed in zip(*by_seed, strict=True)])
+    if all(scores.replicates for scores in (*rows, *baselines)):
+        found["images"] = image_difference(_together(rows), _together(baselines))
+    return found
+
+
+def _together(rows: Sequence[RowScores]) -> RowScores:
+    """Returns the scores of several training seeds as one row: resample b of a sampling seed is the same in all."""
+    return RowScores(
+        [score for row in rows for score in row.by_seed], [seed for row in rows for seed in row.replicates]
+    )
 
 
 def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int]) -> None:
@@ -60,42 +78,63 @@ def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int
     rows = sorted(cells[0].scores, key=lambda row: (row not in (*BASELINES, "ensemble"), row.startswith("merged")))
     lines = []
     for row in rows:
-        differences = ["" if row == base else _text(over_training_seeds(cells, row, base)) for base in BASELINES]
-        means = [f"{fmean(cell.scores[row]):.4g}" for cell in cells]
+        means = [f"{fmean(cell.scores[row].by_seed):.4g}" for cell in cells]
         losses = [cell.heldout[row] for cell in cells if row in cell.heldout]
         weights = "; ".join(", ".join(f"{w:.3g}" for w in cell.weights.get(row, ())[:8]) for cell in cells)
-        lines.append((row, *means, *differences, f"{fmean(losses):.6f}" if losses else "", weights))
+        lines.append((row, *means, f"{fmean(losses):.6f}" if losses else "", weights))
     metric = cells[0].metric
-    columns = ("row", *(f"seed {seed}" for seed in training_seeds), *(f"- {base}" for base in BASELINES))
-    title = f"{name}: {metric}, {direction([metric])}; differences with 95 % intervals over training seeds"
-    print_table(title, (*columns, "held-out loss", "weights"), lines)
+    columns = ("row", *(f"seed {seed}" for seed in training_seeds), "held-out loss", "weights")
+    print_table(f"{name}: {metric}, {direction([metric])}", columns, lines)
+    pairs = [(row, base) for base in BASELINES for row in rows if row not in BASELINES[: BASELINES.index(base) + 1]]
+    compared = [(row, base, differences(cells, row, base)) for row, base in pairs]
+    print_table(
+        f"{name}: {metric}, differences, with 95 % intervals over what was drawn",
+        ("row", "minus", "mean", *compared[0][2], "beyond all"),
+        [
+            (row, base, f"{next(iter(found.values())).mean:+.3g}", *map(_text, found.values()), _beyond_all(found))
+            for row, base, found in compared
+        ],
+    )
     for others in zip(*(cell.others for cell in cells), strict=True):
         print_setting(name, others, training_seeds)
 
 
 def _text(difference: Interval) -> str:
-    return f"{difference.mean:+.3g} [{difference.low:+.3g}, {difference.high:+.3g}]"
+    return f"{difference.low:+.3g} to {difference.high:+.3g}"
+
+
+def _beyond_all(found: Mapping[str, Interval]) -> str:
+    """Returns on which side of zero all intervals lie; nothing if they do not agree."""
+    if all(difference.high < 0 for difference in found.values()):
+        return "lower"
+    return "higher" if all(difference.low > 0 for difference in found.values()) else ""
 
 
 def print_claim(cells: Mapping[str, Sequence[Cell]], options: Mapping[str, Any]) -> None:
-    """Prints the result: the first way to merge under the first setting is the one that the claim is about."""
+    """Prints the result: the first way to merge under the first setting is the one that the claim is about.
+
+    It holds if all intervals say so, and there are at least two training seeds.
+    """
     name, first = next(iter(cells.items()))
     row = next(row for row in first[0].scores if row.startswith("merged"))
-    sign = -1.0 if higher_is_better(first[0].metric) else 1.0
-    decisive = {base: over_training_seeds(first, row, base) for base in BASELINES}
-    means = {row: [fmean(cell.scores[row]) for cell in first] for row in first[0].scores}
+    better = "higher" if higher_is_better(first[0].metric) else "lower"
+    means = {row: [fmean(cell.scores[row].by_seed) for cell in first] for row in first[0].scores}
     print_result(
         "claim",
         ratio=sum(means[row]) / sum(means["finetuned"]),
         goal=1.0,
-        holds=all(max(sign * found.low, sign * found.high) < 0 for found in decisive.values()),
+        holds=len(first) > 1 and all(_beyond_all(differences(first, row, base)) == better for base in BASELINES),
         row=row,
         setting=name,
         metric=first[0].metric,
         means=means,
         differences={
             setting: {
-                row: {base: asdict(over_training_seeds(found, row, base)) for base in BASELINES if base != row}
+                row: {
+                    base: {drawn: asdict(each) for drawn, each in differences(found, row, base).items()}
+                    for base in BASELINES
+                    if base != row
+                }
                 for row in found[0].scores
             }
             for setting, found in cells.items()
@@ -113,7 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cells = run_cells(options)
     else:
         cells = run_cells(options)
-    print_claim(cells, {"recipe": options.recipe, "training_seeds": options.seeds})
+    settings = {"recipe": options.recipe, "overrides": options.overrides, "same_pretrained": options.same_pretrained}
+    print_claim(cells, settings | {"training_seeds": options.seeds})
 
 
 @contextmanager

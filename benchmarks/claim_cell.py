@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.laboratory import Laboratory
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import MethodSpec, Recipe, SearchSpec
+from deme_core.verdict import RowScores
 
 # Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,
 # which are 1 for RegMean and 1/N otherwise.
@@ -48,14 +49,14 @@ class Cell:
 
     Attributes:
         metric: name of the metric that decides.
-        scores: of each row, one per sampling seed.
+        scores: of each row, under each sampling seed; with resamples if the metric decides.
         weights: merge weights of each row that has some; the control's is its scale.
         heldout: held-out loss of each row that is one model.
         others: the recipe's other metrics of the same images, each with its scores alone.
     """
 
     metric: str
-    scores: Mapping[str, Sequence[float]]
+    scores: Mapping[str, RowScores]
     weights: Mapping[str, Sequence[float]]
     heldout: Mapping[str, float]
     others: Sequence["Cell"] = ()

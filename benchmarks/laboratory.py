@@ -12,6 +12,7 @@ from deme_core.metrics import metric_name
 from deme_core.recipe import DistillSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
+from deme_core.verdict import RowScores
 from tasks.jobs import (
     ConfineJob,
     DistillJob,
@@ -140,12 +141,12 @@ class Laboratory:
 
     def scores(self, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None = None) -> list[float]:
         """Returns the deciding metric under each seed of the report, of one model or of the ensemble of experts."""
-        return next(iter(self.scores_by_metric(models, edges).values()))
+        return list(next(iter(self.scores_by_metric(models, edges).values())).by_seed)
 
     def scores_by_metric(
         self, models: tuple[ArtifactRef, ...], edges: tuple[int, ...] | None = None
-    ) -> dict[str, list[float]]:
-        """Returns every metric of the recipe under each seed of the report, the deciding one first."""
+    ) -> dict[str, RowScores]:
+        """Returns every metric of the recipe under each seed of the report; the deciding one first, with resamples."""
         spec, reference, found = self.recipe.evaluate, self.reference("report").ref, []
         for seed in spec.seeds:
             images = GeneratedImages(models=models, edges=edges, seed=seed)
@@ -153,10 +154,12 @@ class Laboratory:
                 GeneratedFeaturesJob(label="model", images=images, evaluate=spec, low=0, high=spec.num_images)
             )
             job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
-            found.append(self.do(job).metrics["scores"])
+            found.append(self.do(job).metrics)
         # In the order of the recipe: a manifest has its own.
         names = [metric_name(metric, spec.extractor_name) for metric in spec.metrics]
-        return {name: [scores[name] for scores in found] for name in names}
+        by_metric = {name: RowScores([metrics["scores"][name] for metrics in found]) for name in names}
+        resampled = [metrics["replicates"] for metrics in found]
+        return by_metric | {names[0]: RowScores(by_metric[names[0]].by_seed, resampled)}
 
     def found_weights(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> dict[str, Any]:
         """Returns what a search found, candidate by candidate from the store where they are there."""

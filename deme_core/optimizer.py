@@ -23,7 +23,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], spec: TrainingSpec) -> t
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise InputError(
-            "finetune.optimizer adamw_8bit needs bitsandbytes; install it by pip install 'deme[bitsandbytes]', or set "
-            "adamw."
+            "finetune.optimizer adamw_8bit needs the package bitsandbytes, 0.50 or newer; install it beside DeMe, or "
+            "set adamw."
         ) from error
     return AdamW8bit(parameters, lr=spec.learning_rate, betas=spec.adam_betas, weight_decay=spec.weight_decay)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from deme_core.errors import ArtifactNotFoundError, RecipeError
 from deme_core.recipe import Recipe
@@ -79,8 +79,13 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """Returns the resolved recipe, every default filled in, as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Returns the resolved recipe as YAML, every default filled in but for those that digests leave out."""
+    return _yaml(recipe.model_dump(mode="json"))
+
+
+def spell_out_recipe(recipe: Recipe) -> str:
+    """Returns the resolved recipe as YAML with every key there is, those that `dump_recipe` leaves out too."""
+    return _yaml(_every_key(recipe))
 
 
 def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,6 +99,16 @@ def differing_settings(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[A
     names = dict.fromkeys(name for settings in flat for name in settings)
     values = {name: [settings.get(name) for settings in flat] for name in names}
     return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _every_key(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return {name: _every_key(getattr(value, name)) for name in type(value).model_fields}
+    return to_jsonable_python(value)
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claim import over_training_seeds, print_setting
+from benchmarks.claim import BASELINES, differences, print_setting
 from benchmarks.claim_cell import run_cell
 from benchmarks.gpu.parted_state import pack, unpack
 from benchmarks.laboratory import Laboratory
@@ -150,25 +150,26 @@ class Piece:
     def _merge_and_evaluate(self) -> dict[str, Any]:
         recipe = self._recipe("pretrained=" + json.dumps({"source": str(self._theta)}))
         cell = run_cell(recipe, self._options.merges, context=self._context, before_job=self._check_time)
-        print("One training seed, so the intervals of this table are over its three sampling seeds.")
         print_setting("CIFAR-10 (JPEG), 32 x 32", [cell], [0])
         row = next(row for row in cell.scores if row.startswith("merged"))
-        differences = {
-            name: {base: asdict(over_training_seeds([cell], name, base)) for base in ("pretrained", "finetuned")}
-            for name in cell.scores
+        found = {
+            name: {base: differences([cell], name, base) for base in BASELINES if base != name} for name in cell.scores
         }
         return {
-            "ratio": sum(cell.scores[row]) / sum(cell.scores["finetuned"]),
+            "ratio": sum(cell.scores[row].by_seed) / sum(cell.scores["finetuned"].by_seed),
             "goal": 1.0,
-            "holds": all(differences[row][base]["high"] < 0 for base in ("pretrained", "finetuned")),
+            "holds": all(each.high < 0 for against in found[row].values() for each in against.values()),
             "row": row,
             "metric": cell.metric,
             "device": _device_name(self._options.device),
             "toy": self._options.toy,
-            "scores": dict(cell.scores),
+            "scores": {name: list(scores.by_seed) for name, scores in cell.scores.items()},
             "weights": dict(cell.weights),
             "heldout": dict(cell.heldout),
-            "differences_over_sampling_seeds": differences,
+            "differences": {
+                name: {base: {drawn: asdict(each) for drawn, each in by.items()} for base, by in against.items()}
+                for name, against in found.items()
+            },
             **self.progress,
         }
 

@@ -328,7 +328,7 @@ def test_candidates_without_a_score_are_left_out_and_counted() -> None:
     log = replace(SEARCH, candidates=(first, replace(second, score=None), third))
     figure = search_chart(log).to_dict()
     by_weight = next(trace for trace in figure["data"] if trace.get("name") == "segment 1")
-    assert list(by_weight["x"]) == [first.weights[0], third.weights[0]]
+    assert list(by_weight["x"]) == [first.weights[1], third.weights[1]]
     assert [text.split(":")[0] for text in by_weight["text"]] == ["1", "3"]
     assert log.num_failed == 1
 

@@ -19,7 +19,10 @@ from deme_core.recipe_file import (
     flatten,
     load_recipe,
     recipe_names,
+    spell_out_recipe,
 )
+from deme_core.recipe_reference import recipe_sections
+from flows.cli import show_recipe
 
 CONTENT: dict[str, Any] = {
     "name": "tiny",
@@ -52,7 +55,9 @@ def message(name_or_path: str, *overrides: str) -> str:
 def test_every_recipe_that_comes_with_deme_loads_and_opens_with_its_command(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert find_recipe(name).read_text().startswith(f"# deme run {name}\n")
+    command, _, summary, *_ = find_recipe(name).read_text().splitlines()
+    assert command == f"# deme run {name}"
+    assert summary.endswith(".")  # `deme recipes list` prints this line.
 
 
 def test_deme_comes_with_recipes() -> None:
@@ -73,6 +78,36 @@ def test_a_written_recipe_spells_out_every_default(file: str) -> None:
     assert written["finetune"]["learning_rate"] == 5e-5
     assert written["evaluate"]["seeds"] == [1, 2, 3]
     assert written["merge"]["search"] is None
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_that_is_spelled_out_has_every_key_and_is_the_same_recipe(name: str, tmp_path: Path) -> None:
+    overrides = ["finetune.channel_projection=false", "finetune.lora.rank=2", "distill.num_steps=1"]
+    recipe = load_recipe(name, overrides)
+    text = spell_out_recipe(recipe)
+    (tmp_path / "written.yaml").write_text(text)
+    assert load_recipe(str(tmp_path / "written.yaml")) == recipe
+    assert dump_recipe(load_recipe(str(tmp_path / "written.yaml"))) == dump_recipe(recipe)
+    for model, path in recipe_sections().items():
+        section = yaml.safe_load(text)
+        for part in path.split(".") if path else ():
+            section = section and section[part]  # A section that is not set is null.
+        assert section is None or list(section) == list(model.model_fields), path
+
+
+def test_the_command_that_shows_a_recipe_spells_it_out(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show_recipe(file, ["finetune.num_steps=7"])
+    assert capsys.readouterr().out == spell_out_recipe(load_recipe(file, ["finetune.num_steps=7"]))
+
+
+def test_what_is_spelled_out_beyond_a_written_recipe_are_defaults(file: str) -> None:
+    recipe = load_recipe(file)
+    written, spelled = (flatten(yaml.safe_load(text)) for text in (dump_recipe(recipe), spell_out_recipe(recipe)))
+    assert {name: spelled[name] for name in written} == written
+    more = {name: spelled[name] for name in spelled if name not in written}
+    assert more["finetune.optimizer"] == "adamw"
+    assert more["evaluate.guidance_scale"] == 1.0
+    assert more["evaluate.reference_dataset"] is None
 
 
 def test_a_recipe_file_is_found_from_anywhere(file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

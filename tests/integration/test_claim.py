@@ -1,0 +1,137 @@
+"""The laboratory of the claim: what its verdict is made of, and that it does nothing twice."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import claim, claim_cell
+from benchmarks.laboratory import Laboratory
+from benchmarks.measurement import QUICK_OVERRIDES
+from deme_core.manifest import ArtifactRef
+from deme_core.recipe_file import load_recipe
+from deme_core.verdict import Interval, RowScores, image_difference, interval
+from tasks.jobs import (
+    ConfineJob,
+    EvaluateJob,
+    FinetuneJob,
+    GeneratedFeaturesJob,
+    GramsJob,
+    HeldoutJob,
+    Job,
+    JobResult,
+    MergeJob,
+)
+from tests.integration.test_benchmarks import last_line
+
+BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
+
+
+def cell(merged: list[float], baseline: list[float]) -> claim_cell.Cell:
+    rows = {"pretrained": baseline, "finetuned": baseline, "ensemble": baseline, "merged, cma_es": merged}
+    scores = {row: RowScores(by_seed) for row, by_seed in rows.items()}
+    return claim_cell.Cell("fid", scores, weights={"merged, cma_es": [0.5, 0.5]}, heldout={"pretrained": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("gains", "holds"),
+    [
+        ([1.0, 1.1, 0.9], True),
+        ([1.0, 1.1, -0.1], False),  # Better for two training seeds out of three is no claim.
+        ([-1.0, -1.1, -0.9], False),
+    ],
+)
+def test_the_claim_is_judged_over_training_seeds(
+    gains: list[float], holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = [cell([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
+    claim.print_setting("none", cells, [0, 1, 2])
+    claim.print_claim({"none": cells}, {"recipe": "toy"})
+    result = last_line(capsys.readouterr().out)
+    assert result["holds"] is holds
+    against = Interval(**result["differences"]["none"]["merged, cma_es"]["finetuned"]["training seeds"])
+    assert vars(against) == pytest.approx(vars(interval([-gain for gain in gains])))
+    assert result["ratio"] == pytest.approx(1 - sum(gains) * 3 / sum(map(sum, BASELINE)))
+
+
+def test_luck_that_all_training_seeds_share_is_no_claim() -> None:
+    # Each training seed gains as much on average, but by what the baseline drew under one sampling seed.
+    lucky = [cell([10.0, 10.0, 10.0], [10.0, 10.1, 13.0 + wobble]) for wobble in (0.0, 0.1, -0.1)]
+    found = claim.differences(lucky, "merged, cma_es", "pretrained")
+    assert found["training seeds"].high < 0 < found["sampling seeds"].high
+    # And with one training seed there is nothing to say of others.
+    steady = [cell([9.0, 9.1, 9.2], [10.0, 10.1, 10.2])]
+    assert set(claim.differences(steady, "merged, cma_es", "pretrained")) == {"sampling seeds"}
+
+
+@pytest.mark.parametrize("num_cells", [1, 2])
+def test_a_claim_needs_two_training_seeds(num_cells: int, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = [cell([9.0, 9.1, 9.2], [10.0, 10.1, 10.2]), cell([9.0, 9.1, 9.3], [10.0, 10.1, 10.2])][:num_cells]
+    claim.print_claim({"none": cells}, {"recipe": "toy"})
+    assert last_line(capsys.readouterr().out)["holds"] is (num_cells == 2)
+
+
+def test_resampled_images_of_all_training_seeds_are_one_interval() -> None:
+    def resampled(score: float, spread: float) -> RowScores:
+        return RowScores([score, score + 1], [[score - spread, score + spread], [score - spread, score + spread]])
+
+    rows = {"pretrained": resampled(10.0, 0.0), "merged": resampled(9.0, 0.5)}
+    cells = [claim_cell.Cell("fid", rows, weights={}, heldout={})] * 2
+    images = claim.differences(cells, "merged", "pretrained")["images"]
+    alone = image_difference(rows["merged"], rows["pretrained"])
+    assert (images.mean, images.low) == pytest.approx((-1.0, alone.low)), "the resamples are common: no more of them"
+
+
+def test_a_cell_does_nothing_twice_and_a_second_way_to_merge_only_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    done, do = list[Job](), Laboratory.do
+
+    def counted(laboratory: Laboratory, job: Job) -> JobResult:
+        result = do(laboratory, job)
+        if not result.cached:
+            done.append(job)
+        return result
+
+    monkeypatch.setattr(Laboratory, "do", counted)
+    recipe = load_recipe("digits", QUICK_OVERRIDES)
+    first = claim_cell.run_cell(recipe, ["cma_es"], soup=True)
+    assert set(first.scores) == {"pretrained", "finetuned", "merged, cma_es", "soup", "ensemble"}
+    trained = [job for job in done if isinstance(job, FinetuneJob)]
+    assert len(trained) == 2 + 1 + 2, "copies of segments, the control, copies of all timesteps"
+    assert len({job.finetune.seed for job in trained[-2:]}) == 2
+    done.clear()
+    assert claim_cell.run_cell(recipe, ["cma_es"], soup=True) == first
+    assert not done
+    more = claim_cell.run_cell(recipe, ["cma_es", "regmean"])
+    assert more.scores["merged, cma_es"] == first.scores["merged, cma_es"]
+    assert {type(job) for job in done} <= {
+        *(GramsJob, ConfineJob, MergeJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
+    }
+
+
+def test_the_deciding_metric_is_the_recipes_first_whatever_order_a_manifest_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = load_recipe("digits", ["evaluate.metrics=[kid,fid]", "evaluate.seeds=[1,2,3]"])
+    ref = ArtifactRef("file:///any/any/" + "0" * 64, "0" * 64)
+    scores = {"fd_efficientnet_lite0": 5.0, "kd_efficientnet_lite0": 0.1}
+    done = JobResult(ref, {"scores": scores, "replicates": [0.1, 0.2]}, True, 0.0, 0.0)
+    monkeypatch.setattr(Laboratory, "__init__", lambda self: setattr(self, "recipe", recipe))
+    monkeypatch.setattr(Laboratory, "do", lambda _self, _job: done)
+    found = Laboratory().scores_by_metric((ref,))  # type: ignore[call-arg]
+    assert list(found.items()) == [
+        ("kd_efficientnet_lite0", RowScores([0.1] * 3, [[0.1, 0.2]] * 3)),
+        ("fd_efficientnet_lite0", RowScores([5.0] * 3)),
+    ]
+    assert Laboratory().scores((ref,)) == [0.1] * 3  # type: ignore[call-arg]
+
+
+def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:
+    recipe = load_recipe("digits", [])
+    for name in claim_cell.ABLATIONS:
+        changed = load_recipe("digits", claim_cell.ablation_overrides(recipe, name))
+        in_all = changed.finetune.num_steps * changed.segments.num_segments
+        assert in_all == recipe.finetune.num_steps * recipe.segments.num_segments, name
+    assert load_recipe("digits", claim_cell.ablation_overrides(recipe, "N=8")).segments.num_segments == 8
