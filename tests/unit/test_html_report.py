@@ -208,7 +208,7 @@ def test_differences_carry_their_intervals_and_verdict(page: Page) -> None:
 def test_gate_and_costs_are_tables(page: Page) -> None:
     rows = page.rows()
     assert "segment 0 0 to 49 −1.57 % −1.80 % to −1.35 % 0.3 better merged" in rows
-    assert "segment 1 50 to 99 +1.00 % −1.00 % to +3.00 % 0 worse left out of the merge" in rows
+    assert "segment 1 50 to 99 +1.00 % −1.00 % to +3.00 % 0 too close to call left out of the merge" in rows
     assert "finetuning 3 1 1 min 01 s 2 min 02 s –" in rows
     assert "images and their features 8 all 0.5 s 0.5 s 1,200" in rows
     assert "whole run 11 9 1 min 15 s 2 min 03 s 1,200" in rows
