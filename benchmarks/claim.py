@@ -80,7 +80,8 @@ def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int
     for row in rows:
         means = [f"{fmean(cell.scores[row].by_seed):.4g}" for cell in cells]
         losses = [cell.heldout[row] for cell in cells if row in cell.heldout]
-        weights = "; ".join(", ".join(f"{w:.3g}" for w in cell.weights.get(row, ())[:8]) for cell in cells)
+        found = [cell.weights[row] for cell in cells if row in cell.weights]
+        weights = "; ".join(", ".join(f"{w:.3g}" for w in each[:8]) for each in found)
         lines.append((row, *means, f"{fmean(losses):.6f}" if losses else "", weights))
     metric = cells[0].metric
     columns = ("row", *(f"seed {seed}" for seed in training_seeds), "held-out loss", "weights")
