@@ -1,6 +1,6 @@
 """Mean and covariance of features, from all of them at once or batch by batch."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,6 +11,8 @@ from deme_core.errors import InputError, NonFiniteImagesError
 
 Features = npt.NDArray[np.floating[Any]]
 Float64Array = npt.NDArray[np.float64]
+
+_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +59,17 @@ class FeatureStatistics:
         return cls(mean=mean, covariance=scatter / (num - 1), num_images=num)
 
 
+def in_blocks(features: Features) -> Iterator[Features]:
+    """Yields features (n, D) as views (at most 1024, D), of which whoever copies needs little memory."""
+    for start in range(0, len(features), _ROWS):
+        yield features[start : start + _ROWS]
+
+
 def check_features(features: Features, *, at_least: int = 2) -> Features:
     """Returns features (n, D) if there are enough images and all values are finite (else InputError)."""
     if features.ndim != 2 or len(features) < at_least:
         raise InputError(f"Features must be of shape (at least {at_least} images, features), not {features.shape}.")
-    if num_bad := int((~np.isfinite(features).all(axis=1)).sum()):
+    if num_bad := sum(int((~np.isfinite(block).all(axis=1)).sum()) for block in in_blocks(features)):
         raise NonFiniteImagesError(
             f"The features of {num_bad} of {len(features)} images are NaN or infinite; check the extractor's weights."
         )

@@ -67,7 +67,7 @@ class Sampling:
         eta: noise of DDIM; 0 is deterministic.
         timestep_spacing: None keeps the scheduler config's.
         guidance_scale: of classifier-free guidance; 1 is none.
-        batch_size: images per batch; changes the speed only.
+        batch_size: images per batch; changes images by rounding alone.
         precision: autocast type of the denoiser; all else, as the scheduler's steps, is float32.
     """
 
@@ -121,6 +121,16 @@ class Sampling:
             return nullcontext()
         return torch.autocast(torch.device(device).type, dtype=_AUTOCAST[self.precision])
 
+    def convolutions(self) -> AbstractContextManager[Any]:
+        """Returns what images are made under: in fp32 without TF32, as features are extracted."""
+        if self.precision != "fp32":
+            return nullcontext()
+        # TF32 would let a GPU's images differ from a CPU's, under conditions that call both float32.
+        flags: AbstractContextManager[Any] = torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        )
+        return flags
+
 
 def initial_noise(
     seed: int, indices: Sequence[int], shape: Sequence[int]
@@ -162,21 +172,22 @@ def generate(
     for start in range(0, len(indices), sampling.batch_size):
         batch = indices[start : start + sampling.batch_size]
         scheduler = sampling.build_scheduler(adapter)  # Anew: some count their steps.
-        guidance = image_guidance(adapter, batch, prompts=prompts, scale=sampling.guidance_scale)
-        adapter.rest()
-        latents, generators = initial_noise(seed, batch, adapter.latent_shape)
-        latents = latents.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
-        finite = latents.new_ones(len(latents), dtype=torch.bool)
-        for timestep in scheduler.timesteps.tolist():
-            model = denoiser.model_at(adapter.noise_process.training_timestep(timestep))
-            timesteps = torch.full((len(latents),), timestep, device=device)
-            with sampling.autocast(device):
-                prediction = guidance.predict(adapter, model, latents, timesteps)
-            finite &= _are_finite(prediction)  # A scheduler that clips would hide it.
-            step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
-            latents = step.prev_sample
-        images = adapter.decode_latents(latents)
-        adapter.rest()
+        with sampling.convolutions():
+            guidance = image_guidance(adapter, batch, prompts=prompts, scale=sampling.guidance_scale)
+            adapter.rest()
+            latents, generators = initial_noise(seed, batch, adapter.latent_shape)
+            latents = latents.to(device) * getattr(scheduler, "init_noise_sigma", 1.0)
+            finite = latents.new_ones(len(latents), dtype=torch.bool)
+            for timestep in scheduler.timesteps.tolist():
+                model = denoiser.model_at(adapter.noise_process.training_timestep(timestep))
+                timesteps = torch.full((len(latents),), timestep, device=device)
+                with sampling.autocast(device):
+                    prediction = guidance.predict(adapter, model, latents, timesteps)
+                finite &= _are_finite(prediction)  # A scheduler that clips would hide it.
+                step = scheduler.step(prediction, timestep, latents, **sampling.step_settings(generators))
+                latents = step.prev_sample
+            images = adapter.decode_latents(latents)
+            adapter.rest()
         _check_finite(finite & _are_finite(images), seed)
         yield quantize(images)
 

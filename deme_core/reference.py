@@ -1,10 +1,11 @@
 """The reference: what scores need to know of the real images."""
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from deme_core.feature_statistics import (
     Float64Array,
     check_features,
     factor_of,
+    in_blocks,
     mean_and_factor,
 )
 
@@ -28,8 +30,9 @@ class Reference:
     """The features of the real images, or their statistics, with what every comparison needs computed once.
 
     Attributes:
-        features: (m, D), m >= 2; kept as float32, so that a saved reference scores as an unsaved one does. None where
-            the Fréchet distance is all that is wanted, which needs no more than ``given_statistics``.
+        features: (m, D), m >= 2; kept as float32, so that a saved reference scores as an unsaved one does; of a loaded
+            one memory-mapped. None where the Fréchet distance is all that is wanted, which needs no more than
+            ``given_statistics``.
         extractor_name: the extractor that made them; names the metrics.
         extractor_digest: digest of that extractor's weights and preprocessing.
         images_digest: digest of the real images.
@@ -46,7 +49,8 @@ class Reference:
         assert (self.features is None) != (self.given_statistics is None), "features or statistics, not both"
         if self.features is None:
             return
-        features = check_features(self.features).astype(np.float32)
+        features = check_features(self.features)
+        features = features.astype(np.float32, copy=features.flags.writeable)
         features.flags.writeable = False
         object.__setattr__(self, "features", features)
 
@@ -57,11 +61,11 @@ class Reference:
 
     @cached_property
     def statistics(self) -> FeatureStatistics:
-        """Mean and covariance of the features."""
+        """Mean and covariance of the features, of which a block at a time is copied."""
         if self.given_statistics is not None:
             return self.given_statistics
         assert self.features is not None
-        return FeatureStatistics.from_features(self.features)
+        return FeatureStatistics.from_batches(in_blocks(self.features))
 
     @cached_property
     def factor(self) -> Float64Array:
@@ -74,20 +78,17 @@ class Reference:
         """Write ``reference.safetensors`` into a folder, which is created, and return its path."""
         from safetensors.numpy import save_file
 
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {name: getattr(self, name) for name in _NAMES}
+        names = {name: getattr(self, name) for name in _NAMES}
         if self.features is not None:
-            tensors = {"features": self.features}
-        else:
-            tensors = {"mean": self.statistics.mean, "covariance": self.statistics.covariance}
-            content["num_images"] = self.num_images
-        metadata = {_METADATA_KEY: json.dumps(content, sort_keys=True)}
-        save_file(tensors, folder / REFERENCE_FILE, metadata=metadata)
+            return save_reference(folder, [self.features], num_images=self.num_images, **names)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {"mean": self.statistics.mean, "covariance": self.statistics.covariance}
+        save_file(tensors, folder / REFERENCE_FILE, metadata=_metadata(names | {"num_images": self.num_images}))
         return folder / REFERENCE_FILE
 
     @classmethod
     def load(cls, folder: Path) -> Self:
-        """Read what `save` wrote; a folder without it is an ArtifactNotFoundError."""
+        """Read what `save` wrote, features memory-mapped; a folder without it is an ArtifactNotFoundError."""
         from safetensors import safe_open
 
         path = folder / REFERENCE_FILE
@@ -97,6 +98,56 @@ class Reference:
             content = json.loads(file.metadata()[_METADATA_KEY])
             num_images = content.pop("num_images", None)
             if num_images is None:
-                return cls(file.get_tensor("features"), **content)
+                return cls(_map_features(path, file.get_slice("features").get_shape()), **content)
             statistics = FeatureStatistics(file.get_tensor("mean"), file.get_tensor("covariance"), num_images)
             return cls(None, **content, given_statistics=statistics)
+
+
+def save_reference(
+    folder: Path,
+    batches: Iterable[Features],
+    *,
+    num_images: int,
+    extractor_name: str,
+    extractor_digest: str = "",
+    images_digest: str = "",
+) -> Path:
+    """Write what `Reference.save` writes of features, of which one batch at a time is in memory; return its path.
+
+    Args:
+        folder: where to; it is created.
+        batches: features (B, D), cast to float32; must be finite (else InputError).
+        num_images: images in all of them.
+        extractor_name: as of `Reference`.
+        extractor_digest: as of `Reference`.
+        images_digest: as of `Reference`.
+    """
+    content = {"extractor_name": extractor_name, "extractor_digest": extractor_digest, "images_digest": images_digest}
+    folder.mkdir(parents=True, exist_ok=True)
+    done = 0
+    with (folder / REFERENCE_FILE).open("wb") as file:
+        for batch in batches:
+            if done == 0:
+                file.write(_header(content, (num_images, batch.shape[1])))
+            file.write(np.ascontiguousarray(check_features(batch, at_least=1), np.float32).data)
+            done += len(batch)
+    assert done == num_images, (done, num_images)
+    return folder / REFERENCE_FILE
+
+
+def _metadata(content: dict[str, Any]) -> dict[str, str]:
+    return {_METADATA_KEY: json.dumps(content, sort_keys=True)}
+
+
+def _header(content: dict[str, Any], shape: tuple[int, int]) -> bytes:
+    """The beginning of a safetensors file as that library writes it, which wants all features in memory at once."""
+    features = {"dtype": "F32", "shape": shape, "data_offsets": (0, 4 * shape[0] * shape[1])}
+    header = json.dumps({"__metadata__": _metadata(content), "features": features}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _map_features(path: Path, shape: Sequence[int]) -> Features:
+    """Features (m, D), the last of a file, read-only."""
+    offset = path.stat().st_size - 4 * shape[0] * shape[1]
+    return np.asarray(np.memmap(path, np.float32, mode="r", offset=offset, shape=tuple(shape)))

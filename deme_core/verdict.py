@@ -4,6 +4,7 @@ Every row is sampled from the same initial noise per seed, so the rows' scores a
 the seeds share cancels in their differences.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from deme_core.recipe_file import differing_settings
+
 Verdict = Literal["better", "worse", "too close to call"]
+
+_LONGEST_VALUE = 24  # Of a digest in a sentence, the beginning is enough.
 
 
 @dataclass(frozen=True)
@@ -93,12 +98,12 @@ def paired_difference(candidate: Sequence[float], baseline: Sequence[float], con
 def image_difference(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Interval:
     """Bootstrap interval of the mean difference over the generated images, paired by image.
 
-    With d̄ the mean over the seeds of candidate − baseline, and s* the standard deviation of d̄ over the resamples
+    With d̄ the mean over the seeds of candidate − baseline, and s* the standard deviation of d̄ over the B resamples
     of `deme_core.bootstrap`:
 
-        d̄ ± z((1 + confidence) / 2) · s*
+        d̄ ± t(B - 1, (1 + confidence) / 2) · s*
 
-    A normal interval and not one of percentiles: resampling shifts all replicates of a Fréchet distance upwards.
+    A Student interval and not one of percentiles: resampling shifts all replicates of a Fréchet distance upwards.
 
     Args:
         candidate: scores and replicates of one row.
@@ -114,10 +119,11 @@ def image_difference(candidate: RowScores, baseline: RowScores, confidence: floa
 
 
 def _bootstrap_interval(mean: float, replicates: npt.NDArray[np.float64], confidence: float) -> Interval:
-    """Returns mean ± z · s*, with s* the standard deviation over the resamples of the mean over seeds of (S, B)."""
-    from scipy.special import ndtri
+    """Returns mean ± t · s*, with s* the standard deviation over the resamples of the mean over seeds of (S, B)."""
+    from scipy.special import stdtrit
 
-    half_width = float(ndtri((1 + confidence) / 2)) * float(replicates.mean(axis=0).std(ddof=1))
+    quantile = float(stdtrit(replicates.shape[1] - 1, (1 + confidence) / 2))
+    half_width = quantile * float(replicates.mean(axis=0).std(ddof=1))
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
 
 
@@ -149,11 +155,17 @@ def _num_shared_resamples(*rows: RowScores) -> int:
     return min(len(replicates) for row in rows for replicates in row.replicates)
 
 
+def lacks_images(candidate: RowScores, baseline: RowScores) -> bool:
+    """Whether the interval over images is missing because one of two rows, and only one, was resampled."""
+    return (_num_shared_resamples(candidate) >= 2) != (_num_shared_resamples(baseline) >= 2)
+
+
 def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool, confidence: float = 0.95) -> Verdict:
     """Judge a candidate row against a baseline row.
 
     Where lower is better: 'better' if all intervals of `differences` lie below zero, 'worse' if all lie above; where
-    higher is better the other way round. Else 'too close to call'.
+    higher is better the other way round. Else 'too close to call', and so where `lacks_images`: the seeds alone decide
+    only where neither row was resampled.
 
     Args:
         candidate: scores, one per seed.
@@ -165,6 +177,8 @@ def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool
         The verdict on the candidate.
     """
     intervals = differences(candidate, baseline, confidence).values()
+    if lacks_images(candidate, baseline):
+        return "too close to call"
     if all(difference.high < 0 for difference in intervals):
         return "worse" if higher_is_better else "better"
     if all(difference.low > 0 for difference in intervals):
@@ -173,5 +187,14 @@ def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool
 
 
 def differing_conditions(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the conditions under which two evaluations differ; only if none do, scores compare."""
-    return sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
+    """Returns the conditions under which two evaluations differ; only if none do, scores compare.
+
+    Each is a dotted name with both values, as ``scheduler.clip_sample (true, false)``; null is one that is not set.
+    """
+    different = differing_settings([first, other])
+    return [f"{name} ({', '.join(map(_in_words, values))})" for name, values in sorted(different.items())]
+
+
+def _in_words(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"

@@ -6,7 +6,7 @@ from typing import Any
 from deme_core.errors import InputError
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
-from deme_core.verdict import RowScores, compare, differing_conditions
+from deme_core.verdict import RowScores, compare, differing_conditions, lacks_images
 from tasks.tracked_runs import check_tracking, find_report
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -23,7 +23,7 @@ def comparable_reports(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     Raises:
         InputError: there are fewer than two runs, one is unknown or named twice, or one was evaluated under other
-            conditions; names those that differ.
+            conditions; names those that differ, with their values.
     """
     if len(set(runs)) < 2:
         raise InputError("A comparison needs two runs.")
@@ -54,7 +54,9 @@ def _row(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, st
     metric = baseline["metric"]
     ours, theirs = (deciding_scores_of(each, metric) for each in (report, baseline))
     higher = higher_is_better(metric)
-    verdict = "baseline" if report is baseline else compare(ours, theirs, higher_is_better=higher)
+    verdict: str = "baseline" if report is baseline else compare(ours, theirs, higher_is_better=higher)
+    if lacks_images(ours, theirs):
+        verdict += " (only one of the two has resamples)"
     return {"recipe": report["recipe"], "model": report.get("model", name), **scores, "verdict": verdict}
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
-from deme_core.verdict import RowScores, compare, paired_difference
+from deme_core.verdict import RowScores, compare, lacks_images, paired_difference
 from tasks.patient_client import patient_client
 
 if TYPE_CHECKING:
@@ -140,6 +140,8 @@ def _decide(
     verdict = compare(scores, theirs, higher_is_better=higher_is_better(metric))
     difference = paired_difference(scores.by_seed, theirs.by_seed)
     numbers = f"{metric} {difference.mean:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+    if lacks_images(scores, theirs):
+        numbers += "; only one of the two has resamples, so run it with the champion's evaluate.num_bootstrap"
     return ("promoted" if verdict == "better" else "kept"), (
         f"against champion version {champion.version} it is {verdict} ({numbers})"
     )

@@ -48,7 +48,7 @@ def shared_conditions(rows: Rows, seeds: Sequence[int]) -> dict[str, Any]:
     """Returns all that the scores of all rows share.
 
     Raises:
-        DemeError: rows were evaluated under different conditions; names those that differ.
+        DemeError: rows were evaluated under different conditions; names those that differ, with their values.
     """
     conditions = [result.metrics["conditions"] for results in rows.values() for result in results]
     first = conditions[0]

@@ -68,6 +68,9 @@ def kernel_distance(
 def kernel_replicates(features: Features, real: Features, counts: Counts) -> Float64Array:
     """Unbiased squared MMD over pairs of different images, of every resample.
 
+    A resample of one image x alone, as half of those of two images are, has no pair. It stands for a model that makes
+    nothing else, all of whose pairs are k(x, x).
+
     Args:
         features: features of the generated images, (n, D); must be finite (else InputError).
         real: features of the real images, (m, D).
@@ -75,17 +78,20 @@ def kernel_replicates(features: Features, real: Features, counts: Counts) -> Flo
     """
     features = check_features(features)
     weights = counts.astype(np.float64)
-    within, across = np.zeros(len(counts)), np.zeros(len(counts))
+    within, across, alone = np.zeros((3, len(counts)))
     for start in range(0, len(features), _ROWS):
         block = features[start : start + _ROWS]
         own = weights[:, start : start + _ROWS]
         kernel = _cubic(block, features)
-        kernel[np.arange(len(block)), start + np.arange(len(block))] = 0.0
+        rows = np.arange(len(block))
+        alone += own @ kernel[rows, start + rows] / len(features)
+        kernel[rows, start + rows] = 0.0
         within += ((own @ kernel) * weights).sum(axis=1)
         across += own @ _cubic(block, real).mean(axis=1)
     # The sum of w_i w_j over different images is smaller than n (n − 1), since duplicates make no pair.
     pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
-    return within / pairs - 2 * across / len(features) + _mean_of_pairs(real)
+    within = np.where(pairs > 0, within / np.maximum(pairs, 1), alone)
+    return within - 2 * across / len(features) + _mean_of_pairs(real)
 
 
 def _mean_of_pairs(features: Features) -> float:

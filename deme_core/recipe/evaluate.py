@@ -39,7 +39,11 @@ class EvaluateSpec(Spec):
         description="Autocast type of the denoiser while it samples, a condition of all scores; the autoencoder and "
         "held-out losses stay fp32.",
     )
-    batch_size: int = Field(64, ge=1, description="Images per sampling batch; does not change the images.")
+    batch_size: int = Field(
+        64,
+        ge=1,
+        description="Images per sampling batch; another changes images by rounding alone, in single grey levels.",
+    )
     extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
         "inception", description="Feature extractor; distances are named after it."
     )
@@ -82,7 +86,9 @@ class EvaluateSpec(Spec):
         description="Real images of the reference, and of the search's, where they are not those of the training.",
     )
     num_bootstrap: int = Field(
-        100, ge=0, description="Resamples of the generated images for the verdict's second interval; 0 for none."
+        100,
+        ge=0,
+        description="Resamples of the generated images for the verdict's second interval, at least 2; 0 for none.",
     )
 
     @model_validator(mode="after")
@@ -94,6 +100,8 @@ class EvaluateSpec(Spec):
         if deciding_metric(self.metrics[0]) is None:
             able = ", ".join(metric for metric in METRICS if deciding_metric(metric))
             raise ValueError(f"metrics must begin with one of {able}: {self.metrics[0]} alone does not decide")
+        if self.num_bootstrap == 1:
+            raise ValueError("num_bootstrap must be 0 or at least 2: one resample has no spread")
         if needs_prompts(self.metrics) and self.prompts is None:
             raise ValueError("clip_score needs prompts; set evaluate.prompts to a text file with one per line")
         if self.extractor == "inception" and self.extractor_resolution not in (None, 299):

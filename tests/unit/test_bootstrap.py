@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from deme_core.bootstrap import resample
 from deme_core.feature_statistics import FeatureStatistics
 from deme_core.metrics import Comparison, Counts, MetricName, deciding_metric
 from deme_core.metrics.frechet import frechet_distance_to
+from deme_core.recipe import EvaluateSpec
 from deme_core.reference import Reference
 
 
@@ -62,6 +64,27 @@ def test_a_kernel_replicate_pairs_no_image_with_itself() -> None:
     among = np.mean([kernel(real[i], real[j]) for i in range(9) for j in range(9) if i != j])
     found = replicates("kid", features, Reference(real, "inception"), count)
     assert found[0] == pytest.approx(within - 2 * across + among, rel=1e-5)
+
+
+def test_a_kernel_replicate_of_one_image_is_that_of_a_model_that_makes_nothing_else() -> None:
+    features, real = draw(2, 4, seed=1), draw(9, 4, seed=2)
+    reference = Reference(real, "inception")
+    found = replicates("kid", features, reference, np.array([[2, 0], [1, 1], [0, 2]]))
+    # Two images that are alike have the same pairs, but are two.
+    for alone, image in ((found[0], features[0]), (found[2], features[1])):
+        twins = replicates("kid", np.stack([image, image]), reference, np.array([[1, 1]]))
+        assert alone == pytest.approx(twins[0], rel=1e-6)
+    for num_images in (2, 3, 4):
+        counts = resample(num_images, num_replicates=100, seed=1)
+        of_few = replicates("kid", draw(num_images, 4, seed=3), reference, counts)
+        assert np.isfinite(of_few).all()
+        assert of_few.std() > 0, "few images are no sure ones"
+
+
+def test_one_resample_is_refused() -> None:
+    assert [EvaluateSpec(num_images=2, num_bootstrap=number).num_bootstrap for number in (0, 2)] == [0, 2]
+    with pytest.raises(ValidationError, match="num_bootstrap must be 0 or at least 2"):
+        EvaluateSpec(num_images=2, num_bootstrap=1)
 
 
 def test_the_spread_of_replicates_is_that_of_fresh_image_sets() -> None:

@@ -1,9 +1,12 @@
+import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from deme_core.errors import ArtifactNotFoundError, DemeError
 from deme_core.feature_statistics import FeatureStatistics
@@ -11,7 +14,7 @@ from deme_core.metrics import METRICS, Comparison, MetricName, deciding_metric, 
 from deme_core.metrics import score as score_comparison
 from deme_core.metrics.frechet import frechet_distance, frechet_distance_to
 from deme_core.metrics.kernel import kernel_distance
-from deme_core.reference import Reference
+from deme_core.reference import Reference, save_reference
 
 
 def draw(num_images: int, num_features: int, *, seed: int, shift: float = 0.0) -> np.ndarray:
@@ -184,6 +187,34 @@ def test_a_reference_scores_the_same_after_a_round_trip(tmp_path: Path) -> None:
     assert loaded.save(tmp_path / "b").read_bytes() == path.read_bytes()
     with pytest.raises(ArtifactNotFoundError, match=r"reference\.safetensors"):
         Reference.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["inception", "efficientnet_lite0"])  # Headers of two lengths.
+def test_a_reference_written_in_batches_is_the_file_that_safetensors_writes(name: str, tmp_path: Path) -> None:
+    features = draw(40, 8, seed=1)
+    content = {"extractor_digest": "e" * 64, "extractor_name": name, "images_digest": "i" * 64}
+    save_file({"features": features}, tmp_path / "expected", metadata={"deme": json.dumps(content)})
+    batches = (features[:17], features[17:32].astype(np.float64), np.asfortranarray(features[32:]))
+    path = save_reference(tmp_path / "a", batches, num_images=40, **content)
+    assert path.read_bytes() == (tmp_path / "expected").read_bytes()
+    assert reference(features, name).save(tmp_path / "b").read_bytes() == path.read_bytes()
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        save_reference(tmp_path / "c", [features, features * np.float32(np.nan)], num_images=80, **content)
+
+
+def test_a_loaded_reference_is_reduced_without_its_features_in_memory(tmp_path: Path) -> None:
+    features = np.random.default_rng(1).standard_normal((40_000, 16)).astype(np.float32)
+    expected = FeatureStatistics.from_features(features)
+    reference(features).save(tmp_path)
+    tracemalloc.start()
+    try:
+        found = Reference.load(tmp_path).statistics
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < features.nbytes / 2
+    np.testing.assert_allclose(found.mean, expected.mean, atol=1e-12)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

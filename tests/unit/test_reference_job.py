@@ -1,5 +1,7 @@
 """Reference statistics by real jobs: sharded, built once, named by what they are of."""
 
+import tracemalloc
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,30 @@ def test_a_reference_does_not_depend_on_how_many_tasks_made_it(
     scale = np.abs(ours.statistics.covariance).max()
     np.testing.assert_allclose(theirs.statistics.mean, ours.statistics.mean, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(theirs.statistics.covariance, ours.statistics.covariance, atol=1e-9 * scale)
+
+
+def test_at_most_one_slice_of_the_features_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_images, rows = 640, 16
+    one_slice, whole = rows * 4096 * 4, num_images * 4096 * 4
+
+    def read_wide_features(_folders: object) -> Iterator[np.ndarray]:
+        for low in range(0, num_images, rows):
+            yield np.full((rows, 4096), low, np.float32)
+
+    machine = Machine(tmp_path)
+    machine.reference(metrics=("fid",), num_images=num_images)  # All but the features is loaded now.
+    monkeypatch.setattr("tasks.work.reference.read_features", read_wide_features)
+    tracemalloc.start()
+    try:
+        result = machine.reference(metrics=("fid", "kid"), num_images=num_images)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert not result.cached
+    assert peak < 4 * one_slice < whole / 8
+    features = machine.load(result).features
+    assert features is not None
+    assert (features[:: rows * 2, 0] == np.arange(0, num_images, rows * 2)).all()
 
 
 def test_a_reference_is_built_once(tmp_path: Path) -> None:

@@ -2,7 +2,17 @@ import math
 
 import pytest
 
-from deme_core.verdict import Interval, RowScores, Verdict, differences, interval, paired_difference, row_intervals
+from deme_core.verdict import (
+    Interval,
+    RowScores,
+    Verdict,
+    differences,
+    differing_conditions,
+    interval,
+    lacks_images,
+    paired_difference,
+    row_intervals,
+)
 from deme_core.verdict import compare as compare_either_way
 
 
@@ -90,7 +100,18 @@ def test_both_the_seeds_and_the_images_must_agree_on_a_verdict() -> None:
     assert compare(sure, baseline) == "better"
     assert compare(unsure, baseline) == "too close to call"
     assert set(differences(unsure, baseline)) == {"seeds", "images"}
-    assert compare(RowScores(scores), baseline) == "better"  # Nothing was resampled: the seeds alone decide.
+
+
+def test_the_seeds_alone_decide_only_where_neither_row_was_resampled() -> None:
+    scores, theirs = [9.8, 11.81, 13.79], [10.0, 12.0, 14.0]
+    plain, resampled = RowScores(scores), RowScores(theirs, replicates(*theirs, spread=0.01))
+    assert compare(plain, RowScores(theirs)) == "better"
+    for ours in (plain, RowScores(scores, [[], [], []]), RowScores(scores, [[score] for score in scores])):
+        assert lacks_images(ours, resampled)
+        assert lacks_images(resampled, ours)
+        assert compare(ours, resampled) == compare(resampled, ours) == "too close to call"
+        assert not lacks_images(ours, RowScores(theirs))
+    assert not lacks_images(resampled, resampled)
 
 
 def test_the_interval_over_images_is_centred_on_the_scores_not_on_the_replicates() -> None:
@@ -98,7 +119,8 @@ def test_the_interval_over_images_is_centred_on_the_scores_not_on_the_replicates
     candidate = RowScores([9.0, 11.0], replicates(25.0, 27.0, spread=0.1))
     difference = differences(candidate, baseline)["images"]
     assert difference.mean == pytest.approx(-1.0)
-    assert difference.high - difference.mean == pytest.approx(1.959964 * 0.1, rel=1e-5)
+    # The sample deviation of three resamples 0.1 apart is 0.1; t(2, 0.975) = 4.302653.
+    assert difference.high - difference.mean == pytest.approx(4.302653 * 0.1, rel=1e-5)
 
 
 def test_a_row_alone_has_both_intervals_around_its_own_score() -> None:
@@ -106,8 +128,15 @@ def test_a_row_alone_has_both_intervals_around_its_own_score() -> None:
     found = row_intervals(row)
     assert found["seeds"] == interval([10.0, 12.0, 14.0])
     assert found["images"].mean == 12.0
-    assert found["images"].high - 12.0 == pytest.approx(1.959964 * 0.3, rel=1e-5)
+    assert found["images"].high - 12.0 == pytest.approx(4.302653 * 0.3, rel=1e-5)
     assert set(row_intervals(RowScores([10.0, 12.0]))) == {"seeds"}
+
+
+def test_the_interval_over_images_has_the_quantile_of_its_resamples() -> None:
+    resamples = [*[1.0] * 50, *[-1.0] * 50]
+    found = row_intervals(RowScores([0.0, 0.0], [resamples, resamples]))["images"]
+    # t(99, 0.975) = 1.984217, from any printed table.
+    assert found.high == pytest.approx(1.984217 * math.sqrt(100 / 99), rel=1e-6)
 
 
 def test_rows_share_the_resamples_that_both_have() -> None:
@@ -116,3 +145,25 @@ def test_rows_share_the_resamples_that_both_have() -> None:
     longer = RowScores(scores, [[*values, 99.0] for values in replicates(*scores, spread=0.1)])
     assert differences(longer, baseline) == differences(RowScores(scores, replicates(*scores, spread=0.1)), baseline)
     assert set(differences(RowScores(scores, [[], []]), baseline)) == {"seeds"}
+
+
+def test_conditions_that_differ_are_named_to_the_leaf_with_both_values() -> None:
+    first = {
+        "eta": 0.0,
+        "scheduler": {"clip_sample": True, "beta_end": 0.02, "trained_betas": None},
+        "shape": [1, 8, 8],
+    }
+    other = {
+        "eta": 0.0,
+        "guidance_scale": 2.0,
+        "scheduler": {"clip_sample": False, "beta_end": 0.02, "timestep_spacing": "trailing"},
+        "shape": [1, 8, 8],
+        "reference": {"images": "a" * 64},
+    }
+    assert differing_conditions(first, first) == []
+    assert differing_conditions(first, other) == [
+        "guidance_scale (null, 2.0)",
+        f"reference.images (null, {'a' * 23}…)",
+        "scheduler.clip_sample (true, false)",
+        "scheduler.timestep_spacing (null, trailing)",
+    ]

@@ -1,0 +1,32 @@
+"""The table of several runs."""
+
+from typing import Any
+
+from tasks.comparison import comparison_table
+
+METRIC = "fd_efficientnet_lite0"
+
+
+def report(scores: list[float], replicates: list[list[float]]) -> dict[str, Any]:
+    bounds = {"mean": scores[1], "low": scores[0], "high": scores[2]}
+    return {
+        "recipe": "race",
+        "metric": METRIC,
+        "rows": {"merged": {METRIC: bounds}},
+        "scores": {"merged": {METRIC: scores}},
+        "replicates": {"merged": replicates},
+    }
+
+
+def verdict(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    table = comparison_table({"theirs": theirs, "ours": ours})
+    assert table["theirs"]["verdict"] == "baseline"
+    return table["ours"]["verdict"]
+
+
+def test_a_run_with_resamples_is_not_told_from_one_without() -> None:
+    lower, higher = [9.8, 11.81, 13.79], [10.0, 12.0, 14.0]
+    plain, resampled = report(higher, []), report(higher, [[score, score] for score in higher])
+    assert verdict(report(lower, []), plain) == "better"
+    assert verdict(report(lower, [[score, score] for score in lower]), resampled) == "better"
+    assert verdict(report(lower, []), resampled) == "too close to call (only one of the two has resamples)"
