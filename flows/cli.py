@@ -222,9 +222,9 @@ def generate(
         ),
     ] = None,
     guidance_scale: Annotated[float, typer.Option(min=1, help="Classifier-free guidance; 1 is none.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; does not change the images.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch; another changes rounding alone.")] = 64,
 ) -> None:
-    """Generate images as PNG files, the same for any batch size and machine count."""
+    """Generate images as PNG files: image i depends on model, seed and i, whoever makes it."""
     from flows.model_commands import generate_images
 
     generate_images(
