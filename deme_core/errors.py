@@ -118,7 +118,7 @@ class DamagedArtifactError(ChecksumMismatchError):
 
 
 class NonFiniteLossError(DemeError):
-    """The training loss became NaN or infinite.
+    """The training loss, or its gradient, became NaN or infinite.
 
     Attributes:
         run: what was being trained, e.g. ``segment 2 [500, 750)``.
@@ -128,7 +128,7 @@ class NonFiniteLossError(DemeError):
     def __init__(self, run: str, global_step: int) -> None:
         self.run, self.global_step = run, global_step
         super().__init__(
-            f"The loss of {run} is not finite at step {global_step}; lower finetune.learning_rate or use "
+            f"The loss of {run}, or its gradient, is not finite at step {global_step}; lower finetune.learning_rate or use "
             "mixed_precision: fp32."
         )
 

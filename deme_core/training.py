@@ -47,7 +47,8 @@ class TrainingProgress:
         diffusion_loss: mean squared error against the training target.
         consistency_loss: mean squared error against the teacher's prediction; 0 without one.
         learning_rate: of the last step.
-        grad_norm: L2 norm before clipping.
+        grad_norm: L2 norm before clipping, of the steps at which it was finite: fp16's gradient scaler skips all
+            others; 0 if it skipped every step.
         images_per_sec: training images per second.
         gpu_memory_gb: peak of allocated GPU memory, 10^9 bytes; 0 on CPU.
     """
@@ -179,7 +180,8 @@ class Training:
         Whoever iterates may stop at any record: what a checkpoint then holds is the state after that step.
 
         Raises:
-            NonFiniteLossError: a loss was NaN or infinite; raised before such a state could be saved.
+            NonFiniteLossError: a loss was NaN or infinite, or a gradient that no scaler skips; raised before such a
+                state could be saved.
             TimestepHistogramError: the timesteps drawn contradict the sampler.
             FrozenModelChangedError: the teacher is not what it was at the start.
         """
@@ -255,11 +257,14 @@ class Training:
     def _record(self, sums: _Sums) -> TrainingProgress:
         # Shares are of one size: the mean of their means is that of the whole batch.
         values = cast(torch.Tensor, self.accelerator.reduce(torch.stack(sums.steps), reduction="mean")).cpu()
-        finite = values[:, :2].isfinite().all(dim=1)
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
+        finite = values.isfinite()
+        # fp16's scaler skips a step whose gradients overflow; any other step they ruin.
+        sound = (finite if self.accelerator.scaler is None else finite[:, :2]).all(dim=1)
+        if not sound.all():
+            first = int((~sound).nonzero()[0])
             raise NonFiniteLossError(self.plan.label, self.global_step - len(values) + first + 1)
-        diffusion, consistency, grad_norm = values.mean(dim=0).tolist()
+        counts = finite.sum(dim=0).clamp(min=1)
+        diffusion, consistency, grad_norm = (torch.where(finite, values, 0.0).sum(dim=0) / counts).tolist()
         on_gpu = self.device.type == "cuda"
         return TrainingProgress(
             global_step=self.global_step,

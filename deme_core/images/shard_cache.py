@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.downloads import NUM_DOWNLOADS
-from deme_core.errors import DatasetError
-from deme_core.store import ObjectStore, StoredObject, local_errors
+from deme_core.errors import DatasetError, ObjectTooLargeError
+from deme_core.store import ObjectStore, StoredObject, check_space, local_errors, temporary_beside
 
 _SHARD, _RESERVED = ".shard", ".reserved"
 _WAIT_SEC = 0.2
@@ -38,28 +39,56 @@ class ShardCache:
         """Bring objects here, several at once; another process may push them out again at any time.
 
         Raises:
-            DatasetError: one is larger than the cache may be.
-            StoreUnavailableError: the store cannot be reached.
+            DatasetError: one is larger than the cache may be, or not of the size listed.
+            StoreUnavailableError: the store cannot be reached, or the disk has no room.
         """
         missing = [shard for shard in shards if not self._touch(shard)]
         if missing:
             with ThreadPoolExecutor(NUM_DOWNLOADS) as executor:
                 list(executor.map(self._download, missing))
 
+    @contextmanager
+    def reading(self, shard: StoredObject) -> Iterator[BinaryIO]:
+        """Give the copy of an object, open, which no process pushes out meanwhile; errors as of `fetch`."""
+        file: BinaryIO | None = None
+        while file is None:
+            self.fetch([shard])
+            # Under the lock, or it could be pushed out between the two calls.
+            with self._alone(), suppress(FileNotFoundError):
+                file = self.path(shard).open("rb")
+                fcntl.flock(file, fcntl.LOCK_SH)
+        with file:
+            yield file
+
+    def discard(self, shard: StoredObject) -> None:
+        """Remove the copy of an object, if there is one."""
+        self.path(shard).unlink(missing_ok=True)
+
     def _touch(self, shard: StoredObject) -> bool:
+        path = self.path(shard)
         try:
-            os.utime(self.path(shard))
+            os.utime(path)
+            return path.stat().st_size == shard.size
         except FileNotFoundError:
             return False
-        return True
 
     def _download(self, shard: StoredObject) -> None:
         place, reservation = self.path(shard), self._reserve(shard)
         try:
             if not self._touch(shard):
-                self._store.get_file(shard.key, place)
+                self._get(shard, place)
         finally:
             reservation.unlink(missing_ok=True)
+
+    def _get(self, shard: StoredObject, place: Path) -> None:
+        with local_errors(place), temporary_beside(place) as arrived:
+            for _ in range(2):  # It may have been cut on its way.
+                with suppress(ObjectTooLargeError):
+                    self._store.get_file(shard.key, arrived, max_bytes=shard.size)
+                    if arrived.stat().st_size == shard.size:
+                        arrived.replace(place)
+                        return
+        raise changed(f"{shard.key} at {self._store.uri}")
 
     def _reserve(self, shard: StoredObject) -> Path:
         """Returns a file that stands for bytes which are about to come, and takes none itself."""
@@ -68,6 +97,7 @@ class ShardCache:
         while True:
             with self._alone():
                 if self._make_room(shard.size):
+                    check_space(self._folder, shard.size)
                     reservation = self._folder / f"{os.getpid()}-{self.path(shard).stem}{_RESERVED}"
                     with local_errors(reservation):
                         reservation.touch()
@@ -94,8 +124,9 @@ class ShardCache:
         for _, size, path in sorted(kept):
             if total + num_bytes <= self.max_bytes:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if not _is_being_read(path):
+                path.unlink(missing_ok=True)
+                total -= size
         return total + num_bytes <= self.max_bytes
 
     @contextmanager
@@ -106,6 +137,20 @@ class ShardCache:
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def changed(what: str) -> DatasetError:
+    """Returns the error for what is not as it was listed or indexed."""
+    return DatasetError(f"{what} changed; leave tars as they are while they are used, and run again.")
+
+
+def _is_being_read(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:  # Any other: it is gone, or of another user.
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def _size(path: Path) -> int:

@@ -7,9 +7,11 @@ store, so that no other job and no other machine reads the tars for it again.
 import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import PIL
 import torch
@@ -18,7 +20,7 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import ArtifactNotFoundError, DatasetError
 from deme_core.images.draws import ShardWindows
 from deme_core.images.inspection import BROKEN, verdict
-from deme_core.images.shard_cache import ShardCache
+from deme_core.images.shard_cache import ShardCache, changed
 from deme_core.images.tars import CLASSES, JSON, TEXTS, Member, Sample, TarSource
 from deme_core.store import ObjectStore, StoredObject
 
@@ -118,23 +120,30 @@ class StreamedTars(TarSource):
                 self._samples.append(Sample(number, row["key"], {row["image"]: image} | texts, row["image"]))
                 self.verdicts.append(row["verdict"])
 
-    def _index(self, number: int) -> bytes:
-        """Returns the index of one tar, made now if nobody has."""
-        tar = self._objects[number]
+    def _index_key(self, tar: StoredObject) -> str:
         # A tar that is written anew is another tar; which images can be decoded depends on the version of Pillow.
         version = [_VERSION, self._store.uri, tar.key, tar.size, tar.modified.isoformat(), PIL.__version__]
         name = sha256_bytes(canonical_json([version, self._channels, self._image_column]).encode())
-        key = f"stream-index/{name}.json"
+        return f"stream-index/{name}.json"
+
+    def _index(self, number: int) -> bytes:
+        """Returns the index of one tar, made now if nobody has."""
+        tar = self._objects[number]
+        key = self._index_key(tar)
         try:
             return self._index_store.get_bytes(key)
         except ArtifactNotFoundError:
-            content = json.dumps(self._read_tar(tar), ensure_ascii=False).encode()
+            with self._shards.reading(tar) as file:
+                content = json.dumps(self._rows(tar, file), ensure_ascii=False).encode()
         self._index_store.put_bytes(key, content)
         return content
 
-    def _read_tar(self, tar: StoredObject) -> list[dict[str, object]]:
-        self._shards.fetch([tar])
-        local = TarSource([self._shards.path(tar)], self._shards.path(tar).parent, self._image_column)
+    def _rows(self, tar: StoredObject, file: BinaryIO) -> list[dict[str, object]]:
+        try:
+            local = TarSource([Path(tar.key)], Path(), self._image_column, file)
+        except DatasetError:
+            self._shards.discard(tar)  # Perhaps it was damaged on its way: the next run does not take this copy.
+            raise
         return [
             {
                 "key": sample.key,
@@ -166,25 +175,27 @@ class StreamedTars(TarSource):
         self._shards.fetch([self._objects[number] for number in shards])
 
     def read_member(self, member: Member) -> bytes:
-        """Read from the copy of the tar, where there is one; otherwise only these bytes from the store."""
+        """Read from the copy of the tar, where there is a whole one; otherwise only these bytes from the store."""
         if member.content is not None:
             return member.content
         tar = self._objects[member.tar]
-        try:
-            return self._pread(self._shards.path(tar), member)
-        except FileNotFoundError:
-            return self._store.get_range(tar.key, member.offset, member.size)
+        with suppress(FileNotFoundError):
+            content = self._pread(self._shards.path(tar), member)
+            if len(content) == member.size:
+                return content
+        return self._store.get_range(tar.key, member.offset, member.size)
 
     def read(self, index: int) -> bytes:
-        """Read the image of one sample.
+        """Read the image of one sample; where it is not the one that was indexed, once more from the store.
 
         Raises:
-            DatasetError: it is not the one that was indexed.
+            DatasetError: it is not that one there either. The next run indexes its tar anew.
         """
-        content = super().read(index)
-        expected = self.verdicts[index]
-        if not expected.startswith(BROKEN) and sha256_bytes(content) != expected:
-            raise DatasetError(
-                f"{self.name(index)} at {self._store.uri} changed; leave tars as they are while they are used."
-            )
-        return content
+        tar, expected = self._objects[self._samples[index].tar], self.verdicts[index]
+        for _ in range(2):
+            content = super().read(index)
+            if expected.startswith(BROKEN) or sha256_bytes(content) == expected:
+                return content
+            self._shards.discard(tar)  # It may have been damaged on its way, or on this disk.
+        self._index_store.delete(self._index_key(tar))  # And so may what was indexed.
+        raise changed(f"{self.name(index)} at {self._store.uri}")

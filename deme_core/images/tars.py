@@ -8,10 +8,11 @@ import json
 import os
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 from deme_core.errors import DatasetError
 from deme_core.images.source import IMAGE_SUFFIXES, LABEL, Column, folder_labels, is_hidden, stat_listing
@@ -47,17 +48,22 @@ class TarSource:
         tars: the files.
         root: the folder that names are relative to.
         image_column: extension of the images; None for the one image of each sample.
+        file: the only tar, already open; it is then read through this alone.
 
     Raises:
         DatasetError: a tar is damaged or compressed, or a sample has several images or two members of one name.
     """
 
-    def __init__(self, tars: Sequence[Path], root: Path, image_column: str | None = None) -> None:
-        self._tars, self._root, self._image_column = list(tars), root, image_column
+    _file: BinaryIO | None = None
+
+    def __init__(
+        self, tars: Sequence[Path], root: Path, image_column: str | None = None, file: BinaryIO | None = None
+    ) -> None:
+        self._tars, self._root, self._image_column, self._file = list(tars), root, image_column, file
         self.description = f"the tar {tars[0]}" if len(tars) == 1 else f"the {len(tars)} tars in {root}"
         self._samples: list[Sample] = []
         for number, tar in enumerate(self._tars):
-            for sample in _samples(tar, number).values():
+            for sample in _samples(tar, number, file).values():
                 if extension := self._image_extension(sample):
                     sample.image = extension
                     self._samples.append(sample)
@@ -128,17 +134,18 @@ class TarSource:
     def read_member(self, member: Member) -> bytes:
         """Read the bytes of one member."""
         try:
-            return self._pread(self._tars[member.tar], member)
+            content = self._pread(self._tars[member.tar], member)
         except OSError as error:
             raise DatasetError(f"Cannot read {self._tars[member.tar]} ({error.strerror}).") from error
-
-    def _pread(self, tar: Path, member: Member) -> bytes:
-        # Opened anew each time: processes would share one handle, and tars may be more than a process may hold.
-        with tar.open("rb", buffering=0) as file:
-            content = os.pread(file.fileno(), member.size, member.offset)
         if len(content) < member.size:
             raise DatasetError(f"{self._tars[member.tar]} was cut short; leave it as it is while a run uses it.")
         return content
+
+    def _pread(self, tar: Path, member: Member) -> bytes:
+        """Read a member, or what there is of it."""
+        # Opened anew each time: processes would share one handle, and tars may be more than a process may hold.
+        with nullcontext(self._file) if self._file is not None else tar.open("rb", buffering=0) as file:
+            return os.pread(file.fileno(), member.size, member.offset)
 
     def _image_extension(self, sample: Sample) -> str | None:
         if self._image_column is not None:
@@ -172,10 +179,10 @@ def is_tar_name(name: str) -> bool:
     return name.lower().endswith(TAR_SUFFIX) and not is_hidden(name)
 
 
-def _samples(tar: Path, number: int) -> dict[str, Sample]:
+def _samples(tar: Path, number: int, file: BinaryIO | None) -> dict[str, Sample]:
     """Return the samples of one tar by key, in the order in which their first members lie in it."""
     samples: dict[str, Sample] = {}
-    for member in _members(tar):
+    for member in _members(tar, file):
         path = PurePosixPath(member.name)
         stem, _, extension = path.name.lower().partition(".")
         if not extension or is_hidden(member.name):
@@ -188,9 +195,9 @@ def _samples(tar: Path, number: int) -> dict[str, Sample]:
     return samples
 
 
-def _members(tar: Path) -> Iterator[tarfile.TarInfo]:
+def _members(tar: Path, file: BinaryIO | None) -> Iterator[tarfile.TarInfo]:
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", file) as archive:
             for member in archive:
                 if member.isreg() and not member.issparse():
                     yield member

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from deme_core.data_parallel import Share, join
-from deme_core.errors import DemeError, InputError, WorkerDiedError
+from deme_core.errors import DemeError, InputError, WorkerDiedError, WorkerStoppedError
 from deme_core.settings import Settings
 from tasks.jobs import JOBS, Job
 from tasks.work.base import JobContext
@@ -73,7 +73,8 @@ def _start(
     order: dict[str, Any], device: str, lost: threading.Event, dismissed: threading.Event
 ) -> "subprocess.Popen[str]":
     process = subprocess.Popen(
-        [sys.executable, "-m", "tasks.work.ranks", "--device", device, "--threads", str(torch.get_num_threads())],
+        # -P: modules of the user's current folder are none of ours.
+        [sys.executable, "-P", "-m", "tasks.work.ranks", "--device", device, "--threads", str(torch.get_num_threads())],
         stdin=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
@@ -114,9 +115,11 @@ def main() -> None:
         join(share, point, arguments.device),
         context.scratch_folder() as out,
     ):
-        for record in work.run(job, context, out, order["digest"]):
-            if record.get("global_step") == record.get("num_steps", 0):
-                threading.Event().wait()  # What is left is for rank 0 alone, which ends this process.
+        with contextlib.suppress(WorkerStoppedError):
+            for record in work.run(job, context, out, order["digest"]):
+                if record.get("global_step") == record.get("num_steps", 0):
+                    break
+        threading.Event().wait()  # What is left to store is for rank 0 alone, which ends this process.
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from deme_core.images.draws import BatchSchedule
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from deme_core.settings import Settings
+from deme_core.store import FileStore
 from tasks.jobs import FinetuneJob, ImportJob, JobResult, PretrainJob
+from tasks.work import ranks
 from tasks.work.base import JobContext, execute
 from tests.family_method import two_classes
 from tests.integration.test_text_pretraining import TEXT_ENCODER
@@ -93,6 +95,15 @@ def test_two_processes_train_one_lora_whose_teacher_is_the_model_itself(tmp_path
         torch.testing.assert_close(two[name], factor, rtol=1e-3, atol=1e-5)
 
 
+def test_modules_of_the_current_folder_are_not_taken_for_those_of_deme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tasks.py").write_text("raise SystemExit('of the user')")
+    monkeypatch.chdir(tmp_path)
+    with _context(tmp_path / "home") as context:
+        execute(_job(context, tmp_path, batch_size=4, num_processes=2), context, lambda _: None)
+
+
 def test_two_processes_pretrain_a_model_that_takes_text(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     captioned = two_classes(tmp_path / "images").model_copy(update={"label_column": None})
@@ -150,10 +161,25 @@ class _SetLater(threading.Event):
 
 
 def test_sigterm_to_all_processes_leaves_a_checkpoint_of_the_step_they_are_at(
-    two: tuple[JobResult, dict[str, torch.Tensor]], tmp_path: Path
+    two: tuple[JobResult, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As a service manager sends it: to the worker, whose handler sets `stop`, and to its children."""
+    """As a service manager sends it: to the worker, whose handler sets `stop`, and to its children.
+
+    However long the checkpoint takes to store: the others wait for the end of that.
+    """
     records: list[dict[str, Any]] = []
+    exits: list[int] = []
+    put_file = FileStore.put_file
+
+    def put_slowly(store: FileStore, key: str, path: Path) -> None:
+        if getattr(context.stop, "times_asked", 0) >= 3 and path.suffix == ".safetensors":
+            with pytest.raises(psutil.TimeoutExpired):
+                _other_process().wait(5)
+        put_file(store, key, path)
+
+    monkeypatch.setattr(FileStore, "put_file", put_slowly)
+    monkeypatch.setattr(ranks, "_SECONDS_TO_NOTICE", 0.1)
+    monkeypatch.setattr("os._exit", exits.append)  # Of this process.
     with _context(tmp_path / "home") as context:
         job = _job(context, tmp_path, batch_size=4, num_processes=2)
 
@@ -164,6 +190,7 @@ def test_sigterm_to_all_processes_leaves_a_checkpoint_of_the_step_they_are_at(
 
         with pytest.raises(WorkerStoppedError):
             execute(job, context, take_away)
+        assert not exits
         context.stop = threading.Event()
         result = execute(job, context, records.append)
         (weights,) = context.fetch(result.ref).rglob("*.safetensors")

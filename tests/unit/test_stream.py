@@ -2,20 +2,27 @@
 
 import io
 import itertools
+import json
 import os
+import shutil
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from deme_core.errors import DatasetError
-from deme_core.images import ImageDataset, TrainingBatches, load_images, split_heldout
+from deme_core.errors import DatasetError, StoreUnavailableError
+from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
 from deme_core.images.draws import ShardWindows
+from deme_core.images.inspection import verdict
 from deme_core.images.shard_cache import ShardCache
 from deme_core.recipe import DatasetSpec
 from deme_core.store import FileStore
@@ -86,8 +93,8 @@ def test_the_cache_stays_under_its_bound_while_epochs_pass_through_it(
     fetched: list[str] = []
     get_file = FileStore.get_file
 
-    def watch(store: FileStore, key: str, path: Path) -> None:
-        get_file(store, key, path)
+    def watch(store: FileStore, key: str, path: Path, **bound: int) -> None:
+        get_file(store, key, path, **bound)
         fetched.append(key)
         assert _cached_bytes(tmp_path) <= 3 * TAR_BYTES + 1000
 
@@ -136,7 +143,7 @@ def test_a_resumed_run_sees_the_very_same_batches(tars: Path, tmp_path: Path) ->
 
 def test_the_index_is_made_once_for_all_machines(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = _load(tars, tmp_path)
-    monkeypatch.setattr(FileStore, "get_file", lambda *_: pytest.fail("a tar was read"))
+    monkeypatch.setattr(FileStore, "get_file", lambda *_, **__: pytest.fail("a tar was read"))
     spec_of_other = _load(tars, tmp_path, cache_gb=1)
     assert spec_of_other.fingerprint == first.fingerprint
 
@@ -170,6 +177,123 @@ def test_a_tar_that_changes_during_a_run_is_an_error(tars: Path, tmp_path: Path)
     (copy / "004.tar").write_bytes(bytes(content))
     with pytest.raises(DatasetError, match="changed"):
         dataset.image(4 * PER_TAR)
+
+
+def test_jobs_that_share_a_small_cache_index_tars_side_by_side(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most: list[int] = []
+
+    def slowly(*image: Any) -> str:
+        time.sleep(0.002)  # Long enough for the others to want the room.
+        most.append(_cached_bytes(tmp_path))
+        return verdict(*image)
+
+    monkeypatch.setattr(stream, "verdict", slowly)
+    monkeypatch.setattr(shard_cache, "_WAIT_SEC", 0.01)
+
+    def load(number: int) -> str:
+        spec = {"source": "webdataset", "path": tars.as_uri(), "resolution": 8, "stream": True, "stream_window": 1}
+        spec["cache_gb"] = 1.5 * TAR_BYTES / 1e9
+        index = FileStore(tmp_path / f"index-{number}")  # None finds what another one read.
+        return load_images(DatasetSpec.model_validate(spec), cache=tmp_path / "cache", index_store=index).fingerprint
+
+    with ThreadPoolExecutor(3) as executor:
+        fingerprints = list(executor.map(load, range(3)))
+    assert len(set(fingerprints)) == 1
+    assert max(most) <= 1.5 * TAR_BYTES
+
+
+def test_a_tar_that_is_being_read_is_not_pushed_out_and_survives_a_deleted_cache(tars: Path, tmp_path: Path) -> None:
+    store = FileStore(tars)
+    shards = sorted(store.list(""), key=lambda shard: shard.key)
+    cache = ShardCache(store, tmp_path / "shards", 2 * TAR_BYTES)
+    with cache.reading(shards[0]) as file:
+        cache.fetch(shards[1:2])
+        cache.fetch(shards[2:3])
+        assert [cache.path(shard).exists() for shard in shards[:3]] == [True, False, True]
+        shutil.rmtree(tmp_path / "shards")
+        assert file.read() == (tars / shards[0].key).read_bytes()
+
+
+def _damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1  # In the image of the first sample, which follows its header.
+    path.write_bytes(bytes(content))
+
+
+def _cut(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize("harm", [_damage, _cut])
+def test_a_copy_that_was_damaged_is_brought_again(tars: Path, tmp_path: Path, harm: Callable[[Path], None]) -> None:
+    dataset = _load(tars, tmp_path, cache_gb=1)
+    copies = list((tmp_path / "cache").rglob("*.shard"))
+    assert len(copies) == NUM_TARS
+    for path in copies:
+        harm(path)
+    again = _load(tars, tmp_path, cache_gb=1)
+    expected = _load(tars, tmp_path / "other")
+    for index in range(len(dataset)):
+        assert torch.equal(again.image(index), expected.image(index))
+    _batches(again, 0, 2 * len(again) // 4)
+    assert sorted(map(Path.read_bytes, copies)) == sorted(map(Path.read_bytes, tars.iterdir()))
+
+
+def test_a_copy_that_is_no_tar_is_not_kept(tars: Path, tmp_path: Path) -> None:
+    _load(tars, tmp_path, cache_gb=1)
+    for path in (tmp_path / "cache").rglob("*.shard"):
+        path.write_bytes(b"x" * TAR_BYTES)
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(DatasetError, match=r"Cannot read the tar \d{3}\.tar \(it is damaged"):
+        _load(tars, tmp_path, cache_gb=1)
+    assert len(list((tmp_path / "cache").rglob("*.shard"))) == NUM_TARS - 1
+
+
+def test_a_download_that_is_not_of_the_size_listed_is_repeated_once(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tars)
+    shard = next(iter(store.list("")))
+    cache, get_file, num_cut = ShardCache(store, tmp_path / "shards", TAR_BYTES), store.get_file, 1
+
+    def cut_first(key: str, path: Path, **bound: int) -> None:
+        nonlocal num_cut
+        get_file(key, path, **bound)
+        if num_cut:
+            num_cut -= 1
+            _cut(path)
+
+    monkeypatch.setattr(store, "get_file", cut_first)
+    cache.fetch([shard])
+    assert cache.path(shard).stat().st_size == TAR_BYTES
+    cache.discard(shard)
+    num_cut = 2
+    with pytest.raises(DatasetError, match="changed"):
+        cache.fetch([shard])
+    with pytest.raises(DatasetError, match="changed"):
+        cache.fetch([replace(shard, size=TAR_BYTES - 1)])
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == [".lock"]
+
+
+def test_an_index_that_is_wrong_is_made_anew_by_the_next_run(tars: Path, tmp_path: Path) -> None:
+    """As of a tar that was damaged on its way when it was indexed."""
+    expected = _load(tars, tmp_path).image(0)
+    found = list((tmp_path / "index" / "stream-index").iterdir())
+    (wrong,) = [path for path in found if '"0 0"' in path.read_text()]
+    rows = json.loads(wrong.read_text())
+    wrong.write_text(json.dumps([rows[0] | {"verdict": "0" * 64}, *rows[1:]]))
+    with pytest.raises(DatasetError, match="run again"):
+        _load(tars, tmp_path).image(0)
+    assert torch.equal(_load(tars, tmp_path).image(0), expected)
+
+
+def test_a_disk_without_room_for_a_tar_is_named(tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=TAR_BYTES - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(StoreUnavailableError, match="free space"):
+        _load(tars, tmp_path)
 
 
 def test_bytes_that_a_dead_process_had_reserved_are_free(tars: Path, tmp_path: Path) -> None:

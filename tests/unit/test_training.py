@@ -1,5 +1,6 @@
 import copy
 import itertools
+import math
 import sys
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -262,7 +263,7 @@ def test_moments_of_eight_bits_train_and_are_restored(tmp_path: Path) -> None:
 
 def test_the_eight_bit_optimizer_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(InputError, match=r"needs bitsandbytes; install it by pip install 'deme\[bitsandbytes\]'"):
+    with pytest.raises(InputError, match=r"needs the package bitsandbytes, 0\.50 or newer; install it"):
         build(optimizer="adamw_8bit")
 
 
@@ -422,6 +423,30 @@ def test_a_non_finite_loss_names_the_step_at_which_it_came(value: float, accumul
     assert caught.value.run == "segment 0 [0, 500)"
 
 
+def with_norms(training: Training, norms: Iterable[float], monkeypatch: pytest.MonkeyPatch) -> Training:
+    """Has a training find these norms in place of those of its gradients."""
+    given = map(torch.tensor, norms)
+    monkeypatch.setattr(training.accelerator, "clip_grad_norm_", lambda *_: next(given))
+    return training
+
+
+def test_steps_that_the_scaler_of_fp16_skips_count_in_no_mean_of_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    inf, nan = float("inf"), float("nan")
+    training = with_norms(build(num_steps=6, record_every=3), [inf, nan, inf, 3.0, inf, 1.0], monkeypatch)
+    training.accelerator.scaler = torch.amp.GradScaler("cpu", enabled=False)  # accelerate has none for a CPU.
+    assert [record.grad_norm for record in run(training)] == [0.0, 2.0]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_without_a_scaler_a_gradient_that_is_not_finite_is_an_error(
+    value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step has ruined the weights, though the loss was still finite."""
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(with_norms(build(num_steps=3), [1.0, value, 1.0], monkeypatch))
+    assert caught.value.global_step == 2
+
+
 def test_a_non_finite_loss_is_raised_before_the_step_of_the_checkpoint_is_yielded() -> None:
     training = build(
         source=lambda first: itertools.repeat(EncodedBatch(torch.full((4, 1, 8, 8), float("nan")), {})),
@@ -492,6 +517,7 @@ def test_every_precision_trains_and_resumes_on_a_gpu(tmp_path: Path, precision: 
         if progress.global_step == 3:
             save_checkpoint(training, tmp_path)
     assert progress.loss > 0
+    assert math.isfinite(progress.grad_norm)
     assert progress.gpu_memory_gb > 0
 
     resumed = build(model_with_everything(), **settings)
