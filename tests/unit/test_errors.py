@@ -24,7 +24,7 @@ def test_incompatible_checkpoints_are_described_by_what_differs_only() -> None:
 def test_a_non_finite_loss_names_run_step_and_mend() -> None:
     error = NonFiniteLossError("segment 2 [500, 750)", 17)
     assert (error.run, error.global_step) == ("segment 2 [500, 750)", 17)
-    assert "segment 2 [500, 750) is not finite at step 17; lower finetune.learning_rate" in str(error)
+    assert "segment 2 [500, 750), or its gradient, is not finite at step 17; lower finetune.learning_rate" in str(error)
 
 
 @pytest.mark.parametrize(
