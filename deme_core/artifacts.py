@@ -77,9 +77,16 @@ class ArtifactStore:
         Without one there is no artifact (ArtifactNotFoundError); a malformed one, or that of another artifact, is a
         ChecksumMismatchError.
         """
+        return self._parse(ref, self.manifest_text(ref))
+
+    def manifest_text(self, ref: ArtifactRef) -> bytes:
+        """Read the manifest as it is stored; ArtifactNotFoundError if there is none."""
+        return self.store.get_bytes(manifest_key(*self._locate(ref)))
+
+    def _parse(self, ref: ArtifactRef, text: bytes) -> Manifest:
         stage, digest = self._locate(ref)
         uri = f"{ref.uri}/manifest.json"
-        manifest = Manifest.from_json(self.store.get_bytes(manifest_key(stage, digest)), uri=uri)
+        manifest = Manifest.from_json(text, uri=uri)
         if (manifest.stage, manifest.digest) != (stage, digest):
             raise malformed(uri, f"it belongs to {manifest.stage}/{manifest.digest}")
         return manifest
@@ -150,10 +157,16 @@ class ArtifactStore:
         a DamagedArtifactError; a file that arrives otherwise each time, or a malformed manifest, is a
         ChecksumMismatchError. All name the object.
         """
+        return self.cached(ref) or self.bring(ref, self.manifest_text(ref))
+
+    def cached(self, ref: ArtifactRef) -> Path | None:
+        """Return the verified local copy, if there is one."""
         folder = self.cache.joinpath(*self._locate(ref))
-        if folder.is_dir():
-            return folder
-        manifest = self.manifest(ref)
+        return folder if folder.is_dir() else None
+
+    def bring(self, ref: ArtifactRef, text: bytes) -> Path:
+        """Return a verified local copy of what the text of a manifest promises; errors as of `fetch`."""
+        manifest, folder = self._parse(ref, text), self.cache.joinpath(*self._locate(ref))
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
             check_space(temporary, sum(file.size for file in manifest.files))
@@ -167,8 +180,16 @@ class ArtifactStore:
         return folder
 
     def withdraw(self, ref: ArtifactRef) -> None:
-        """Take a damaged artifact out of sight, so that its stage is run again; what is left of its files is swept."""
-        self.store.delete(manifest_key(*self._locate(ref)))
+        """Take an artifact with a damaged manifest out of sight, so that its stage is run again.
+
+        A manifest that is sound now, since another machine was here before, stays. What is left of the files is swept.
+        """
+        with suppress(ArtifactNotFoundError):
+            text = self.manifest_text(ref)
+            try:
+                self._parse(ref, text)
+            except ChecksumMismatchError:
+                self.store.delete_if(manifest_key(*self._locate(ref)), text)
 
     def remove(self, ref: ArtifactRef) -> None:
         """Remove an artifact and its local copy; a missing one is fine.
@@ -242,7 +263,7 @@ class ArtifactStore:
         first = self._receive(ref, file, path)
         if first is None:
             return
-        # Once more: the way from the store may be what does damage, and nothing is thrown away for that.
+        # Once more: the way from the store may be what does damage or loses it, and nothing is thrown away for that.
         second = self._receive(ref, file, path)
         if second is not None and second != first:
             raise ChecksumMismatchError(
@@ -259,8 +280,8 @@ class ArtifactStore:
         digest = hashlib.sha256()
         try:
             self.store.get_file(file.key, path, digest, max_bytes=file.size)
-        except ArtifactNotFoundError as error:
-            raise _damaged(ref, f"{uri} is lost") from error
+        except ArtifactNotFoundError:
+            return f"{uri} is lost"
         except ChecksumMismatchError as error:
             return str(error).rstrip(".")
         except ObjectTooLargeError:
@@ -314,17 +335,23 @@ def _move(folder: Path, place: Path) -> None:
 def fetch_or_withdraw(artifacts: ArtifactStore, ref: ArtifactRef) -> Path:
     """Fetch what a stage made; if it is damaged, take it out of the store, so that the next run makes it anew.
 
+    What another machine has put in its place meanwhile stays.
+
     Raises:
         DamagedArtifactError: it is damaged.
     """
+    if folder := artifacts.cached(ref):
+        return folder
+    text = artifacts.manifest_text(ref)
     try:
-        return artifacts.fetch(ref)
+        return artifacts.bring(ref, text)
     except DamagedArtifactError as error:
         try:
-            artifacts.withdraw(ref)
+            withdrawn = artifacts.store.delete_if(manifest_key(ref.stage, ref.digest), text)
         except DemeError:  # Whoever may not write there is told what is damaged.
             raise error from None
-        mend = "it was taken out of the store: run again, which makes it anew"
+        anew = "it was taken out of the store: run again, which makes it anew"
+        mend = anew if withdrawn else "another was put in its place meanwhile: run again"
         raise DamagedArtifactError(ref.uri, error.problem, mend) from error
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.errors import StoreUnavailableError
 from deme_core.store import ObjectStore, StoredObject, check_space, local_errors
 
 NUM_DOWNLOADS = 8
@@ -22,6 +23,10 @@ def download_once(store: ObjectStore, objects: Sequence[StoredObject], folder: P
     """Downloads objects into ``folder``, one process of this machine at a time; returns the folder.
 
     What an earlier call has already brought is kept, whole files only, also when that call was killed.
+
+    Raises:
+        StoreUnavailableError: the store cannot be reached, the disk has no room, or an object is smaller than listed.
+        ObjectTooLargeError: an object is larger than listed.
     """
     with _only_one_process(folder):
         _download(store, objects, folder)
@@ -30,7 +35,14 @@ def download_once(store: ObjectStore, objects: Sequence[StoredObject], folder: P
 
 def _download(store: ObjectStore, objects: Sequence[StoredObject], folder: Path) -> None:
     def get(item: StoredObject) -> None:
-        store.get_file(item.key, folder / item.key, max_bytes=item.size)
+        path = folder / item.key
+        store.get_file(item.key, path, max_bytes=item.size)
+        if not _is_there(path, item.size):
+            path.unlink()
+            raise StoreUnavailableError(
+                f"{store.uri}/{item.key} is smaller than the {item.size} bytes that were listed; run again, and leave "
+                "it as it is."
+            )
 
     missing = [item for item in objects if not _is_there(folder / item.key, item.size)]
     check_space(folder, sum(item.size for item in missing))

@@ -128,8 +128,8 @@ class NonFiniteLossError(DemeError):
     def __init__(self, run: str, global_step: int) -> None:
         self.run, self.global_step = run, global_step
         super().__init__(
-            f"The loss of {run}, or its gradient, is not finite at step {global_step}; lower finetune.learning_rate or use "
-            "mixed_precision: fp32."
+            f"The loss of {run}, or its gradient, is not finite at step {global_step}; lower finetune.learning_rate or "
+            "use mixed_precision: fp32."
         )
 
 

@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
-from deme_core.errors import ModelFolderError
+from deme_core.errors import ModelFolderError, StoreUnavailableError
 from deme_core.needed_files import needed_files
-from deme_core.store import open_store
+from deme_core.store import check_space, open_store
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -21,7 +21,7 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
 
     Raises:
         ModelFolderError: there is nothing under that name, or the hub cannot be reached.
-        StoreUnavailableError: the object store cannot be reached.
+        StoreUnavailableError: the object store cannot be reached, or the disk has no room for the model.
     """
     if "://" in source:
         return _fetch_uri(source, cache)
@@ -42,11 +42,19 @@ def _fetch_uri(uri: str, cache: Path) -> Path:
 
 
 def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
-    from huggingface_hub import list_repo_files, snapshot_download
+    from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
 
+    hub = Path(constants.HF_HUB_CACHE)
     try:
-        files = needed_files(list_repo_files(repo_id, revision=revision))
+        found = model_info(repo_id, revision=revision, files_metadata=True)
+        sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+        files = needed_files(sizes)
+        missing = [name for name in files if try_to_load_from_cache(repo_id, name, revision=found.sha) is None]
+        hub.mkdir(parents=True, exist_ok=True)
+        check_space(hub, sum(sizes[name] for name in missing), variable="HF_HOME")
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
+    except StoreUnavailableError:
+        raise
     except Exception as error:  # the hub client raises HTTP, cache, validation and OS errors of many kinds
         reason = str(error).splitlines()[0]
         raise ModelFolderError(

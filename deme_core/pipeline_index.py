@@ -7,6 +7,7 @@ from typing import Any
 
 from deme_core.errors import ModelFolderError
 from deme_core.families import FAMILIES, Adapter, Unconditional
+from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import INDEX_NAME, is_plain_name, read_json
 
 # In place of the index, beside the denoiser of a finetuned copy.
@@ -36,7 +37,8 @@ def read_index(path: Path) -> PipelineIndex:
     """Returns what the folder ``path`` holds.
 
     Raises:
-        ModelFolderError: the index is damaged, no family knows the pipeline, or a part that it needs is missing.
+        ModelFolderError: the index is damaged, no family knows the pipeline, a part that it needs is missing, or one is
+            of another library than diffusers and transformers.
     """
     if (path / COPY_NAME).is_file():
         copy = read_json(path / COPY_NAME)
@@ -61,8 +63,10 @@ def read_index(path: Path) -> PipelineIndex:
         raise ModelFolderError(f"{path} holds no {family.denoiser_part}, which a {pipeline} needs.")
     if family is Unconditional:
         return PipelineIndex(family)
-    if missing := [part for part in family.frozen_parts if not (path / part).is_dir()]:
+    if missing := [part for part in family.frozen_parts if part not in named or not (path / part).is_dir()]:
         raise ModelFolderError(f"{path} misses {', '.join(missing)}, which a {pipeline} needs.")
+    if issubclass(family, FrozenPartsAdapter):
+        family.classes(index, path / INDEX_NAME)
     parts = tuple(name for name in named if name not in (family.denoiser_part, "scheduler") and (path / name).is_dir())
     return PipelineIndex(family, pipeline, parts)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from boto3.exceptions import Boto3Error
 from boto3.session import Session
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError
+from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 
 from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, StoreUnavailableError
 from deme_core.store import (
@@ -79,7 +79,7 @@ class S3Store:
                 raise
         return True
 
-    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
         """Download a file, in parts side by side if it is large, all of one version of the object."""
         with self._errors(key), local_errors(path), temporary_beside(path) as temporary:
             temporary.touch()
@@ -87,18 +87,20 @@ class S3Store:
             sync(temporary)
             temporary.replace(path)
 
-    def _download(self, name: str, path: Path, digest: Digest | None, max_bytes: int | None) -> None:
+    def _download(self, name: str, path: Path, digest: Digest | None, max_bytes: int) -> None:
         try:
             first = self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes=0-{_PART_BYTES - 1}")
         except ClientError as error:
             if _status(error) == 416:  # An empty object has no first byte.
                 return
             raise
-        size = int(first.get("ContentRange", f"/{first['ContentLength']}").rpartition("/")[2])
-        if max_bytes is not None and size > max_bytes:
+        # Without a range the answer is the whole object. The length alone may be that of what a proxy passes on.
+        whole = "ContentRange" not in first
+        size = int(first["ContentLength"] if whole else first["ContentRange"].rpartition("/")[2])
+        if size > max_bytes:
             first["Body"].close()
             raise too_large(f"{self.uri}/{name.removeprefix(self._root)}", max_bytes)
-        version, got = first["ETag"], first["ContentLength"]
+        version, got = first["ETag"], size if whole else min(size, _PART_BYTES)
         rest = [
             self._threads.submit(self._get_part, name, path, low, min(low + _PART_BYTES, size), version)
             for low in range(got, size, _PART_BYTES)
@@ -130,7 +132,9 @@ class S3Store:
                 try:
                     with body:
                         for piece in body.iter_chunks(_PIECE_BYTES):
-                            file.write(piece)
+                            file.write(piece[: high - file.tell()])
+                    if file.tell() < high:  # Its headers announced no more, and so nobody missed the rest.
+                        raise IncompleteReadError(actual_bytes=file.tell() - low, expected_bytes=high - low)
                     return
                 except BotoCoreError:
                     failures = 0 if file.tell() > reached else failures + 1
@@ -188,6 +192,22 @@ class S3Store:
         """Delete; S3 does not mind a missing object."""
         with self._errors():
             self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+
+    def delete_if(self, key: str, data: bytes) -> bool:
+        """Delete the version that was just read; a server that knows no conditional deletes deletes any."""
+        name = self._name(key)
+        with suppress(ArtifactNotFoundError), self._errors(key):
+            answer = self._client.get_object(Bucket=self._bucket, Key=name)
+            if answer["ContentLength"] != len(data) or answer["Body"].read() != data:
+                answer["Body"].close()
+                return False
+            try:
+                self._client.delete_object(Bucket=self._bucket, Key=name, IfMatch=answer["ETag"])
+                return True
+            except ClientError as error:
+                if _status(error) not in (409, 412):
+                    raise
+        return False
 
     def discard_unfinished(self, before: datetime) -> None:
         """Abort old multipart uploads: their parts take space until then."""

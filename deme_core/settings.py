@@ -40,7 +40,7 @@ class Settings(BaseSettings):
     @property
     def tracking_place(self) -> str:
         """The same for messages: a database's URI may hold a password."""
-        return re.sub(r"://[^/]*@", "://…@", self.tracking_uri)
+        return re.sub(r"(password=)[^&]*", r"\1…", re.sub(r"://.*@", "://…@", self.tracking_uri))
 
     @property
     def mlflow_ui_url(self) -> str | None:

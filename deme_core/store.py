@@ -73,10 +73,10 @@ class ObjectStore(Protocol):
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Store bytes; with ``if_absent`` one writer of a race wins and the others get False."""
 
-    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
         """Download to ``path``, which appears whole or not at all; ArtifactNotFoundError if missing.
 
-        ``digest`` is given all bytes, in order, while others still arrive. With ``max_bytes`` a larger object is an
+        ``digest`` is given all bytes, in order, while others still arrive. An object larger than ``max_bytes`` is an
         ObjectTooLargeError, raised before it is downloaded. A store that keeps checksums of its own raises
         ChecksumMismatchError where they do not hold.
         """
@@ -95,6 +95,12 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object; a missing one is fine."""
+
+    def delete_if(self, key: str, data: bytes) -> bool:
+        """Remove an object if it still holds ``data``; whether it did.
+
+        A writer that comes between the look and the removal may lose what it wrote, unless the store can tell.
+        """
 
     def discard_unfinished(self, before: datetime) -> None:
         """Free what writers that died before that time left behind: not objects, but they take space."""
@@ -124,7 +130,7 @@ class FileStore:
         """Write bytes into the folder."""
         return self._put(key, BytesIO(data), if_absent=if_absent)
 
-    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
         """Copy a file out; a link would let a change of the copy reach the store."""
         with (
             self._errors(key),
@@ -168,6 +174,15 @@ class FileStore:
         with self._errors(), suppress(FileNotFoundError, NotADirectoryError):
             self._path(key).unlink()
 
+    def delete_if(self, key: str, data: bytes) -> bool:
+        """Remove a file that was just read; between the two is no time but that of a few system calls."""
+        with suppress(ArtifactNotFoundError), self._errors(key):
+            path = self._path(key)
+            if path.read_bytes() == data:
+                path.unlink()
+                return True
+        return False
+
     def discard_unfinished(self, before: datetime) -> None:
         """Remove old temporary files and old empty folders."""
         for path in self._walk(self.folder):
@@ -198,9 +213,9 @@ class FileStore:
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
 
-    def _open(self, key: str, max_bytes: int | None) -> BinaryIO:
+    def _open(self, key: str, max_bytes: int) -> BinaryIO:
         file = self._path(key).open("rb")
-        if max_bytes is not None and os.fstat(file.fileno()).st_size > max_bytes:
+        if os.fstat(file.fileno()).st_size > max_bytes:
             file.close()
             raise too_large(f"{self.uri}/{key}", max_bytes)
         return file
@@ -335,13 +350,19 @@ def system_errors(place: str, remedy: str) -> Iterator[None]:
         raise StoreUnavailableError(f"Cannot use {place} ({reason}); {first} or {remedy}.") from error
 
 
-def check_space(folder: Path, num_bytes: int) -> None:
-    """Raises StoreUnavailableError if the disk of a folder that exists has no room for so much."""
+def check_space(folder: Path, num_bytes: int, *, variable: str = "DEME_HOME") -> None:
+    """Raises StoreUnavailableError if the disk of a folder that exists has no room for so much.
+
+    Args:
+        folder: where it shall go.
+        num_bytes: how much.
+        variable: what moves the folder elsewhere.
+    """
     free = shutil.disk_usage(folder).free
     if num_bytes > free:
         raise StoreUnavailableError(
             f"Cannot use {folder.parent} ({num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free); free "
-            "space or point DEME_HOME elsewhere."
+            f"space or point {variable} elsewhere."
         )
 
 

@@ -91,7 +91,8 @@ def _prefect() -> str:
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         return "no PREFECT_API_URL: each run starts a temporary server"
-    from tasks.health import check_health
+    from tasks.health import check_api_address, check_health
 
+    check_api_address(address)
     check_health("PREFECT_API_URL", address)
     return address

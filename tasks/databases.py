@@ -110,7 +110,10 @@ def _start(arguments: Sequence[str], variables: Mapping[str, str], output: int |
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
     quiet = {"DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true", "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments], env={**kept, **quiet, **variables}, stdout=output, stderr=subprocess.STDOUT
+        [sys.executable, "-P", "-m", *arguments],
+        env={**kept, **quiet, **variables},
+        stdout=output,
+        stderr=subprocess.STDOUT,
     )
 
 

@@ -9,6 +9,12 @@ from deme_core.errors import InputError
 _POLL_SECONDS = 0.2
 
 
+def check_api_address(api_url: str) -> None:
+    """Raises InputError if the URL of Prefect's server holds a password, which would get into messages and logs."""
+    if "@" in api_url:
+        raise InputError("PREFECT_API_URL must hold no password; use PREFECT_API_AUTH_STRING.")
+
+
 def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
     """Returns once the server at ``address`` is healthy.
 

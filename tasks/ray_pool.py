@@ -23,6 +23,7 @@ from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
+from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
 from tasks.ray_node import JobFailedError, Mailbox, SentEnvironment, do_job, look_around
 from tasks.worker_pool import Report
@@ -72,10 +73,14 @@ class RayPool:
             import ray
             from prefect_ray import RayTaskRunner
         except ImportError as error:
-            raise InputError("execution.runner is ray, but Ray is not installed: pip install 'deme[ray]'.") from error
+            raise InputError(
+                "execution.runner is ray, but Ray is not installed: install ray[default] and prefect-ray beside DeMe, "
+                "as `make install` does."
+            ) from error
         self._check_address()
         with get_client(sync_client=True) as client:
             self._api_url = str(client.api_url)
+        check_api_address(self._api_url)
         self._stack.callback(ray.shutdown)
         self._runner = self._stack.enter_context(
             self._joined(lambda: RayTaskRunner(self._address, init_kwargs=self._init_options()))
@@ -136,15 +141,15 @@ class RayPool:
         self._store.put_bytes(key, b"seen")
         look = ray.remote(look_around)
         try:
-            nodes = {
-                f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})": look.options(
+            alive = [node for node in ray.nodes() if node["Alive"]]
+            answers = [
+                look.options(
                     num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 ).remote(self._environment, key, self._api_url)
-                for node in ray.nodes()
-                if node["Alive"]
-            }
-            for name, answer in nodes.items():
-                self._check_node(name, answer)
+                for node in alive
+            ]
+            for node, answer in zip(alive, answers, strict=True):
+                self._check_node(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answer)
         finally:
             self._store.delete(key)
 

@@ -20,6 +20,7 @@ from deme_core.errors import ArtifactNotFoundError, DemeError, InputError, Worke
 from deme_core.recipe import ExecutionSpec
 from deme_core.store import ObjectStore
 from tasks.error_messages import job_error
+from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
 from tasks.worker_pool import Report
 
@@ -49,9 +50,10 @@ class RemotePool:
         """Checks that the server knows the deployments of jobs.
 
         Raises:
-            InputError: it does not.
+            InputError: it does not, or its address holds a password.
         """
         with get_client(sync_client=True) as client:
+            check_api_address(str(client.api_url))
             for name in ("deme-job/cpu", *(["deme-job/gpu"] if self._gpu_stages else [])):
                 try:
                     client.read_deployment_by_name(name)

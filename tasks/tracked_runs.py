@@ -91,8 +91,7 @@ def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
 
 
 def check_tracking(settings: Settings) -> None:
-    """Raises InputError, in seconds, if a tracking server does not answer; a local database needs no check."""
-    if not settings.tracking_uri.startswith("http"):
-        return
+    """Raises InputError, in seconds, if a tracking server does not answer; a database is asked nothing."""
     check_address(settings)
-    check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)
+    if settings.tracking_uri.startswith("http"):
+        check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)

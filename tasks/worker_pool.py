@@ -158,7 +158,8 @@ class _Worker:
     def start(self) -> None:
         if self._process is not None and self._process.poll() is None:
             return
-        environment = os.environ | {"OMP_NUM_THREADS": str(self._slot.num_threads)}
+        # Else Python would import what lies in the folder where `deme` was called, in this process and its children.
+        environment = os.environ | {"OMP_NUM_THREADS": str(self._slot.num_threads), "PYTHONSAFEPATH": "1"}
         # Threads that spin while they wait slow a busy machine down many times over.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         environment.pop("MLFLOW_RUN_ID", None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from deme_core import artifacts as artifacts_module
 from deme_core import s3_store as s3_module
 from deme_core import store as store_module
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
@@ -59,7 +60,7 @@ class StoreContract:
 
     def test_an_empty_object_is_an_object(self, store: ObjectStore, tmp_path: Path) -> None:
         store.put_bytes("empty", b"")
-        store.get_file("empty", tmp_path / "empty")
+        store.get_file("empty", tmp_path / "empty", max_bytes=0)
         assert (tmp_path / "empty").read_bytes() == b""
 
     def test_a_part_comes_back(self, store: ObjectStore) -> None:
@@ -78,7 +79,7 @@ class StoreContract:
         source.write_bytes(os.urandom(20 * 2**20 + 1))
         store.put_file("large", source)
         digest = hashlib.sha256()
-        store.get_file("large", target, digest)
+        store.get_file("large", target, digest, max_bytes=source.stat().st_size)
         assert sha256_file(target) == sha256_file(source) == digest.hexdigest()
         assert [path.name for path in target.parent.iterdir()] == ["target"]
 
@@ -89,7 +90,7 @@ class StoreContract:
             with pytest.raises(ArtifactNotFoundError, match=f"{store.uri}/{key} "):
                 store.get_bytes(key)
             with pytest.raises(ArtifactNotFoundError, match=f"{store.uri}/{key} "):
-                store.get_file(key, tmp_path / "target")
+                store.get_file(key, tmp_path / "target", max_bytes=1)
         assert not list(tmp_path.glob("*target*")) and not list(tmp_path.glob(".tmp-*"))
 
     def test_what_is_too_large_to_be_read_at_once_is_refused(
@@ -108,6 +109,14 @@ class StoreContract:
         for _ in range(2):
             store.delete("a/b")
         assert not store.exists("a/b")
+        assert keys(store) == []
+
+    def test_only_what_is_still_there_is_deleted(self, store: ObjectStore) -> None:
+        store.put_bytes("a", b"new")
+        assert not store.delete_if("a", b"old")
+        assert store.get_bytes("a") == b"new"
+        assert store.delete_if("a", b"new")
+        assert not store.delete_if("a", b"new")
         assert keys(store) == []
 
     def test_list_takes_any_prefix(self, store: ObjectStore) -> None:
@@ -245,12 +254,60 @@ class ArtifactContract:
         assert (fetch_or_withdraw(artifacts, ref) / "unet" / "weights.safetensors").stat().st_size == 4096
         assert artifacts.sweep(ANY_AGE) == 2
 
+    def test_what_another_machine_made_anew_stays(
+        self, artifacts: ArtifactStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Two find the same damage; the other has computed and published anew before this one withdraws."""
+        ref, get_file = self.publish(artifacts, folder), artifacts.store.get_file
+        other = ArtifactStore(artifacts.store, tmp_path / "other")
+        artifacts.store.put_bytes(artifacts.manifest(ref).files[1].key, b"damaged")
+
+        def get_slowly(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
+            get_file(key, path, digest, max_bytes=max_bytes)
+            with monkeypatch.context() as patch:
+                patch.setattr(artifacts.store, "get_file", get_file)
+                if not other.cache.exists():
+                    with pytest.raises(DamagedArtifactError):
+                        fetch_or_withdraw(other, ref)
+                    self.publish(other, folder)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(artifacts_module, "_FILES_AT_ONCE", 1)
+            patch.setattr(artifacts.store, "get_file", get_slowly)
+            with pytest.raises(DamagedArtifactError, match="another was put in its place meanwhile"):
+                fetch_or_withdraw(artifacts, ref)
+        assert fetch_or_withdraw(artifacts, ref).is_dir()
+
+    def test_only_a_damaged_manifest_is_withdrawn(self, artifacts: ArtifactStore, folder: Path) -> None:
+        ref = self.publish(artifacts, folder)
+        artifacts.withdraw(ref)
+        assert artifacts.find("finetune", DIGEST) == ref
+        artifacts.store.put_bytes(f"finetune/{DIGEST}/manifest.json", b"damaged")
+        for _ in range(2):
+            artifacts.withdraw(ref)
+        assert artifacts.find("finetune", DIGEST) is None
+
+    def test_a_file_that_was_missed_once_is_looked_for_again(
+        self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ref, get_file, calls = self.publish(artifacts, folder), artifacts.store.get_file, list[str]()
+
+        def miss_once(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
+            calls.append(key)
+            if len(calls) == 1:
+                raise ArtifactNotFoundError(key)
+            get_file(key, path, digest, max_bytes=max_bytes)
+
+        monkeypatch.setattr(artifacts.store, "get_file", miss_once)
+        assert fetch_or_withdraw(artifacts, ref).is_dir()
+        assert len(calls) == 3
+
     def test_what_arrives_otherwise_each_time_stays(
         self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         ref, get_file = self.publish(artifacts, folder), artifacts.store.get_file
 
-        def garble(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+        def garble(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
             get_file(key, path, max_bytes=max_bytes)
             garbled = os.urandom(path.stat().st_size)
             path.write_bytes(garbled)
@@ -267,7 +324,7 @@ class ArtifactContract:
     ) -> None:
         ref, get_file, calls = self.publish(artifacts, folder), artifacts.store.get_file, list[str]()
 
-        def garble_once(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> None:
+        def garble_once(key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
             get_file(key, path, digest, max_bytes=max_bytes)
             calls.append(key)
             if len(calls) == 1:

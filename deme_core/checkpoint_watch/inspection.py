@@ -1,5 +1,6 @@
 """Whether a candidate holds a whole model, and which: its files are read here, and nowhere else in the watch."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -7,7 +8,7 @@ from typing import Literal
 
 from deme_core.checkpoint_watch.candidates import Candidate
 from deme_core.checkpoint_watch.parts import UnfinishedError, frozen_parts, model_files
-from deme_core.errors import ArtifactNotFoundError, ModelFolderError
+from deme_core.errors import ArtifactNotFoundError, ModelFolderError, ObjectTooLargeError
 from deme_core.store import ObjectStore, local_errors
 
 Outcome = Literal["waiting", "whole", "broken"]
@@ -45,18 +46,25 @@ def inspect(source: ObjectStore, candidate: Candidate, scratch: Path) -> Verdict
             scratch.mkdir(parents=True, exist_ok=True)
             temporary = TemporaryDirectory(dir=scratch)
         with temporary as local:
+            _check_space(Path(local), sum(candidate.files[name].size for name in names))
             for name in names:
-                source.get_file(candidate.key(name), Path(local, name))
+                source.get_file(candidate.key(name), Path(local, name), max_bytes=candidate.files[name].size)
             for part in frozen_parts(candidate):
                 Path(local, part).mkdir()
             _check_unchanged(source, candidate)
             return Verdict("whole", digest=_weights_digest(Path(local)))
     except UnfinishedError as error:
         return Verdict("waiting", str(error))
-    except ArtifactNotFoundError:
-        return Verdict("waiting", "a file went away while it was read")
+    except (ArtifactNotFoundError, ObjectTooLargeError):
+        return Verdict("waiting", "a file went away or grew while it was read")
     except ModelFolderError as error:
         return Verdict("broken", str(error))
+
+
+def _check_space(folder: Path, num_bytes: int) -> None:
+    """Makes a model that is too large wait alone: others than this machine's user fill the prefix."""
+    if num_bytes > (free := shutil.disk_usage(folder).free):
+        raise UnfinishedError(f"it takes {num_bytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free under DEME_HOME")
 
 
 def _check_unchanged(source: ObjectStore, candidate: Candidate) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from deme_core.checkpoint_watch.candidates import DENOISERS, MODEL_INDEX, Candidate
 from deme_core.errors import ModelFolderError
 from deme_core.model_json import parse_json, shard_names
-from deme_core.store import ObjectStore
+from deme_core.store import MAX_BYTES_AT_ONCE, ObjectStore
 
 # As in `deme_core.model_folder`, which imports torch.
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -31,8 +31,9 @@ def model_files(source: ObjectStore, candidate: Candidate) -> list[str]:
             if index and not any(index.get(part) for part in kind):
                 raise ModelFolderError(f"{MODEL_INDEX} names no {' or '.join(kind)}; DeMe needs one.")
             raise UnfinishedError(f"{name} is missing")
+        _check_size(candidate, name)
     for part, value in index.items():
-        if isinstance(value, list) and value[0] is not None and part not in (*DENOISERS, "scheduler"):
+        if isinstance(value, list) and len(value) == 2 and value[0] and part not in (*DENOISERS, "scheduler"):
             _check_frozen_part(source, candidate, part, library=str(value[0]), class_name=str(value[1]))
     weights = _weight_files(source, candidate, candidate.denoiser, _DIFFUSERS)
     return [*([MODEL_INDEX] if index else []), *candidate.configs, *weights]
@@ -74,4 +75,10 @@ def _shards(source: ObjectStore, candidate: Candidate, part: str, index: str) ->
 
 
 def _read_json(source: ObjectStore, candidate: Candidate, name: str) -> dict[str, Any]:
+    _check_size(candidate, name)
     return parse_json(source.get_bytes(candidate.key(name)), name)
+
+
+def _check_size(candidate: Candidate, name: str) -> None:
+    if (size := candidate.files[name].size) > MAX_BYTES_AT_ONCE:
+        raise ModelFolderError(f"{name} holds {size} bytes, which is no config.")

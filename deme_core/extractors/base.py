@@ -11,8 +11,9 @@ import numpy.typing as npt
 import torch
 
 from deme_core.digests import canonical_json, sha256_bytes, sha256_file
+from deme_core.downloads import download_once
 from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError
-from deme_core.store import open_store
+from deme_core.store import not_found, open_store
 
 # A CPU is fastest where activations fit its cache (64 images at 64 pixels); a GPU wants more at once.
 _PIXELS_PER_CHUNK_CPU, _PIXELS_PER_CHUNK_GPU = 2**18, 2**21
@@ -147,7 +148,10 @@ def local_file(weights: str, folder: Path, mend: str) -> Path:
     path = folder / sha256_bytes(weights.encode())[:16] / key
     try:
         if not path.is_file():
-            open_store(parent).get_file(key, path)
+            store = open_store(parent)
+            if not (found := [item for item in store.list(key) if item.key == key]):
+                raise not_found(weights)
+            download_once(store, found, path.parent)
     except (ArtifactNotFoundError, InputError) as error:
         raise unavailable(
             f"The extractor's weights {weights} cannot be had ({str(error).rstrip('.')})", mend

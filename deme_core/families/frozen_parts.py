@@ -1,9 +1,10 @@
 """What the families with frozen models have in common: how they are loaded, rest, and turn captions into tensors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +14,8 @@ from deme_core.families.adapter import Adapter
 from deme_core.model_json import INDEX_NAME, read_json
 
 _TEXT = "_text_pipeline"
+# An index may name any module, and whoever imports a module runs it.
+_LIBRARIES = ("diffusers", "transformers")
 
 
 class FrozenPartsAdapter(Adapter):
@@ -23,6 +26,26 @@ class FrozenPartsAdapter(Adapter):
     """
 
     parts_left_out: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def classes(cls, index: Mapping[str, Any], path: Path) -> dict[str, list[Any]]:
+        """Returns library and class of each part that is loaded, both None for one that the pipeline does without.
+
+        Args:
+            index: what the index of a pipeline holds.
+            path: what messages call it.
+
+        Raises:
+            ModelFolderError: a part is no class of diffusers or transformers.
+        """
+        unused = set(cls.parts_left_out) - set(cls.frozen_parts)
+        named = {name: part for name, part in index.items() if isinstance(part, list) and not name.startswith("_")}
+        parts = {name: part for name, part in named.items() if name not in unused}
+        for name, part in parts.items():
+            if part != [None, None] and not _is_class(part):
+                libraries = " and ".join(_LIBRARIES)
+                raise ModelFolderError(f"{path} says that {name!r} is {part}; only classes of {libraries} are loaded.")
+        return parts
 
     @property
     def text_pipeline(self) -> Any:
@@ -49,18 +72,25 @@ class FrozenPartsAdapter(Adapter):
 
     @property
     def _index(self) -> dict[str, list[Any]]:
-        index = read_json(self.frozen / INDEX_NAME)
-        return {name: part for name, part in index.items() if isinstance(part, list)}
+        return self.classes(read_json(self.frozen / INDEX_NAME), self.frozen / INDEX_NAME)
 
     def _load(self, part: str) -> Any:
         """Loads a frozen model, float32.
 
         Raises:
-            ModelFolderError: it does not hold all tensors of its class, which stock loaders start at random.
+            ModelFolderError: its library has no such class of models, or it does not hold all tensors of its class,
+                which stock loaders start at random.
         """
         library, class_name = self._index[part]
+        model_class: Any = getattr(import_module(library), class_name, None)
+        is_model = isinstance(model_class, type) and issubclass(model_class, torch.nn.Module)
+        if not is_model:
+            raise ModelFolderError(
+                f"{self.frozen / INDEX_NAME} says that {part} is a {class_name}, which is no model of {library} here; "
+                f"install another version of {library}."
+            )
         with _no_progress_bars():
-            model, info = getattr(import_module(library), class_name).from_pretrained(
+            model, info = model_class.from_pretrained(
                 self.frozen / part, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
             )
         if missing := sorted(info["missing_keys"]):
@@ -79,6 +109,10 @@ class FrozenPartsAdapter(Adapter):
     def release(self) -> None:
         """Forgets the text encoders."""
         vars(self).pop(_TEXT, None)
+
+
+def _is_class(part: list[Any]) -> bool:
+    return len(part) == 2 and part[0] in _LIBRARIES and isinstance(part[1], str) and part[1].isidentifier()
 
 
 @contextmanager

@@ -13,6 +13,9 @@ from deme_core.images.metadata import is_metadata_name, read_columns
 from deme_core.images.pixels import BrokenImageError
 from deme_core.images.source import Column, is_image_name, stat_listing
 
+# A few kilobytes of a zip may inflate to any size; no encoded image takes so much.
+_MAX_BYTES = 2**29
+
 
 class ZipSource:
     """All images of a zip, sorted by their path."""
@@ -59,13 +62,15 @@ class ZipSource:
             files = {name: self._content(name) for name in names}
             return read_columns(self._names, files, source=self.description)
         except BrokenImageError as error:
-            raise DatasetError(f"The metadata in {self.description} is damaged; pack it anew.") from error
+            raise DatasetError(f"The metadata in {self.description} cannot be read ({error}); pack it anew.") from error
 
     def _content(self, name: str) -> bytes:
         if self._process != os.getpid():
             self._open()  # Processes that share a file handle move each other's position.
+        if (size := self._zip.getinfo(name).file_size) > _MAX_BYTES:
+            raise BrokenImageError(f"inflates to {size} bytes")
         try:
-            return self._zip.read(name)
+            return self._zip.read(name)  # Never more than it declares.
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise BrokenImageError("damaged in the zip") from error
         except OSError as error:

@@ -1,7 +1,9 @@
 """A data set of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` understands."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 from deme_core.errors import DatasetError
@@ -18,6 +20,7 @@ class HubSource:
         self._column = spec.image_column
         self._table = _load(spec)
         self._images = _undecoded(self._table, self._column, self.description)
+        self._folders = [folder.resolve() for folder in _own_folders(spec)]
         self.listing = _listing(self._images, spec)
 
     def __len__(self) -> int:
@@ -28,7 +31,7 @@ class HubSource:
         return f"row {index}"
 
     def read(self, index: int) -> bytes:
-        """Encoded image, from the table or from the file it refers to."""
+        """Encoded image, from the table or from the file it refers to, which must be one of the data set's."""
         value = self._images[index][self._column] or {}
         encoded, path = value.get("bytes"), value.get("path")
         if encoded is not None:
@@ -36,12 +39,18 @@ class HubSource:
         if path is None:
             raise BrokenImageError("no image in this row")
         try:
-            return Path(path).read_bytes()
-        except OSError as error:
+            file = Path(os.path.realpath(path))
+            if any(map(file.is_relative_to, self._folders)) and S_ISREG(file.stat().st_mode):
+                return file.read_bytes()
+        except (OSError, ValueError) as error:
             raise DatasetError(
-                f"Row {index} of {self.description} refers to {path}, which cannot be read ({error.strerror}); "
-                "load the data set anew."
+                f"Row {index} of {self.description} refers to {path}, which cannot be read "
+                f"({getattr(error, 'strerror', error)}); load the data set anew."
             ) from error
+        raise DatasetError(
+            f"Row {index} of {self.description} refers to {path}, which is no file in the data set's folder or in the "
+            "caches of the hub; put the images into the data set, or use dataset.source: imagefolder."
+        )
 
     @property
     def columns(self) -> Sequence[str]:
@@ -78,6 +87,20 @@ def count_rows(spec: DatasetSpec) -> int | None:
             "dataset.image_column, caption_column and label_column."
         )
     return info.splits[spec.split].num_examples if info.splits else None
+
+
+def _own_folders(spec: DatasetSpec) -> Iterator[Path]:
+    """Yield where the files of a data set lie: any other that a row names is of this machine, and no business of its.
+
+    These are its own folder, and those that ``datasets`` and the client of the hub bring files into.
+    """
+    from datasets import config
+    from huggingface_hub import constants
+
+    if (folder := Path(str(spec.path)).expanduser()).is_dir():
+        yield folder
+    yield from map(Path, (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH))
+    yield Path(constants.HF_HUB_CACHE)
 
 
 def _load(spec: DatasetSpec) -> Any:

@@ -22,11 +22,15 @@ class SearchSpec(Spec):
         (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
     )
     initial_weight: float | None = Field(
-        None, gt=0, description="Where every weight starts, and the step of the fit; default 1/N; 1 with regmean and ties, and for "
-        "the control's scale whatever is said here."
+        None,
+        gt=0,
+        description="Where every weight starts, and the step of the fit; default 1/N; 1 with regmean and ties, and for "
+        "the control's scale whatever is said here.",
     )
     max_weight: float = Field(
-        2.0, gt=0, description="quadratic, tpe, cma_es: no weight is tried beyond it; no scale of the control beyond it or 2."
+        2.0,
+        gt=0,
+        description="quadratic, tpe, cma_es: no weight is tried beyond it; no scale of the control beyond it or 2.",
     )
     few_steps: int | None = Field(
         None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."

@@ -78,11 +78,12 @@ def deploy(
 ) -> None:
     """Register work pools, deployments and automations with the Prefect server of PREFECT_API_URL."""
     from flows.environment import make_folders
-    from tasks.health import check_health
+    from tasks.health import check_api_address, check_health
 
     address = os.environ.get("PREFECT_API_URL")
     if not address:
         raise DemeError('There is no PREFECT_API_URL; `deme up` starts a server, eval "$(deme env)" names it.')
+    check_api_address(address)
     make_folders()
     from flows.deploy import deploy as register
     from flows.deploy import import_flows

@@ -85,7 +85,7 @@ class DeployStart:
 
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self._log = log
-        command = [sys.executable, "-m", "flows.cli", "deploy", "--wait", f"{_SECONDS_TO_START:.0f}"]
+        command = [sys.executable, "-P", "-m", "flows.cli", "deploy", "--wait", f"{_SECONDS_TO_START:.0f}"]
         with local_errors(log):
             _, self.process = start_detached(command, environment=environment, folder=log.parent, log=log)
 

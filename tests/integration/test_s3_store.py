@@ -8,14 +8,15 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import pytest
 
 from deme_core import store as store_module
 from deme_core.errors import StoreUnavailableError
-from deme_core.store import ObjectStore, check_access, open_store
+from deme_core.s3_store import connect
+from deme_core.store import NoAnswerError, ObjectStore, check_access, open_store
 from tests.integration.conftest import S3Server
 from tests.store_contract import ArtifactContract, StoreContract, keys
 
@@ -156,6 +157,22 @@ def test_a_server_of_something_else_is_said(s3_server: S3Server, monkeypatch: py
     assert endpoint in message and "AWS_ENDPOINT_URL" in message
 
 
+def test_what_is_written_between_the_look_and_the_deletion_stays(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = connect(bucket, f"test-{uuid4().hex}")
+    store.put_bytes("key", b"old")
+    get_object = store._client.get_object
+
+    def get_and_replace(**arguments: Any) -> Any:
+        answer = get_object(**arguments)
+        store.put_bytes("key", b"new")
+        return answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._client, "get_object", get_and_replace)
+        assert not store.delete_if("key", b"old")
+    assert store.get_bytes("key") == b"new"
+
+
 class CuttingHandler(BaseHTTPRequestHandler):
     """Serves one object, and cuts the connection in the middle of every body that is larger than a megabyte."""
 
@@ -190,7 +207,7 @@ def test_a_body_that_is_cut_is_gone_on_with_and_a_changed_object_is_no_mixture(
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
         store, digest = open_store("s3://bucket"), hashlib.sha256()
-        store.get_file("key", tmp_path / "target", digest)
+        store.get_file("key", tmp_path / "target", digest, max_bytes=2**26)
         assert (tmp_path / "target").read_bytes() == CuttingHandler.content
         assert digest.digest() == hashlib.sha256(CuttingHandler.content).digest()
         assert len(CuttingHandler.cut) > 9
@@ -203,7 +220,41 @@ def test_a_body_that_is_cut_is_gone_on_with_and_a_changed_object_is_no_mixture(
 
         server.RequestHandlerClass = Changing
         with pytest.raises(StoreUnavailableError, match="412"):
-            store.get_file("key", tmp_path / "other")
+            store.get_file("key", tmp_path / "other", max_bytes=2**26)
+        server.shutdown()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+class ShorteningHandler(CuttingHandler):
+    """Serves less of a body than was asked for, and announces no more: nothing on the way sees that it ended early."""
+
+    most: ClassVar[int] = 2**20
+
+    def do_GET(self) -> None:
+        low, high = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        body = self.content[low : min(high + 1, low + self.most)]
+        self.send_response(206)
+        self.send_header("ETag", self.version)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Range", f"bytes {low}-{high}/{len(self.content)}")
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_body_that_ends_early_without_a_word_is_gone_on_with_or_said(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CuttingHandler, "content", os.urandom(17 * 2**20 + 5))
+    with ThreadingHTTPServer(("127.0.0.1", 0), ShorteningHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        store, digest = open_store("s3://bucket"), hashlib.sha256()
+        store.get_file("key", tmp_path / "target", digest, max_bytes=2**26)
+        assert (tmp_path / "target").read_bytes() == CuttingHandler.content
+        assert digest.digest() == hashlib.sha256(CuttingHandler.content).digest()
+        monkeypatch.setattr(ShorteningHandler, "most", 0)
+        with pytest.raises(NoAnswerError, match="IncompleteReadError"):
+            store.get_file("key", tmp_path / "other", max_bytes=2**26)
         server.shutdown()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
@@ -218,7 +269,7 @@ def test_every_method_says_what_is_wrong(
         lambda: store.put_file("key", tmp_path / "source"),
         lambda: store.put_bytes("key", b"1"),
         lambda: store.put_bytes("key", b"1", if_absent=True),
-        lambda: store.get_file("key", tmp_path / "target"),
+        lambda: store.get_file("key", tmp_path / "target", max_bytes=1),
         lambda: store.get_bytes("key"),
         lambda: store.exists("key"),
         lambda: list(store.list("")),

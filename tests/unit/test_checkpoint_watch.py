@@ -10,6 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from deme_core.checkpoint_watch.look import Finding, look, open_prefix
 from deme_core.errors import DemeError, InputError, StoreUnavailableError
 from deme_core.model_digest import model_digest
 from deme_core.model_folder import WEIGHTS_NAME, load_denoiser, open_model_folder
-from deme_core.store import FileStore, StoredObject
+from deme_core.store import Digest, FileStore, StoredObject
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 from tests.tiny_pipelines import save_pipeline
 from tests.unit.test_model_folder import flatten, pickle_weights, shard
@@ -43,9 +44,9 @@ class CountingStore(FileStore):
         self.calls["list"] += 1
         return super().list(prefix)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
         self.calls["get_file"] += 1
-        super().get_file(key, path)
+        super().get_file(key, path, digest, max_bytes=max_bytes)
 
     def get_bytes(self, key: str) -> bytes:
         self.calls["get_bytes"] += 1
@@ -237,8 +238,8 @@ def test_times_in_the_future_do_not_make_a_folder_wait_for_ever(watched: Watched
 class GrowingStore(FileStore):
     """A file grows while the folder is downloaded."""
 
-    def get_file(self, key: str, path: Path) -> None:
-        super().get_file(key, path)
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
+        super().get_file(key, path, digest, max_bytes=max_bytes)
         if key.endswith(WEIGHTS_NAME):
             with (self.folder / key).open("ab") as file:
                 file.write(b"more")
@@ -247,15 +248,58 @@ class GrowingStore(FileStore):
 class VanishingStore(FileStore):
     """The folder goes away before it is read."""
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
         shutil.rmtree(self.folder / "a", ignore_errors=True)
-        super().get_file(key, path)
+        super().get_file(key, path, digest, max_bytes=max_bytes)
 
 
 @pytest.mark.parametrize("store", [GrowingStore, VanishingStore])
 def test_a_change_during_the_download_waits(watched: Watched, store: type[FileStore]) -> None:
     watched.add("a")
     assert watched.look(store(watched.folder))["a"].look.verdict.outcome == "waiting"
+
+
+class SwellingStore(FileStore):
+    """The weights become larger than they were listed, before they are read."""
+
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
+        if key.endswith(WEIGHTS_NAME):
+            os.truncate(self.folder / key, 10**10)  # A hole, which takes no space.
+        super().get_file(key, path, digest, max_bytes=max_bytes)
+        assert path.stat().st_size < 10**6
+
+
+def test_no_file_is_read_beyond_its_listed_size(watched: Watched) -> None:
+    watched.add("a")
+    assert watched.look(SwellingStore(watched.folder))["a"].look.verdict.outcome == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "outcome", "reason"),
+    [
+        (f"unet/{WEIGHTS_NAME}", 10**12, "waiting", "it takes 1000.0 GB, and"),
+        ("unet/config.json", 10**9, "broken", "unet/config.json holds 1000000000 bytes, which is no config"),
+        ("model_index.json", 10**9, "broken", "model_index.json holds 1000000000 bytes, which is no config"),
+    ],
+)
+def test_a_huge_file_is_not_read_and_stops_no_other_folder(
+    watched: Watched, name: str, size: int, outcome: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**11))
+    watched.add("b", seed=1)
+    os.truncate(watched.add("a") / name, size)  # A hole, which takes no space.
+    watched.date(watched.folder / "a")
+    found = watched.look()
+    assert found["b"].look.verdict.outcome == "whole"
+    assert found["a"].look.verdict.outcome == outcome
+    assert str(found["a"].look.verdict.reason).startswith(reason)
+
+
+def test_an_index_with_an_empty_part_stops_no_look(watched: Watched) -> None:
+    path = watched.add("a")
+    replace_text("model_index.json", "{", '{"vae": [], ')(path)
+    watched.date(path)
+    assert watched.look()["a"].look.verdict.outcome == "whole"
 
 
 def truncate(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from hypothesis import strategies as st
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.checkpoint import Checkpoint
-from deme_core.errors import ChecksumMismatchError, DemeError
+from deme_core.errors import ChecksumMismatchError, DemeError, ModelFolderError
 from deme_core.manifest import ArtifactRef, Manifest
 from deme_core.model_folder import load_denoiser, open_model_folder
 from deme_core.recipe_file import dump_recipe, load_recipe
 from deme_core.store import FileStore
 from tests.tiny_models import one_level_unet, write_tiny_folder
+from tests.tiny_pipelines import save_pipeline
 from tests.unit.test_artifacts import DIGEST, MANIFEST
 from tests.unit.test_recipe import MINIMAL
 
@@ -283,6 +285,56 @@ def test_a_part_outside_its_folder_is_refused(tmp_path: Path, part: str) -> None
     (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(DemeError, match="model_index"):
         open_model_folder(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pipeline("StableDiffusionPipeline", tmp_path_factory.mktemp("pipeline") / "model")
+
+
+@pytest.mark.parametrize("name", ["vae", "text_encoder", "tokenizer", "scheduler"])
+@pytest.mark.parametrize(
+    "part",
+    [["evil", "Model"], ["transformers.evil", "Model"], ["diffusers", "a.b"], ["diffusers", None], ["x"], [3, 4], [[]]],
+)
+def test_a_part_of_a_foreign_library_is_refused(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: list[Any]
+) -> None:
+    (tmp_path / "evil.py").write_text("raise SystemExit('the module ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = shutil.copytree(pipeline_folder, tmp_path / "model")
+    adapter = open_model_folder(folder).adapter()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {name: part}))
+    with pytest.raises(ModelFolderError, match=r"only classes|misses"):
+        open_model_folder(folder)
+    # As the frozen parts of a copy, which are in another folder than the one that was opened.
+    for load in (lambda: adapter.vae, lambda: adapter.encode_prompts(["a cat"])):
+        with pytest.raises(ModelFolderError, match=r"model_index.*only classes of diffusers and transformers"):
+            load()
+
+
+@pytest.mark.parametrize("class_name", ["NoSuchModel", "pipelines", "DDIMScheduler", "DiffusionPipeline"])
+def test_a_part_that_is_no_model_of_its_library_is_refused(
+    pipeline_folder: Path, tmp_path: Path, class_name: str
+) -> None:
+    folder = shutil.copytree(pipeline_folder, tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", class_name]}))
+    with pytest.raises(ModelFolderError, match=f"{class_name}, which is no model of diffusers"):
+        _ = open_model_folder(folder).adapter().vae
+
+
+@settings(parent=quick, max_examples=20)
+@given(data=st.data())
+def test_a_mutated_index_of_a_pipeline_is_read_or_refused(pipeline_folder: Path, data: st.DataObject) -> None:
+    path = pipeline_folder / "model_index.json"
+    original = path.read_text()
+    try:
+        path.write_text(json.dumps(data.draw(mutated(json.loads(original)))))
+        only_deme_errors(lambda: open_model_folder(pipeline_folder).frozen_files())
+    finally:
+        path.write_text(original)
 
 
 @pytest.mark.parametrize("digest", ["../../etc", 3, None, "x" * 64, ["a"]])

@@ -12,7 +12,16 @@ import torch
 from PIL import Image, ImageOps
 
 from deme_core.errors import DatasetError
-from deme_core.images import CropsInMemory, ImageDataset, TrainingBatches, batches, load_images, normalize, source
+from deme_core.images import (
+    CropsInMemory,
+    ImageDataset,
+    TrainingBatches,
+    archive,
+    batches,
+    load_images,
+    normalize,
+    source,
+)
 from deme_core.images.remote import FileKind, fetch_images
 from deme_core.recipe import DatasetSpec
 
@@ -233,6 +242,28 @@ def test_a_damaged_member_of_a_zip_is_a_broken_image(folder: Path, tmp_path: Pat
     assert load(path, tmp_path, skip_broken=True).num_skipped == 1
 
 
+@pytest.mark.parametrize("name", ["a/0.png", "metadata.jsonl"])
+def test_a_member_that_inflates_beyond_any_image_is_not_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(archive, "_MAX_BYTES", 2**20)
+    (folder / name).write_bytes(bytes(2**20 + 1))
+    path = zipped(folder, tmp_path / "images.zip")
+    assert path.stat().st_size < 2**17
+    with pytest.raises(DatasetError, match=r"inflates to 1048577 bytes"):
+        load(path, tmp_path, caption_column="text")
+    if name.endswith(".png"):
+        assert load(path, tmp_path, skip_broken=True).num_skipped == 1
+
+
+def test_a_member_that_inflates_to_more_than_it_declares_is_broken(folder: Path, tmp_path: Path) -> None:
+    (folder / "a" / "0.png").write_bytes(bytes(2**20))
+    path = zipped(folder, tmp_path / "images.zip")
+    path.write_bytes(path.read_bytes().replace((2**20).to_bytes(4, "little"), (99).to_bytes(4, "little")))
+    with pytest.raises(DatasetError, match=r"a/0.png \(damaged in the zip\)"):
+        load(path, tmp_path)
+
+
 def test_a_store_prefix_and_its_zip_hold_the_same_images(folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     shutil.copytree(folder, store / "set one")
@@ -307,6 +338,41 @@ def test_hub_images_may_be_files_of_a_local_folder(folder: Path, parquet: Path, 
     (folder / "a" / "0.png").unlink()
     with pytest.raises(DatasetError, match=r"0\.png, which cannot be read"):
         dataset.image(0)
+
+
+def refer(parquet: Path, *files: Path | str) -> None:
+    """Writes a data set whose images are files that it only names."""
+    import datasets
+
+    table = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(file)} for file in files]})
+    table.cast_column("image", datasets.Image()).to_parquet(parquet / "train.parquet")
+
+
+@pytest.mark.parametrize("name", ["private.png", "parquet/../private.png", "parquet/link.png", "parquet/pipe.png"])
+def test_a_row_that_names_a_file_of_the_machine_is_refused(
+    folder: Path, parquet: Path, tmp_path: Path, name: str
+) -> None:
+    shutil.copy(folder / "a" / "0.png", tmp_path / "private.png")
+    (parquet / "link.png").symlink_to(tmp_path / "private.png")
+    os.mkfifo(parquet / "pipe.png")
+    refer(parquet, tmp_path / name)
+    with pytest.raises(DatasetError, match=r"\.png, which is no file in the data set's folder"):
+        load(parquet, tmp_path, source="hub", skip_broken=True)
+
+
+@pytest.mark.parametrize("place", ["parquet", "hf/downloads/extracted", "hub/snapshots"])
+def test_a_row_may_name_a_file_of_the_data_set_or_of_a_cache(
+    folder: Path, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "hub" / "blobs").mkdir(parents=True, exist_ok=True)
+    image = shutil.copy(folder / "a" / "0.png", tmp_path / place / "0.png")
+    if place.startswith("hub"):  # As its client keeps files.
+        image.rename(tmp_path / "hub" / "blobs" / "0")
+        image.symlink_to(tmp_path / "hub" / "blobs" / "0")
+    refer(parquet, image)
+    assert len(load(parquet, tmp_path, source="hub")) == 1
 
 
 @pytest.mark.parametrize(

@@ -48,3 +48,19 @@ def test_an_empty_variable_is_no_setting(name: str, monkeypatch: pytest.MonkeyPa
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         Settings().home = Path("elsewhere")
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "postgresql://deme:hush@db/mlflow",
+        "postgresql://deme:hu/sh@db/mlflow",
+        "postgresql://db/mlflow?user=deme&password=hush&sslmode=require",
+    ],
+)
+def test_the_password_of_a_database_is_left_out_of_messages(monkeypatch: pytest.MonkeyPatch, uri: str) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    place = Settings().tracking_place
+    assert "hu" not in place
+    assert place.startswith("postgresql://")
+    assert "mlflow" in place

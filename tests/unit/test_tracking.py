@@ -1,12 +1,15 @@
 import threading
 import time
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from deme_core.errors import InputError, TrackingUnavailableError
+from deme_core.settings import Settings
 from tasks import training_log
+from tasks.mlflow_client import check_address, mlflow_client
 from tasks.patient_client import OrderlyClient
 from tasks.tracking import Tracker
 from tasks.training_log import TrainingLog
@@ -132,3 +135,47 @@ def test_only_so_many_threads_talk_to_mlflow_at_once(num_turns: int) -> None:
     with ThreadPoolExecutor(12) as threads:
         assert list(threads.map(orderly.log, range(24))) == list(range(24))
     assert 1 <= client.most <= num_turns
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:hush@127.0.0.1:1",
+        "https://hush@127.0.0.1:1",
+        "postgres://user:hush@host/db",
+        "POSTGRESQL://user:hush@host/db",
+        " postgresql://user:hush@host/db",
+        "mssql+a+b://user:hush@host/db",
+        "mysql+a_b://user:hush@host/db",
+        "postgresql://user:hush",
+        "sqlite://user:hush@host/db",
+        "user:hush@host/db",
+        "hush@host/db",
+    ],
+)
+def test_an_address_that_would_be_repeated_with_its_password_is_refused(uri: str) -> None:
+    settings = Settings.model_validate({"MLFLOW_TRACKING_URI": uri})
+    with pytest.raises(InputError, match=r"^MLFLOW_TRACKING_URI must .*\.$") as caught:
+        mlflow_client(settings)
+    assert "hush" not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:5000",
+        "https://mlflow.example.org/path",
+        "postgresql://user:pa%40ss@host:5432/db",
+        "postgresql+psycopg2://user:p@ss@host/db",
+        "mysql+pymysql://user:pass@host/db?charset=utf8",
+        "mssql+pyodbc://user:pass@host/db?driver=ODBC+Driver+18",
+        "sqlite:////data/my@home/mlflow.db",
+        "sqlite:///mlflow.db",
+        "file:///data/mlruns",
+        "file:./mlruns",
+        "mlruns",
+        "./a:b@c",
+    ],
+)
+def test_an_address_that_mlflow_knows_is_taken(uri: str) -> None:
+    check_address(Settings.model_validate({"MLFLOW_TRACKING_URI": uri}))

@@ -1,0 +1,50 @@
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deme_core.downloads import download_once
+from deme_core.errors import ExtractorUnavailableError, ObjectTooLargeError, StoreUnavailableError
+from deme_core.extractors.base import local_file
+from deme_core.store import FileStore
+
+
+def test_what_is_not_as_large_as_it_was_listed_is_not_kept(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("a/weights", bytes(100))
+    listed = list(store.list(""))
+    for size, error in ((99, StoreUnavailableError), (101, ObjectTooLargeError)):
+        store.put_bytes("a/weights", bytes(size))
+        with pytest.raises(error, match=r"store/a/weights (is smaller|holds more) than"):
+            download_once(store, listed, tmp_path / "cache")
+        assert not (tmp_path / "cache" / "a" / "weights").exists()
+    found = download_once(store, list(store.list("")), tmp_path / "cache")
+    assert (found / "a" / "weights").stat().st_size == 101
+
+
+def test_what_the_disk_cannot_hold_is_not_begun(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "store")
+    store.put_bytes("a", b"1")
+    store.put_bytes("b", b"2")
+    small, large = sorted(store.list(""), key=lambda item: item.key)
+    with pytest.raises(StoreUnavailableError, match=r"1000000000\.0 GB are needed"):
+        download_once(store, [small, replace(large, size=10**18)], tmp_path / "cache")
+    assert not (tmp_path / "cache" / "a").exists()
+
+
+def test_extractor_weights_are_fetched_if_the_disk_can_hold_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").write_bytes(b"12345")
+    uri = (tmp_path / "weights").as_uri()
+    assert local_file(uri, tmp_path / "cache", "mend").read_bytes() == b"12345"
+    os.truncate(tmp_path / "weights", 10**12)  # A hole, which takes no space.
+    assert local_file(uri, tmp_path / "cache", "mend").read_bytes() == b"12345"
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**11))
+    with pytest.raises(ExtractorUnavailableError, match=r"1000\.0 GB are needed.*; mend"):
+        local_file(uri, tmp_path / "other", "mend")
+    with pytest.raises(ExtractorUnavailableError, match=r"absent is not in the object store.*; mend"):
+        local_file((tmp_path / "absent").as_uri(), tmp_path / "other", "mend")

@@ -1,0 +1,83 @@
+import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import ClassVar
+
+import pytest
+
+from deme_core.errors import StoreUnavailableError
+from deme_core.model_source import fetch_source
+from tests.tiny_models import one_level_unet, write_tiny_folder
+
+COMMIT = "c" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one model, which may claim other sizes than its files have."""
+
+    folder: ClassVar[Path]
+    claimed: ClassVar[dict[str, int]] = {}
+    got: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
+
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
+
+    def _answer(self, *, with_body: bool) -> None:
+        path = self.path.partition("?")[0]
+        files = {f.relative_to(self.folder).as_posix(): f for f in self.folder.rglob("*") if f.is_file()}
+        if path.startswith("/api/"):
+            sizes = {name: self.claimed.get(name, file.stat().st_size) for name, file in files.items()}
+            tree = [{"type": "file", "path": name, "oid": name, "size": size} for name, size in sizes.items()]
+            siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
+            model = {"id": "a/model", "sha": COMMIT, "siblings": siblings}
+            body = json.dumps(tree if "/tree/" in path else model).encode()
+        else:
+            name = path.partition(f"/{COMMIT}/")[2]
+            body = files[name].read_bytes()
+            self.got += [name] if with_body else []
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{path.replace("/", "-")}"')
+        self.end_headers()
+        self.wfile.write(body if with_body else b"")
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    Hub.folder, Hub.claimed, Hub.got = write_tiny_folder(tmp_path / "published", one_level_unet()), {}, []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        for name in ("constants.ENDPOINT", "hf_api.api.endpoint"):
+            monkeypatch.setattr(f"huggingface_hub.{name}", address)
+        files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+        yield Hub
+        server.shutdown()
+
+
+def test_a_model_of_the_hub_is_fetched_once(hub: type[Hub], tmp_path: Path) -> None:
+    fetched = fetch_source("a/model", revision=None, cache=tmp_path / "cache")
+    files = {f.relative_to(hub.folder).as_posix() for f in hub.folder.rglob("*") if f.is_file()}
+    assert {name: (fetched / name).read_bytes() for name in files} == {n: (hub.folder / n).read_bytes() for n in files}
+    assert sorted(hub.got) == sorted(files)
+    assert fetch_source("a/model", revision=None, cache=tmp_path / "cache") == fetched
+    assert len(hub.got) == len(files)
+
+
+def test_a_model_of_the_hub_that_the_disk_cannot_hold_is_not_begun(hub: type[Hub], tmp_path: Path) -> None:
+    hub.claimed = {"unet/diffusion_pytorch_model.safetensors": 10**18}
+    with pytest.raises(StoreUnavailableError, match=r"hf \(1000000000\.0 GB are needed.*HF_HOME"):
+        fetch_source("a/model", revision=None, cache=tmp_path / "cache")
+    assert hub.got == []
