@@ -26,7 +26,7 @@ from deme_core.families import Unconditional
 from deme_core.recipe import Recipe
 from deme_core.run_traffic import estimate_traffic, measure_artifacts
 from deme_core.settings import Settings
-from deme_core.store import Digest, FileStore
+from deme_core.store import FileStore
 from tasks.jobs import FinetuneJob, GeneratedFeaturesJob, Job, JobResult, PretrainJob
 
 _GOAL = 1.2
@@ -52,10 +52,10 @@ class CountingStore(FileStore):
         self.written += len(data)
         return super().put_bytes(key, data, if_absent=if_absent)
 
-    def get_file(self, key: str, path: Path, digest: Digest | None = None) -> None:
+    def get_file(self, key: str, path: Path, *args: Any, **kwargs: Any) -> None:
         """Counts and copies a file out."""
         self.calls["get"] += 1
-        super().get_file(key, path, digest)
+        super().get_file(key, path, *args, **kwargs)
         self.read += path.stat().st_size
 
     def get_bytes(self, key: str) -> bytes:

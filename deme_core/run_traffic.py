@@ -19,8 +19,8 @@ _MANIFEST_BYTES = 1500
 _CHECKPOINT_FILES = 2
 _MODEL_FILES = 4  # Index, scheduler, config, weights.
 _ROWS = 4
-# boto3 sends and fetches what is larger in parts of this size, a request each.
-_PART_BYTES = 8 * 2**20
+# boto3 sends a large file in parts of this size, `S3Store` fetches it in parts of that one, a request each.
+_SENT_PART_BYTES, _FETCHED_PART_BYTES = 8 << 20, 16 << 20
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,14 @@ class Folder:
     num_bytes: int
 
     def made(self) -> Traffic:
-        """Returns what a job does to store it: it looks for it twice, puts the files, then the manifest."""
-        calls = 2 + self.num_files + 1
-        return Traffic(calls, _num_parts(self.num_bytes), written=self.num_bytes + _MANIFEST_BYTES)
+        """Returns what a job does to store it: it looks for it, puts the files, then the manifest."""
+        calls = 1 + self.num_files + 1
+        return Traffic(calls, _more_to_send(self.num_bytes), written=self.num_bytes + _MANIFEST_BYTES)
 
     def fetched(self) -> Traffic:
         """Returns what another machine does to have it: the manifest, then the files."""
-        return Traffic(self.num_files + 1, _num_parts(self.num_bytes), read=self.num_bytes + _MANIFEST_BYTES)
+        more = _num_parts(self.num_bytes, _FETCHED_PART_BYTES) - 1
+        return Traffic(self.num_files + 1, more, read=self.num_bytes + _MANIFEST_BYTES)
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _training(training: TrainingSpec, num_steps: int, artifacts: Artifacts) -> T
 
 def _checkpoints(training: TrainingSpec, num_steps: int, checkpoint: Folder) -> Traffic:
     """A listing when a training begins and when it is done; for each checkpoint one, its files, and their removal."""
-    saved = Traffic(1 + 1 + checkpoint.num_files + 1, _num_parts(checkpoint.num_bytes), checkpoint.num_bytes)
+    saved = Traffic(1 + 1 + checkpoint.num_files + 1, _more_to_send(checkpoint.num_bytes), checkpoint.num_bytes)
     removed = Traffic(1 + 1 + checkpoint.num_files)
     return (saved + removed) * ((num_steps - 1) // training.checkpoint_every) + Traffic(calls=2)
 
@@ -143,11 +144,17 @@ def _evaluation(evaluate: EvaluateSpec, artifacts: Artifacts, num_segments: int)
     models = artifacts.stock.fetched() * (_ROWS - 1) + copy * num_segments
     losses = artifacts.stock.fetched() * (_ROWS - 1) + copy * num_segments
     losses += Folder(1, 0).made() * (_ROWS - 1 + num_segments)
-    scores = artifacts.features.fetched() + artifacts.real.fetched() + Folder(1, _SAMPLES_BYTES).made()
+    conditions = Traffic(1, read=_MANIFEST_BYTES)
+    scores = conditions + artifacts.features.fetched() + artifacts.real.fetched() + Folder(1, _SAMPLES_BYTES).made()
     real = artifacts.real.made() * 2 + artifacts.real.fetched()
     each_seed = models + (artifacts.features.made() + scores) * _ROWS
     return real + losses + each_seed * len(evaluate.seeds)
 
 
-def _num_parts(num_bytes: int) -> int:
-    return math.ceil(num_bytes / _PART_BYTES) if num_bytes > _PART_BYTES else 0
+def _more_to_send(num_bytes: int) -> int:
+    """Returns the requests beyond one: an upload in parts is begun and completed, too."""
+    return _num_parts(num_bytes, _SENT_PART_BYTES) + 1 if num_bytes >= _SENT_PART_BYTES else 0
+
+
+def _num_parts(num_bytes: int, part_bytes: int) -> int:
+    return max(math.ceil(num_bytes / part_bytes), 1)

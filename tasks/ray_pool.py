@@ -185,6 +185,8 @@ class RayPool:
 
         ticket = uuid4().hex
         options = self._reservation(job)
+        if self._execution.device == "auto" and not self._has_gpus and self._address != "local":
+            report({"message": "the cluster shows no GPU, so this takes CPUs; execution.device: cuda waits for one"})
         with temporary_settings({PREFECT_API_URL: self._api_url}), remote_options(**options):
             future = self._runner.submit(
                 do_job,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from prefect.testing.utilities import prefect_test_harness
 
 from tests.integration.conftest import S3Server, free_ports, s3_server
@@ -21,11 +22,12 @@ from tests.integration.conftest import S3Server, free_ports, s3_server
 __all__ = ["s3_server"]
 
 _CPUS_PER_NODE = 2
+_MANIFEST = Path(__file__).parents[2] / "deployments" / "kubernetes" / "ray-cluster.yaml"
 
 
 @dataclass
 class RayCluster:
-    """Two nodes, of which the second may be killed.
+    """Two nodes, of which the second may be killed or taken away.
 
     Attributes:
         port: of the head.
@@ -50,6 +52,23 @@ class RayCluster:
     def kill_second_node(self) -> None:
         """SIGKILL of all its processes at once, as when a machine loses power."""
         _kill(self.nodes.pop())
+
+    def take_second_node_away(self) -> None:
+        """What Kubernetes does: the preStop hook of its manifest, then SIGTERM."""
+        node = self.nodes.pop()
+        pod = yaml.safe_load(_MANIFEST.read_text())["spec"]["workerGroupSpecs"][0]["template"]["spec"]
+        _, *hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        # In a container all processes descend from the first one; here others do not.
+        subprocess.run([sys.executable, *hook, "--root", str(node.pid)], check=True, cwd=self.logs)
+        node.terminate()
+        node.wait(pod["terminationGracePeriodSeconds"])
+
+    def second_node_is_there(self, home: Path) -> None:
+        """Starts a second node if there is none, with ``home`` as its disk."""
+        if len(self.nodes) < 2:
+            home.mkdir(exist_ok=True)
+            self.nodes.append(_start_node(home, [f"--address={self.address}"]))
+            _wait_for_nodes(self)
 
 
 def _kill(node: "subprocess.Popen[bytes]") -> None:
@@ -80,11 +99,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         f"--temp-dir={logs}",
     ]
     try:
-        for name, options in (("a", head), ("b", [f"--address=127.0.0.1:{ports[0]}"])):
-            found.nodes.append(_start_node(tmp_path_factory.mktemp(f"node-{name}"), options))
-            if name == "a":
-                _wait_for_port(ports[0])
-        _wait_for_nodes(found)
+        found.nodes.append(_start_node(tmp_path_factory.mktemp("node-a"), head))
+        _wait_for_port(ports[0])
+        found.second_node_is_there(tmp_path_factory.mktemp("node-b"))
         yield found
     finally:
         for node in found.nodes:

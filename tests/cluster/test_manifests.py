@@ -11,9 +11,13 @@ import yaml
 from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.utilities.templating import apply_values, find_placeholders
 
+from tasks import ray_leave
+
 DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 TEMPLATE = DEPLOYMENTS / "work_pools" / "kubernetes.json"
 RAY_CLUSTER = DEPLOYMENTS / "kubernetes" / "ray-cluster.yaml"
+ENVIRONMENT = [{"configMapRef": {"name": "deme"}}, {"secretRef": {"name": "deme"}}]
+REQUIRED = {"DEME_STORE_URI", "MLFLOW_TRACKING_URI"}
 
 
 def _validate(manifest: dict[str, Any]) -> None:
@@ -26,9 +30,11 @@ def _job(**values: Any) -> dict[str, Any]:
     properties = template["variables"]["properties"]
     defaults = {name: property["default"] for name, property in properties.items() if "default" in property}
     values = defaults | {"name": "run", "command": ["prefect"], "labels": {"a": "b"}} | values
-    values["env"] = [{"name": name, "value": value} for name, value in values["env"].items()]
     filled = apply_values(template["job_configuration"], values, remove_notset=True)
     manifest: dict[str, Any] = filled["job_manifest"]
+    (container,) = manifest["spec"]["template"]["spec"]["containers"]
+    given = [{"name": name, "value": value} for name, value in filled["env"].items()]
+    container["env"] = [*given, *(each for each in container["env"] if each["name"] not in filled["env"])]
     return manifest
 
 
@@ -45,7 +51,18 @@ def test_jobs_of_the_work_pool_are_valid(values: dict[str, Any]) -> None:
     _validate(job)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == values.get("gpu_limit", 0)
-    assert container["envFrom"] == [{"secretRef": {"name": "deme"}}]
+    assert container["envFrom"] == ENVIRONMENT
+
+
+def test_a_job_of_the_work_pool_does_not_start_without_store_and_tracking() -> None:
+    def sources(**env: str) -> dict[str, dict[str, Any]]:
+        (container,) = _job(env=env)["spec"]["template"]["spec"]["containers"]
+        return {each.pop("name"): each for each in container["env"]}
+
+    for name in REQUIRED:
+        reference = sources()[name]["valueFrom"]["configMapKeyRef"]
+        assert reference == {"name": "deme", "key": name}  # Kubernetes refuses the pod if it is not there.
+        assert sources(**{name: "other"})[name] == {"value": "other"}
 
 
 def _pods() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -67,12 +84,27 @@ def test_only_the_gpu_group_reserves_gpus_and_the_head_takes_no_job() -> None:
     assert head["rayStartParams"]["num-cpus"] == "0"
 
 
+def test_every_ray_node_tells_its_workers_before_it_ends() -> None:
+    for name, pod in _pods():
+        (container,) = pod["spec"]["containers"]
+        _, *command = container["lifecycle"]["preStop"]["exec"]["command"]
+        assert command == ["-m", ray_leave.__name__], name
+        assert pod["spec"]["terminationGracePeriodSeconds"] >= 2 * 30, name  # Ray waits for half a minute.
+
+
+def test_the_example_of_a_config_map_has_what_pods_need_and_no_secret() -> None:
+    config = yaml.safe_load((DEPLOYMENTS / "kubernetes" / "config.example.yaml").read_text())
+    _validate(config)
+    assert config["metadata"]["name"] == "deme"
+    assert config["data"].keys() == REQUIRED | {"AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION"}
+
+
 def test_secrets_are_references() -> None:
     for secret in yaml.safe_load_all((DEPLOYMENTS / "kubernetes" / "secret.example.yaml").read_text()):
         _validate(secret)
         assert set(secret["stringData"].values()) <= {"fill-in", "token"}
     for name, pod in _pods():
         (container,) = pod["spec"]["containers"]
-        assert container["envFrom"] == [{"secretRef": {"name": "deme"}}], name
+        assert container["envFrom"] == ENVIRONMENT, name
         named = {variable["name"] for variable in container["env"]}
         assert not {word for word in named if "KEY" in word or "TOKEN" in word}

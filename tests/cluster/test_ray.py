@@ -3,7 +3,9 @@
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -35,8 +37,8 @@ _CHECKPOINT_EVERY = 20
 _NUM_STEPS = 6 * _CHECKPOINT_EVERY
 
 
-def _recipe(**execution: Any) -> Recipe:
-    finetune = {"num_steps": _NUM_STEPS, "batch_size": 4, "checkpoint_every": _CHECKPOINT_EVERY}
+def _recipe(checkpoint_every: int = _CHECKPOINT_EVERY, **execution: Any) -> Recipe:
+    finetune = {"num_steps": _NUM_STEPS, "batch_size": 4, "checkpoint_every": checkpoint_every}
     execution = {"device": "cpu", "num_workers": 2, **execution}
     return Recipe.model_validate(
         TOY_RECIPE
@@ -83,15 +85,25 @@ def expected(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Watcher:
-    """Hears what all tasks tell, and kills the second node when told to."""
+    """Hears what all tasks tell, and ends the second node, once a segment there has passed a step.
 
-    def __init__(self) -> None:
+    Args:
+        end_node: does that; None for no such end.
+        after: that step.
+    """
+
+    def __init__(self, end_node: Callable[[], None] | None = None, *, after: int = 0) -> None:
+        self._end_node, self._after = end_node, after
+        self.ended: dict[str, int] = {}
         self.nodes: dict[str, list[str]] = defaultdict(list)
         self.steps: dict[str, list[int]] = defaultdict(list)
         self.resumed: dict[str, int] = {}
         self.num_told_before: dict[str, int] = {}
+        self.without_gpu: set[str] = set()
 
     def __call__(self, event: Event) -> None:
+        if "the cluster shows no GPU" in event.record.get("message", ""):
+            self.without_gpu.add(event.task)
         if node := re.fullmatch(r"on (.*)", event.record.get("message", "")):
             self.nodes[event.task].append(node[1])
         if step := re.fullmatch(r"resumed at step (\d+)", event.record.get("message", "")):
@@ -99,10 +111,12 @@ class Watcher:
             self.num_told_before[event.task] = len(self.steps[event.task])
         if "global_step" in event.record:
             self.steps[event.task].append(event.record["global_step"])
-
-
-def _training_nodes(watcher: Watcher) -> dict[str, list[str]]:
-    return {task: nodes for task, nodes in watcher.nodes.items() if task.startswith("finetune")}
+        step = event.record.get("global_step", 0)
+        if self._end_node is None or self.ended or not event.task.startswith("finetune segment") or step <= self._after:
+            return
+        if _second_node() in self.nodes[event.task][-1]:
+            self.ended[event.task] = step
+            self._end_node()
 
 
 def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_runner(
@@ -111,12 +125,13 @@ def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_
     # As from a laptop outside of the cluster.
     watcher = Watcher()
     unsubscribe = subscribe(watcher)
-    _, results = train(_recipe(runner="ray", ray_address=cluster.client_address))
+    _, results = train(_recipe(runner="ray", ray_address=cluster.client_address, device="auto"))
     unsubscribe()
 
     nodes = {task: each for task, each in watcher.nodes.items() if task.startswith("finetune")}
     assert len(nodes) == 5
     assert len({node for each in nodes.values() for node in each}) == 2
+    assert nodes.keys() <= watcher.without_gpu
     assert Trained.of(results) == expected
     # Nobody without the keys may read them off the machine.
     assert not [p for p in psutil.process_iter(["cmdline"]) if flow_machine.secret_key in str(p.info["cmdline"])]
@@ -125,29 +140,32 @@ def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_
     assert not [path for path in logs if flow_machine.secret_key.encode() in path.read_bytes()]
 
 
-def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_other(
-    cluster: RayCluster, flow_machine: S3Server, expected: Trained
+def test_a_node_that_is_taken_away_leaves_a_checkpoint_of_that_step(
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained, tmp_path: Path
 ) -> None:
-    killed: dict[str, int] = {}
+    cluster.second_node_is_there(tmp_path / "node")
+    watcher = Watcher(cluster.take_second_node_away, after=20)
+    unsubscribe = subscribe(watcher)
+    # Checkpoints of its own would be made at steps 10000, 20000, …: never.
+    _, results = train(_recipe(10_000, runner="ray", ray_address=cluster.address))
+    unsubscribe()
 
-    class Killer(Watcher):
-        """Kills the second node once a segment there has passed its second checkpoint."""
+    (segment,) = watcher.ended
+    assert len(watcher.nodes[segment]) == 2
+    assert watcher.resumed[segment] >= watcher.ended[segment]
+    assert Trained.of(results) == expected
 
-        def __call__(self, event: Event) -> None:
-            super().__call__(event)
-            step = event.record.get("global_step", 0)
-            if killed or not event.task.startswith("finetune segment") or step <= 2 * _CHECKPOINT_EVERY:
-                return
-            if _second_node() in self.nodes[event.task][-1]:
-                killed[event.task] = step
-                cluster.kill_second_node()
 
-    watcher = Killer()
+def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_other(
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained, tmp_path: Path
+) -> None:
+    cluster.second_node_is_there(tmp_path / "node")
+    watcher = Watcher(cluster.kill_second_node, after=2 * _CHECKPOINT_EVERY)
     unsubscribe = subscribe(watcher)
     flow_run_id, results = train(_recipe(runner="ray", ray_address=cluster.address))
     unsubscribe()
 
-    (segment,) = killed
+    (segment,) = watcher.ended
     lost, found = watcher.nodes[segment]
     assert lost != found
     assert watcher.resumed[segment] % _CHECKPOINT_EVERY == 0

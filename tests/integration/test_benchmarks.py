@@ -1,6 +1,8 @@
 import json
 import mmap
 import re
+import shutil
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,19 +12,29 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import claim, claim_cell, conditioning_cache, demo, features, finetune_step, merge_child, search, shapes
+from benchmarks import (
+    conditioning_cache,
+    demo,
+    features,
+    finetune_step,
+    merge,
+    merge_child,
+    scaling,
+    search,
+    shapes,
+    store,
+)
 from benchmarks.gpu import parted_state
-from benchmarks.laboratory import Laboratory
-from benchmarks.measurement import median_ratio, take_turns
+from benchmarks.measurement import Duration, median_ratio, take_turns
+from benchmarks.s3_server import s3_server as private_s3_server
+from deme_core.artifacts import ArtifactStore
 from deme_core.denoiser_size import measure_denoiser
-from deme_core.manifest import ArtifactRef
 from deme_core.model_folder import write_model_folder
-from deme_core.recipe_file import load_recipe
-from deme_core.verdict import Interval, interval
-from tasks.jobs import JobResult
+from deme_core.run_traffic import Folder
+from deme_core.store import open_store
+from tests.fault_proxy import FaultProxy
+from tests.integration.conftest import S3Server
 from tests.tiny_models import randomize, tiny_unet
-
-BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
 
 
 def last_line(output: str) -> dict[str, Any]:
@@ -128,54 +140,6 @@ def test_the_peak_counts_anonymous_memory_and_no_page_cache(tmp_path: Path) -> N
     assert 0.9 * size < memory.peak_bytes - idle < 1.5 * size
 
 
-def cell(merged: list[float], baseline: list[float]) -> claim_cell.Cell:
-    rows = {"pretrained": baseline, "finetuned": baseline, "ensemble": baseline, "merged, cma_es": merged}
-    return claim_cell.Cell("fid", rows, weights={"merged, cma_es": [0.5, 0.5]}, heldout={"pretrained": 0.1})
-
-
-@pytest.mark.parametrize(
-    ("gains", "holds"),
-    [
-        ([1.0, 1.1, 0.9], True),
-        ([1.0, 1.1, -0.1], False),  # Better for two training seeds out of three is no claim.
-        ([-1.0, -1.1, -0.9], False),
-    ],
-)
-def test_the_claim_is_judged_over_training_seeds(
-    gains: list[float], holds: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    cells = [cell([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
-    claim.print_setting("none", cells, [0, 1, 2])
-    claim.print_claim({"none": cells}, {"recipe": "toy"})
-    result = last_line(capsys.readouterr().out)
-    assert result["holds"] is holds
-    against = Interval(**result["differences"]["none"]["merged, cma_es"]["finetuned"])
-    assert vars(against) == pytest.approx(vars(interval([-gain for gain in gains])))
-    assert result["ratio"] == pytest.approx(1 - sum(gains) * 3 / sum(map(sum, BASELINE)))
-
-
-def test_the_deciding_metric_is_the_recipes_first_whatever_order_a_manifest_has(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recipe = load_recipe("digits", ["evaluate.metrics=[kid,fid]", "evaluate.seeds=[1,2,3]"])
-    ref = ArtifactRef("file:///any/any/" + "0" * 64, "0" * 64)
-    done = JobResult(ref, {"scores": {"fd_efficientnet_lite0": 5.0, "kd_efficientnet_lite0": 0.1}}, True, 0.0, 0.0)
-    monkeypatch.setattr(Laboratory, "__init__", lambda self: setattr(self, "recipe", recipe))
-    monkeypatch.setattr(Laboratory, "do", lambda _self, _job: done)
-    found = Laboratory().scores_by_metric((ref,))  # type: ignore[call-arg]
-    assert list(found.items()) == [("kd_efficientnet_lite0", [0.1] * 3), ("fd_efficientnet_lite0", [5.0] * 3)]
-    assert Laboratory().scores((ref,)) == [0.1] * 3  # type: ignore[call-arg]
-
-
-def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:
-    recipe = load_recipe("digits", [])
-    for name in claim_cell.ABLATIONS:
-        changed = load_recipe("digits", claim_cell.ablation_overrides(recipe, name))
-        in_all = changed.finetune.num_steps * changed.segments.num_segments
-        assert in_all == recipe.finetune.num_steps * recipe.segments.num_segments, name
-    assert load_recipe("digits", claim_cell.ablation_overrides(recipe, "N=8")).segments.num_segments == 8
-
-
 def test_the_demo_benchmark_runs_what_the_makefile_runs() -> None:
     makefile = (Path(__file__).parents[2] / "Makefile").read_text()
     (recipe,) = re.findall(r"^demo: install\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)
@@ -195,3 +159,96 @@ def test_the_parts_of_the_demo_add_up(capsys: pytest.CaptureFixture[str]) -> Non
     assert result["ratio"] == pytest.approx(23 / 172)
     assert result["cpu_seconds"][demo.UP] == 20
     assert not result["holds"]
+
+
+def test_what_a_small_run_takes_is_what_was_predicted() -> None:
+    ratios = {name: predicted / found for name, (predicted, found) in scaling.compare(2, 32, 3).items()}
+    assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.05)
+    assert ratios["calls of the store"] == 1.0
+
+
+@pytest.mark.parametrize("num_bytes", [2**23 - 1, 2**23, 40 * 2**20 + 1])
+def test_an_artifact_takes_as_many_requests_to_s3_as_predicted(
+    num_bytes: int, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "made").mkdir()
+    for name, size in {"a": 1, "b": 2, "large": num_bytes}.items():
+        (tmp_path / "made" / name).write_bytes(bytes(size))
+    folder = Folder(3, num_bytes)
+    with FaultProxy(s3_server.endpoint_url) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(f"s3://{s3_server.make_bucket(f'requests-{num_bytes}')}/store")
+        artifacts = ArtifactStore(store, tmp_path / "cache")
+        ref = artifacts.publish("merged", "d", tmp_path / "made", settings={}, inputs={})
+        made = len(proxy.requests)
+        artifacts.fetch(ref)
+    assert made == folder.made().calls + folder.made().parts
+    assert len(proxy.requests) - made == folder.fetched().calls + folder.fetched().parts
+
+
+def test_the_merging_benchmark_ends_with_its_result(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def merge_here(method: str, quantity: str, folder: Path, _python: str) -> tuple[float, ...]:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        merge_child.main(method, quantity, folder, merge.MERGE_WEIGHTS)
+        return tuple(map(float, capsys.readouterr().out.split()))
+
+    # Each of its seven processes would import torch; mergekit would be installed first.
+    monkeypatch.setattr(merge, "merge_in_child", merge_here)
+    merge.main(["--quick", "--methods", "deme", "load_all", "--mergekit-python", sys.executable])
+    result = last_line(capsys.readouterr().out)
+    assert result["time_ratios"].keys() == {"cat 5 files, cp 1", "DeMe", "load all and add"}
+    assert result["memory_ratios"].keys() == {"DeMe", "load all and add"}
+    assert result["largest_differences"]["load all and add"] < 1e-6
+
+
+def test_the_store_benchmark_moves_all_files_and_compares_both(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "server").mkdir()
+    assert store.write_files(tmp_path / "files", 2_000_000) == 4
+    with private_s3_server(tmp_path / "server") as variables:
+        moved = store.Contest(tmp_path / "files", tmp_path, variables).deme()
+    slower = {way: store.Transfer(2 * transfer.seconds, 10**6) for way, transfer in moved.items()}
+    store.report({"DeMe": [moved], "rclone": [slower]}, 2_000_000, "without rclone")
+    result = last_line(capsys.readouterr().out)
+    assert result["ratio"] == pytest.approx(0.5)
+    assert result["holds"] is (result["peak_mb"] <= 300)
+
+
+def test_the_overhead_benchmark_ends_with_its_result() -> None:
+    # In a process of its own, whose environment it changes.
+    command = [sys.executable, "-m", "benchmarks.overhead", "--counts", "1", "--rounds", "1", "--store", "file"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    result = last_line(done.stdout)
+    assert result["ratio"] == result["seconds_per_segment"]["1"] > 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loss", "holds"),
+    [(0.5, 1.009, True), (0.5, 1.011, False), (0.5, 0.98, False), (0.51, 1.0, False)],
+    ids=["as fast and as good", "worse", "not the same", "slow"],
+)
+def test_on_a_gpu_the_step_must_be_fast_at_an_equal_loss(
+    seconds: float, loss: float, holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(seconds: float, loss: float) -> finetune_step.Measured:
+        return finetune_step.Measured([Duration(seconds, seconds)], [loss])
+
+    names = list(finetune_step.contestants_of(with_options=True))
+    rows = dict.fromkeys(names, measured(1.0, 1.0)) | {"+ compile": measured(seconds, loss)}
+    rates = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9}
+    finetune_step.report(rows, {}, rates, title="", on_gpu=True, flops=10**9)
+    printed = capsys.readouterr().out
+    assert last_line(printed)["fastest"] == "+ compile"
+    assert last_line(printed)["holds"] is holds
+    # Each by the rate of its type, and none for those of other operations than were counted.
+    shares = {
+        name: re.findall(r"(\d+)%", line) for line in printed.splitlines() for name in names if f" {name} " in line
+    }
+    bf16 = [f"{100 / 4:.0f}"]
+    expected = [[], [], [], ["100"], ["50"], bf16, bf16, [f"{100 / 4 / seconds:.0f}"]]
+    assert [shares[name] for name in names] == expected

@@ -49,7 +49,12 @@ def test_a_segment_more_adds_a_training_a_longer_control_and_another_expert() ->
     assert three.read - two.read == 5 * (4400 + 1500) + (4000 + 1500)
 
 
-def test_what_is_large_goes_in_parts() -> None:
-    assert Folder(1, 2**23).made().parts == 0
-    assert Folder(1, 2**23 + 1).made().parts == 2
+def test_a_job_looks_once_for_what_it_makes() -> None:
+    assert Folder(4, 1000).made() == Traffic(1 + 4 + 1, written=2500)
+    assert Folder(4, 1000).fetched() == Traffic(1 + 4, read=2500)
+
+
+def test_what_is_large_goes_in_parts_of_8_and_comes_in_parts_of_16_mib() -> None:
+    assert [Folder(1, 2**23 + more).made().parts for more in (-1, 0, 1)] == [0, 2, 3]  # Two begin and complete it.
+    assert [Folder(1, 2**24 + more).fetched().parts for more in (0, 1)] == [0, 1]
     assert (Traffic(1, 2, 3, 4) + Traffic(1, 1, 1, 1)) * 2 == Traffic(4, 6, 8, 10)
