@@ -1,4 +1,4 @@
-"""`kill -9` at every point: a process that does the method on a tiny model dies at its k-th operation, k = 1, 2, 3, …
+"""`kill -9` at every point: a process that does the method on tiny models dies at its k-th operation, k = 1, 2, 3, …
 
 Each attempt finds what the killed ones before it left, and k starts anew with every stage that is done, so that each
 is killed at each of its operations. After every kill what can be seen is whole; the attempt that gets through ends with
@@ -10,20 +10,51 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.manifest import ArtifactRef
+from deme_core.recipe import EvaluateSpec, MethodSpec
+from tasks.jobs import (
+    EvaluateJob,
+    GeneratedFeaturesJob,
+    GeneratedImages,
+    HeldoutJob,
+    ImportJob,
+    Job,
+    JobResult,
+    LatentsJob,
+    RealFeaturesJob,
+    ReferenceJob,
+    ScoreJob,
+)
+from tasks.work.base import JobContext, execute
 from tests.fault_proxy import FaultProxy, Kind
 from tests.integration.conftest import S3Server, s3_server
-from tests.small_run import check_cache, check_nothing_is_left, contents, in_child, layout, make_context, run_all
+from tests.small_run import (
+    DATASET,
+    check_cache,
+    check_nothing_is_left,
+    contents,
+    in_child,
+    layout,
+    make_context,
+    run_all,
+)
+from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
+from tests.tiny_pipelines import save_pipeline
 
 __all__ = ["s3_server"]
 
 pytestmark = pytest.mark.timeout(280)
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 _MAX_ATTEMPTS = 600
+ONE_LEVEL = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+EVALUATE = EvaluateSpec(
+    num_images=4, num_inference_steps=2, extractor="efficientnet_lite0", extractor_resolution=32, kid_subset_size=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +62,36 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
     context = make_context(tmp_path_factory.mktemp("undisturbed"))
     run_all(context)
     return context.artifacts
+
+
+def _import_models(context: JobContext, folder: Path) -> tuple[JobResult, JobResult]:
+    """Returns a model of pixels, and one of latents."""
+    sources = (folder / "pixels", folder / "latents")
+    if not folder.exists():
+        write_tiny_folder(sources[0], randomize(one_level_unet(), seed=1), **ONE_LEVEL)
+        save_pipeline("StableDiffusionPipeline", sources[1])
+    pixels, latents = (execute(ImportJob(source=str(source)), context, lambda _: None) for source in sources)
+    return pixels, latents
+
+
+def _measure_all(context: JobContext, folder: Path) -> None:
+    """Does the stages that train nothing: features, reference, scores, held-out loss, a search's candidate, latents."""
+    pixels, latents = _import_models(context, folder)
+
+    def do(job: Job) -> ArtifactRef:
+        return execute(job, context, lambda _: None).ref
+
+    part: dict[str, Any] = {"dataset": DATASET, "evaluate": EVALUATE, "part": "report", "num_for_search": 0}
+    reference = do(ReferenceJob(**part, features=(do(RealFeaturesJob(**part, low=0, high=40)),)))
+    images = GeneratedImages(models=(pixels.ref,), edges=None, seed=1)
+    features = do(GeneratedFeaturesJob(label="model", images=images, evaluate=EVALUATE, low=0, high=4))
+    do(EvaluateJob(images=images, features=(features,), evaluate=EVALUATE, reference=reference))
+    do(HeldoutJob(model=pixels.ref, dataset=DATASET, edges=(0, 500, 1000)))
+    merge: dict[str, Any] = {"pretrained": pixels.ref, "experts": (pixels.ref,), "method": MethodSpec()}
+    sampling: dict[str, Any] = {"evaluate": EVALUATE, "seeds": (1,), "num_images": 4}
+    do(ScoreJob(label="candidate", **merge, **sampling, weights=(0.5,), reference=reference))
+    captioned = DATASET.model_copy(update={"resolution": 16, "channels": 3, "caption_template": "a {label}"})
+    do(LatentsJob(pretrained=latents.ref, dataset=captioned, low=0, high=40))
 
 
 def _die_at(number: int, home: Path) -> None:
@@ -81,6 +142,22 @@ def test_killed_at_every_change_of_the_file_system(undisturbed: ArtifactStore, t
         lambda number: in_child(lambda: run(number)), make_context(tmp_path).artifacts, undisturbed
     )
     assert len(reached) == 4 and sum(reached) > 100
+
+
+def test_stages_that_train_nothing_are_killed_at_every_change_of_the_file_system(tmp_path: Path) -> None:
+    models, undisturbed = tmp_path / "models", make_context(tmp_path / "undisturbed")
+    _measure_all(undisturbed, models)
+    home = tmp_path / "killed"
+    _import_models(make_context(home), models)
+
+    def run(number: int) -> None:
+        _die_at(number, home)
+        _measure_all(make_context(home), models)
+
+    reached = _attempt_until_done(
+        lambda number: in_child(lambda: run(number)), make_context(home).artifacts, undisturbed.artifacts
+    )
+    assert len(reached) == 1 + 7 and sum(reached) > 100
 
 
 def test_killed_at_every_request_to_the_object_store(

@@ -1,29 +1,70 @@
 """`kill -9` of the workers of a `deme run`, and of the run itself, without any server: the next run finishes it."""
 
+import json
 import os
+import re
 import signal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import pytest
 
 from tests.e2e.command_line import CommandLine
-from tests.e2e.conftest import WriteRecipe, deme, first_report, fresh_deme, prefect_api, write_recipe
+from tests.e2e.conftest import WriteRecipe, deme, prefect_api, write_recipe
 from tests.e2e.waiting import wait_for
 
-__all__ = ["deme", "first_report", "fresh_deme", "prefect_api", "write_recipe"]
+__all__ = ["deme", "prefect_api", "write_recipe"]
+
+pytestmark = pytest.mark.timeout(900)
+# `deme`, and what its tasks tell goes to a file.
+_TELLING = """
+import json, os, threading
+from tasks.progress import subscribe
+
+lock = threading.Lock()
+
+def write(event):
+    with lock, open(os.path.join(os.environ["DEME_HOME"], "told"), "a") as file:
+        file.write(json.dumps([event.task, event.kind, event.record.get("message", "")]) + "\\n")
+
+subscribe(write)
+from flows.cli import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class TellingCommandLine(CommandLine):
+    """The ``deme`` command, which leaves what its tasks tell."""
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", _TELLING]
+
+    def take_told(self) -> list[tuple[str, str, str]]:
+        """Returns task, kind and message of every event since it was last asked."""
+        told = self.home / "told"
+        lines = told.read_text().splitlines()
+        told.unlink()
+        return [tuple(json.loads(line)) for line in lines]
 
 
 def test_killed_worker_and_killed_run_end_with_the_same_model(
-    fresh_deme: CommandLine, write_recipe: WriteRecipe, first_report: dict[str, Any]
+    deme: CommandLine, write_recipe: WriteRecipe, prefect_api: str, tmp_path: Path
 ) -> None:
-    run = fresh_deme.start("run", write_recipe())
+    finetune = {"num_steps": 40, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10}
+    recipe = write_recipe(finetune=finetune)
+    killed_deme = TellingCommandLine(tmp_path / "home", prefect_api)
+    run = killed_deme.start("run", recipe)
     try:
-        wait_for(lambda: any(fresh_deme.home.glob("store/checkpoints/*/step-*/manifest.json")))
+        wait_for(lambda: any(killed_deme.home.glob("store/checkpoints/*/step-*/manifest.json")))
         killed = set(_workers_of(run.pid))
         assert killed
         for worker in killed:
             os.kill(worker, signal.SIGKILL)
         wait_for(lambda: set(_workers_of(run.pid)) - killed)  # The retries have new processes.
-        wait_for(lambda: any(fresh_deme.home.glob("store/finetune/*/manifest.json")))
+        wait_for(lambda: any(killed_deme.home.glob("store/finetune/*/manifest.json")))
     finally:
         servers, orphans = _children_of(run.pid), _workers_of(run.pid)
         run.kill()
@@ -32,12 +73,21 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
             if _command(pid).find("uvicorn") >= 0:
                 os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in orphans))
+    before = killed_deme.take_told()
 
-    report = fresh_deme.report("run", write_recipe())
-    assert report["merged"]["weights_digest"] == first_report["merged"]["weights_digest"]
-    assert report["rows"] == first_report["rows"]
-    left = [path for path in fresh_deme.home.glob("store/checkpoints/**/*") if path.is_file()]
+    report, expected = killed_deme.report("run", recipe), deme.report("run", recipe)
+    assert report["merged"]["weights_digest"] == expected["merged"]["weights_digest"]
+    assert report["rows"] == expected["rows"]
+    left = [path for path in killed_deme.home.glob("store/checkpoints/**/*") if path.is_file()]
     assert not left, "checkpoints of finished runs must go"
+    after = killed_deme.take_told()
+    ends = {task: kind for task, kind, _ in after if kind in ("finished", "cached")}
+    finished = {task for task, kind, _ in before if kind == "finished"}
+    assert "pretrained model" in finished
+    assert {ends[task] for task in finished} == {"cached"}, "nothing may be done again"
+    resumed = [(task, re.fullmatch(r"resumed at step (\d+)", message)) for task, _, message in before + after]
+    (training,) = {task for task, kind, _ in before if kind == "failed"}
+    assert [int(step[1]) >= 10 for task, step in resumed if step and task == training] == [True]
 
 
 def _workers_of(pid: int) -> list[int]:
