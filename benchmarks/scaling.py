@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,51 +34,54 @@ _GOAL = 1.2
 
 
 class CountingStore(FileStore):
-    """A folder that counts calls by name, and bytes both ways."""
+    """A folder that counts calls by name, and bytes both ways; files of an artifact travel on several threads."""
 
     def __init__(self, location: str | Path) -> None:
         super().__init__(location)
         self.calls: Counter[str] = Counter()
         self.written = self.read = 0
+        self._lock = threading.Lock()
+
+    def _count(self, call: str, *, written: int = 0, read: int = 0) -> None:
+        with self._lock:
+            self.calls[call] += 1
+            self.written += written
+            self.read += read
 
     def put_file(self, key: str, path: Path) -> None:
         """Counts and copies a file in."""
-        self.calls["put"] += 1
-        self.written += path.stat().st_size
+        self._count("put", written=path.stat().st_size)
         super().put_file(key, path)
 
     def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Counts and writes."""
-        self.calls["put"] += 1
-        self.written += len(data)
+        self._count("put", written=len(data))
         return super().put_bytes(key, data, if_absent=if_absent)
 
     def get_file(self, key: str, path: Path, *args: Any, **kwargs: Any) -> None:
         """Counts and copies a file out."""
-        self.calls["get"] += 1
         super().get_file(key, path, *args, **kwargs)
-        self.read += path.stat().st_size
+        self._count("get", read=path.stat().st_size)
 
     def get_bytes(self, key: str) -> bytes:
         """Counts and reads."""
-        self.calls["get"] += 1
         data = super().get_bytes(key)
-        self.read += len(data)
+        self._count("get", read=len(data))
         return data
 
     def exists(self, key: str) -> bool:
         """Counts and looks."""
-        self.calls["head"] += 1
+        self._count("head")
         return super().exists(key)
 
     def list(self, prefix: str) -> Iterator[Any]:
         """Counts and lists."""
-        self.calls["list"] += 1
+        self._count("list")
         return super().list(prefix)
 
     def delete(self, key: str) -> None:
         """Counts and deletes."""
-        self.calls["delete"] += 1
+        self._count("delete")
         super().delete(key)
 
 
