@@ -111,37 +111,42 @@ def _beyond_all(found: Mapping[str, Interval]) -> str:
     return "higher" if all(difference.low > 0 for difference in found.values()) else ""
 
 
-def print_claim(cells: Mapping[str, Sequence[Cell]], options: Mapping[str, Any]) -> None:
-    """Prints the result: the first way to merge under the first setting is the one that the claim is about.
+def outcome(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Returns whether the claim holds of the first way to merge of a setting's cells, and what that rests on.
 
     It holds if all intervals say so, and there are at least two training seeds.
     """
+    first = cells[0]
+    row = next(row for row in first.scores if row.startswith("merged"))
+    better = "higher" if higher_is_better(first.metric) else "lower"
+    means = {name: [fmean(cell.scores[name].by_seed) for cell in cells] for name in first.scores}
+    return {
+        "ratio": sum(means[row]) / sum(means["finetuned"]),
+        "goal": 1.0,
+        "holds": len(cells) > 1 and all(_beyond_all(differences(cells, row, base)) == better for base in BASELINES),
+        "row": row,
+        "metric": first.metric,
+        "means": means,
+    }
+
+
+def all_differences(cells: Sequence[Cell]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns each row's differences from each baseline as plain data: row, baseline, what was drawn."""
+    return {
+        row: {
+            base: {drawn: asdict(each) for drawn, each in differences(cells, row, base).items()}
+            for base in BASELINES
+            if base != row
+        }
+        for row in cells[0].scores
+    }
+
+
+def print_claim(cells: Mapping[str, Sequence[Cell]], options: Mapping[str, Any]) -> None:
+    """Prints the result, which is about the first setting."""
     name, first = next(iter(cells.items()))
-    row = next(row for row in first[0].scores if row.startswith("merged"))
-    better = "higher" if higher_is_better(first[0].metric) else "lower"
-    means = {row: [fmean(cell.scores[row].by_seed) for cell in first] for row in first[0].scores}
-    print_result(
-        "claim",
-        ratio=sum(means[row]) / sum(means["finetuned"]),
-        goal=1.0,
-        holds=len(first) > 1 and all(_beyond_all(differences(first, row, base)) == better for base in BASELINES),
-        row=row,
-        setting=name,
-        metric=first[0].metric,
-        means=means,
-        differences={
-            setting: {
-                row: {
-                    base: {drawn: asdict(each) for drawn, each in differences(found, row, base).items()}
-                    for base in BASELINES
-                    if base != row
-                }
-                for row in found[0].scores
-            }
-            for setting, found in cells.items()
-        },
-        **options,
-    )
+    by_setting = {setting: all_differences(found) for setting, found in cells.items()}
+    print_result("claim", **outcome(first), setting=name, differences=by_setting, **options)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

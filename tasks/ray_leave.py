@@ -1,4 +1,4 @@
-"""A Ray node that is taken away: ``python -m tasks.ray_leave``, the preStop hook of its pod.
+"""A Ray node that is taken away: ``python -m tasks.ray_leave --root PID``, the preStop hook of its pod.
 
 Told to end, Ray takes no more tasks and waits, for half a minute, for those that it has; then it kills them. So the
 worker processes are told too: each training leaves a checkpoint, its task fails, and the flow has it done elsewhere.
@@ -36,9 +36,9 @@ def _command(process: psutil.Process) -> list[str]:
 
 
 def main() -> None:
-    """Tells the processes of this container, or those below another process."""
+    """Tells the processes below one that must be named: on a machine, below 1 would be everybody's."""
     parser = argparse.ArgumentParser(description="Have a Ray node leave; trainings leave a checkpoint.")
-    parser.add_argument("--root", type=int, default=1, metavar="PID", help="process they descend from (default 1)")
+    parser.add_argument("--root", type=int, required=True, metavar="PID", help="`ray start`, or 1 in a container")
     leave(psutil.Process(parser.parse_args().root))
 
 

@@ -2,7 +2,8 @@
 
 A piece of pretraining goes on from the moving average that the piece before left, with a fresh optimizer: weights are
 the only state. When a piece lowers the held-out loss by less than `--flat`, theta_0 is done; then the laboratory of
-benchmarks.claim decouples, merges and evaluates, job by job, as long as there is time.
+benchmarks.claim decouples, merges and evaluates, job by job, as long as there is time; a training that is cut leaves a
+checkpoint.
 """
 
 import argparse
@@ -11,17 +12,18 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claim import BASELINES, differences, print_setting
+from benchmarks.claim import all_differences, outcome, print_setting
 from benchmarks.claim_cell import run_cell
 from benchmarks.gpu.parted_state import pack, unpack
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import print_result
+from deme_core.errors import WorkerStoppedError
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
@@ -31,7 +33,7 @@ _RECIPE = Path(__file__).with_name("cifar10.yaml")
 # Of a piece, for training; the rest is for imports, losses, packing.
 _SHARE, _SECONDS_TO_PACK = 0.7, 20.0
 # Cheap to make again, or of no use to anybody who goes on.
-_NOT_CARRIED = ("pretrained", "checkpoints", "merged", "grams", "confined")
+_NOT_CARRIED = ("pretrained", "merged", "grams", "confined")
 _TOY = (
     "pretrained.unet.block_out_channels=[8,16,16]",
     "pretrained.unet.norm_num_groups=4",
@@ -86,12 +88,18 @@ class Piece:
             self._pretrain()
         if not self.is_flat:
             return None
+        # A training longer than what is left leaves a checkpoint, from which the next piece goes on.
+        timer = threading.Timer(max(0.0, self._deadline - time.monotonic()), self._context.stop.set)
+        timer.daemon = True
+        timer.start()
         try:
             return self._merge_and_evaluate()
-        except PieceIsOverError:
+        except (PieceIsOverError, WorkerStoppedError):
             if self._options.carry == "model":
                 print("The rest did not fit in one piece; with CARRY=all the next one goes on from here.")
             return None
+        finally:
+            timer.cancel()
 
     def _recipe(self, *overrides: str) -> Recipe:
         toy = _TOY if self._options.toy else ()
@@ -151,25 +159,14 @@ class Piece:
         recipe = self._recipe("pretrained=" + json.dumps({"source": str(self._theta)}))
         cell = run_cell(recipe, self._options.merges, context=self._context, before_job=self._check_time)
         print_setting("CIFAR-10 (JPEG), 32 x 32", [cell], [0])
-        row = next(row for row in cell.scores if row.startswith("merged"))
-        found = {
-            name: {base: differences([cell], name, base) for base in BASELINES if base != name} for name in cell.scores
-        }
         return {
-            "ratio": sum(cell.scores[row].by_seed) / sum(cell.scores["finetuned"].by_seed),
-            "goal": 1.0,
-            "holds": all(each.high < 0 for against in found[row].values() for each in against.values()),
-            "row": row,
-            "metric": cell.metric,
+            **outcome([cell]),
             "device": _device_name(self._options.device),
             "toy": self._options.toy,
             "scores": {name: list(scores.by_seed) for name, scores in cell.scores.items()},
             "weights": dict(cell.weights),
             "heldout": dict(cell.heldout),
-            "differences": {
-                name: {base: {drawn: asdict(each) for drawn, each in by.items()} for base, by in against.items()}
-                for name, against in found.items()
-            },
+            "differences": all_differences([cell]),
             **self.progress,
         }
 

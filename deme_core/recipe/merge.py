@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from deme_core.recipe.base import Spec
 
-# Beyond it nobody waits: the paper's largest has some hundreds.
+# At half a minute for each, a week.
 _LARGEST_GRID = 20_000
 
 

@@ -48,7 +48,7 @@ class SearchJob(Job):
 
     stage: ClassVar[str] = "problem"
     work: ClassVar[str] = "search"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec

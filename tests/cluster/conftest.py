@@ -58,8 +58,9 @@ class RayCluster:
         node = self.nodes.pop()
         pod = yaml.safe_load(_MANIFEST.read_text())["spec"]["workerGroupSpecs"][0]["template"]["spec"]
         _, *hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
-        # In a container all processes descend from the first one; here others do not.
-        subprocess.run([sys.executable, *hook, "--root", str(node.pid)], check=True, cwd=self.logs)
+        # In a container all processes descend from the first one; here others do, too.
+        assert hook[-2:] == ["--root", "1"]
+        subprocess.run([sys.executable, *hook[:-1], str(node.pid)], check=True, cwd=self.logs)
         node.terminate()
         node.wait(pod["terminationGracePeriodSeconds"])
 

@@ -88,7 +88,7 @@ def test_every_ray_node_tells_its_workers_before_it_ends() -> None:
     for name, pod in _pods():
         (container,) = pod["spec"]["containers"]
         _, *command = container["lifecycle"]["preStop"]["exec"]["command"]
-        assert command == ["-m", ray_leave.__name__], name
+        assert command == ["-m", ray_leave.__name__, "--root", "1"], name
         assert pod["spec"]["terminationGracePeriodSeconds"] >= 2 * 30, name  # Ray waits for half a minute.
 
 
