@@ -95,7 +95,7 @@ def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
     """N copies of S steps, and a control of N S; with a distillation, its steps twice: it, and the control's more."""
     finetune, distill = recipe.finetune, recipe.distill
     steps = 2 * recipe.segments.num_segments * finetune.num_steps + (distill.num_steps if distill else 0)
-    flops = steps * _step_flops(finetune, size, has_teacher=finetune.consistency_weight > 0)
+    flops = steps * _step_flops(finetune, size, has_teacher=finetune.has_teacher)
     if distill:
         flops += distill.num_steps * _step_flops(distill, size, has_teacher=True)
     if pretraining := recipe.pretrained.training:
@@ -127,7 +127,7 @@ def _image_flops(evaluate: EvaluateSpec, size: DenoiserSize) -> float:
 def _training_memory(finetune: FinetuneSpec, trained: int, stock: int) -> int:
     if finetune.lora:  # The one model is trained and, its adapter switched off, the frozen one.
         return stock + 3 * trained + _moment_bytes(finetune, trained)
-    frozen = stock if finetune.consistency_weight > 0 else 0
+    frozen = stock if finetune.has_teacher else 0
     return 3 * trained + _moment_bytes(finetune, trained) + frozen
 
 

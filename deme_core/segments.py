@@ -3,9 +3,13 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from deme_core.errors import InputError
 from deme_core.recipe import SegmentsSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, order=True)
@@ -23,6 +27,10 @@ class TimestepSegment:
 
     def __contains__(self, timestep: int) -> bool:
         return self.low <= timestep < self.high
+
+    def holds(self, timesteps: "torch.Tensor") -> "torch.Tensor":
+        """Returns which of the timesteps, int64 (B,), lie in it: bool (B,)."""
+        return (timesteps >= self.low) & (timesteps < self.high)
 
 
 def equal_segments(count: int, num_train_timesteps: int) -> tuple[TimestepSegment, ...]:

@@ -61,7 +61,7 @@ class Teacher:
             return adapter.predict(self.models[0], noisy, told, conditioning)
         prediction = torch.empty_like(noisy)
         for segment, model in zip(self.segments, self.models, strict=True):
-            rows = ((timesteps >= segment.low) & (timesteps < segment.high)).nonzero()[:, 0]
+            rows = segment.holds(timesteps).nonzero()[:, 0]
             if len(rows):
                 given = {name: tensor[rows] for name, tensor in conditioning.items()}
                 prediction[rows] = adapter.predict(model, noisy[rows], told[rows], given).to(noisy.dtype)

@@ -115,7 +115,7 @@ class Training:
         batches: from the number of the first batch, an endless stream of what the denoiser is trained on.
         spec: optimizer, precision, EMA and the like.
         plan: timesteps, number of steps, weights of the losses.
-        teacher: frozen theta_0, or frozen experts; needed if the plan has a consistency weight.
+        teacher: frozen theta_0, or frozen experts; needed if the plan has something learnt from it.
         device: where to train.
         record_every: optimizer steps between progress records.
         should_stop: asked after every step; once it says yes there is a record, for a checkpoint to be made.
@@ -134,8 +134,8 @@ class Training:
         record_every: int = 10,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        if (teacher is None) == (plan.consistency_weight > 0):
-            raise ValueError("a teacher and a consistency weight go together")
+        if (teacher is None) == plan.has_teacher:
+            raise ValueError("a teacher and what is learnt from it go together")
         AcceleratorState._reset_state(reset_partial_state=True)  # A worker process trains several models in turn.
         self.accelerator = Accelerator(
             mixed_precision="no" if spec.mixed_precision == "fp32" else spec.mixed_precision,
@@ -247,6 +247,9 @@ class Training:
             with self.accelerator.autocast():
                 taught = self.teacher.predict(self.adapter, noisy, timesteps, batch.conditioning)
         prediction = self.adapter.predict(self.model, noisy, told, batch.conditioning)
+        if taught is not None and self.plan.replay_from_teacher:
+            inside = self.plan.sampler.segment.holds(timesteps).view(-1, *[1] * (target.ndim - 1))
+            target = torch.where(inside, target, taught.to(target.dtype))
         diffusion = diffusion_loss(prediction, target)
         consistency = torch.zeros_like(diffusion) if taught is None else consistency_loss(prediction, taught)
         return diffusion, consistency

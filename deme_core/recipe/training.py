@@ -101,6 +101,12 @@ class FinetuneSpec(TrainingSpec):
         "per_sample",
         description="Draw the range for each sample, or once per batch with mirrored pairs as the paper's code does.",
     )
+    replay: Literal["data", "pretrained"] = Field(
+        "data",
+        exclude_if=lambda replay: replay == "data",
+        description="What a copy learns on timesteps outside of its segment: to denoise the data, as in the paper, or "
+        "to predict what the pretrained model predicts (Li and Hoiem 2016, arXiv 1606.09282).",
+    )
     consistency_weight: float = Field(1.0, ge=0, description="Weight of the consistency loss (lambda).")
     channel_projection: bool = Field(
         True, description="Train channel-wise projections and fold them after merging; false with lora."
@@ -110,6 +116,11 @@ class FinetuneSpec(TrainingSpec):
         exclude_if=lambda lora: lora is None,
         description="Train a LoRA adapter on the frozen model instead of a whole copy, and merge adapters.",
     )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether each step asks the pretrained model for its prediction as well."""
+        return self.consistency_weight > 0 or self.replay == "pretrained"
 
     @model_validator(mode="before")
     @classmethod

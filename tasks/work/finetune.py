@@ -48,6 +48,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         ),
         num_steps=job.num_steps,
         consistency_weight=job.finetune.consistency_weight,
+        replay_from_teacher=job.finetune.replay == "pretrained",
         seed=derive_seed("segment", job.finetune.seed, job.low, job.high),
     )
     if lora is not None:
@@ -55,7 +56,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
     elif job.finetune.channel_projection:
         attach_projections(model)
     teacher: Teacher | LoraTeacher | None = None
-    if job.finetune.consistency_weight > 0:
+    if job.finetune.has_teacher:
         teacher = LoraTeacher(model) if lora is not None else Teacher([load_denoiser(folder)])
     tensors, metrics = yield from run_training(
         context,
