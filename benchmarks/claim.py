@@ -82,9 +82,11 @@ def print_setting(name: str, cells: Sequence[Cell], training_seeds: Sequence[int
         losses = [cell.heldout[row] for cell in cells if row in cell.heldout]
         found = [cell.weights[row] for cell in cells if row in cell.weights]
         weights = "; ".join(", ".join(f"{w:.3g}" for w in each[:8]) for each in found)
-        lines.append((row, *means, f"{fmean(losses):.6f}" if losses else "", weights))
+        changes = [cell.loss_changes[row] for cell in cells if row in cell.loss_changes]
+        by_segment = ", ".join(f"{fmean(each):+.1%}" for each in zip(*changes, strict=True))
+        lines.append((row, *means, f"{fmean(losses):.6f}" if losses else "", by_segment, weights))
     metric = cells[0].metric
-    columns = ("row", *(f"seed {seed}" for seed in training_seeds), "held-out loss", "weights")
+    columns = ("row", *(f"seed {seed}" for seed in training_seeds), "held-out loss", "by segment", "weights")
     print_table(f"{name}: {metric}, {direction([metric])}", columns, lines)
     pairs = [(row, base) for base in BASELINES for row in rows if row not in BASELINES[: BASELINES.index(base) + 1]]
     compared = [(row, base, differences(cells, row, base)) for row, base in pairs]

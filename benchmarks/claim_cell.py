@@ -1,7 +1,7 @@
 """A cell of the claim's laboratory: one training seed under one setting, with a row for each way to merge."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from benchmarks.laboratory import Laboratory
@@ -37,6 +37,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "lambda=1": ("finetune.consistency_weight=1",),
     "projection": ("finetune.channel_projection=true",),
     "no projection": ("finetune.channel_projection=false",),
+    "replay=pretrained": ("finetune.replay=pretrained",),
     "constant rate": ("finetune.lr_scheduler=constant",),
     "N=2": ("segments.count=2",),
     "N=8": ("segments.count=8",),
@@ -52,6 +53,9 @@ class Cell:
         scores: of each row, under each sampling seed; with resamples if the metric decides.
         weights: merge weights of each row that has some; the control's is its scale.
         heldout: held-out loss of each row that is one model.
+        loss_changes: held-out loss of each row in each segment, relative to the pretrained model's there, less 1; the
+            ensemble's are the experts', each on its own segment. The mean over all timesteps is that of the lowest
+            ones nearly alone, where losses are a hundred times as high.
         others: the recipe's other metrics of the same images, each with its scores alone.
     """
 
@@ -59,6 +63,7 @@ class Cell:
     scores: Mapping[str, RowScores]
     weights: Mapping[str, Sequence[float]]
     heldout: Mapping[str, float]
+    loss_changes: Mapping[str, Sequence[float]] = field(default_factory=dict)
     others: Sequence["Cell"] = ()
 
 
@@ -92,14 +97,24 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
     experts = laboratory.experts()
     found = {row: laboratory.scores_by_metric((model,)) for row, model in rows.items()}
     found["ensemble"] = laboratory.scores_by_metric(experts, laboratory.edges)
+    changes = {row: _loss_changes(laboratory, model) for row, model in rows.items()}
+    changes["ensemble"] = [_loss_changes(laboratory, expert)[index] for index, expert in enumerate(experts)]
     deciding, *others = found["pretrained"]
     return Cell(
         metric=deciding,
         scores={row: scores[deciding] for row, scores in found.items()},
         weights=weights,
         heldout={row: laboratory.mean_heldout(model) for row, model in rows.items()},
+        loss_changes=changes,
         others=[Cell(metric, {row: scores[metric] for row, scores in found.items()}, {}, {}) for metric in others],
     )
+
+
+def _loss_changes(laboratory: Laboratory, model: ArtifactRef) -> list[float]:
+    before = laboratory.segment_losses(laboratory.pretrained.ref)
+    return [
+        loss / of_pretrained - 1 for loss, of_pretrained in zip(laboratory.segment_losses(model), before, strict=True)
+    ]
 
 
 def _shared_range(search: SearchSpec, num_copies: int) -> SearchSpec:

@@ -6,10 +6,12 @@ Everything is kept in the store of DEME_HOME, where the flow's artifacts are too
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from deme_core.binned_losses import bin_edges
+import numpy as np
+
+from deme_core.binned_losses import bin_edges, widths
 from deme_core.manifest import ArtifactRef
 from deme_core.metrics import metric_name
-from deme_core.recipe import DistillSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
+from deme_core.recipe import DistillSpec, FinetuneSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores
@@ -86,22 +88,23 @@ class Laboratory:
     def control(self) -> ArtifactRef:
         """Returns the copy finetuned on all timesteps with the steps of all experts, and a distillation, together."""
         more = self.recipe.distill.num_steps if self.recipe.distill else 0
-        return self.finetuned(0, self.edges[-1], self.recipe.finetune.num_steps * (len(self.edges) - 1) + more)
+        num_segments, finetune = len(self.edges) - 1, self.recipe.finetune
+        num_steps = finetune.num_steps * num_segments + more
+        return self.finetuned(0, self.edges[-1], num_steps, finetune.for_control(num_segments))
 
     def soup(self) -> tuple[ArtifactRef, ...]:
         """Returns copies as many and as long as the experts, all of them of all timesteps: their seeds differ alone."""
-        finetune, first = self.recipe.finetune, 10_000 + 10 * self.recipe.finetune.seed
-        seeds = range(first + 1, first + len(self.edges))
-        return tuple(self.finetuned(0, self.edges[-1], finetune.num_steps, seed=seed) for seed in seeds)
+        finetune, first = self.recipe.finetune.for_control(1), 10_000 + 10 * self.recipe.finetune.seed
+        seeded = [finetune.model_copy(update={"seed": seed}) for seed in range(first + 1, first + len(self.edges))]
+        return tuple(self.finetuned(0, self.edges[-1], finetune.num_steps, each) for each in seeded)
 
-    def finetuned(self, low: int, high: int, num_steps: int, *, seed: int | None = None) -> ArtifactRef:
-        """Returns the copy finetuned on [low, high), from the recipe's seed or another."""
-        finetune = self.recipe.finetune
+    def finetuned(self, low: int, high: int, num_steps: int, finetune: FinetuneSpec | None = None) -> ArtifactRef:
+        """Returns the copy finetuned on [low, high), as the recipe says or otherwise."""
         job = FinetuneJob(
             label=f"[{low}, {high})",
             pretrained=self.pretrained.ref,
             dataset=self.recipe.dataset,
-            finetune=finetune if seed is None else finetune.model_copy(update={"seed": seed}),
+            finetune=finetune or self.recipe.finetune,
             low=low,
             high=high,
             num_steps=num_steps,
@@ -126,6 +129,13 @@ class Laboratory:
         """Returns the denoising loss on images that no training saw, over all timesteps."""
         job = HeldoutJob(model=model, dataset=self.recipe.dataset, edges=bin_edges(self.edges[-1], self.edges))
         return float(self.do(job).metrics["mean"])
+
+    def segment_losses(self, model: ArtifactRef) -> list[float]:
+        """Returns the denoising loss on images that no training saw, in each segment."""
+        edges = bin_edges(self.edges[-1], self.edges)
+        weighted = widths(edges) * np.array(self.heldout(model))
+        segment_of_bin = np.searchsorted(self.edges, edges[:-1], side="right") - 1
+        return [float(weighted[segment_of_bin == index].sum()) for index in range(len(self.edges) - 1)]
 
     def reference(self, part: Literal["search", "report"]) -> JobResult:
         """Returns what scores need of the real images of the search, or of the report."""

@@ -93,9 +93,11 @@ def estimate_cost(
 
 def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
     """N copies of S steps, and a control of N S; with a distillation, its steps twice: it, and the control's more."""
-    finetune, distill = recipe.finetune, recipe.distill
-    steps = 2 * recipe.segments.num_segments * finetune.num_steps + (distill.num_steps if distill else 0)
+    finetune, distill, num_segments = recipe.finetune, recipe.distill, recipe.segments.num_segments
+    steps, control = num_segments * finetune.num_steps, finetune.for_control(num_segments)
     flops = steps * _step_flops(finetune, size, has_teacher=finetune.has_teacher)
+    steps += distill.num_steps if distill else 0
+    flops += steps * _step_flops(finetune, size, has_teacher=control.has_teacher)
     if distill:
         flops += distill.num_steps * _step_flops(distill, size, has_teacher=True)
     if pretraining := recipe.pretrained.training:

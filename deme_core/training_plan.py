@@ -17,18 +17,18 @@ class TrainingPlan:
         sampler: draws the timesteps.
         num_steps: optimizer steps.
         consistency_weight: lambda; 0 switches the consistency loss off.
-        replay_from_teacher: outside of the sampler's segment the target is the teacher's prediction, not the data's.
         seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
         diffusion_weight: of the diffusion loss; 0 for a distillation, which learns from its teacher alone.
+        replay_from_teacher: outside of the sampler's segment the target is the teacher's prediction, not the data's.
     """
 
     label: str
     sampler: TimestepSampler
     num_steps: int
     consistency_weight: float = 0.0
-    replay_from_teacher: bool = False
     seed: int = 0
     diffusion_weight: float = 1.0
+    replay_from_teacher: bool = False
 
     @property
     def has_teacher(self) -> bool:

@@ -29,13 +29,8 @@ class Trainings:
     segments: tuple[TimestepSegment, ...]
 
     def control(self) -> PrefectFuture[JobResult]:
-        """Submits the control: all timesteps, and as many optimizer steps as all other trainings together.
-
-        A LoRA has the summed rank of the copies', as their merge has.
-        """
-        spec, finetune = self.recipe, self.recipe.finetune
-        if finetune.lora is not None:
-            finetune = finetune.model_copy(update={"lora": finetune.lora.times(len(self.segments))})
+        """Submits the control: all timesteps, and as many optimizer steps as all other trainings together."""
+        spec, finetune = self.recipe, self.recipe.finetune.for_control(len(self.segments))
         num_steps = spec.finetune.num_steps * len(self.segments) + (spec.distill.num_steps if spec.distill else 0)
         everything = TimestepSegment(self.segments[0].low, self.segments[-1].high)
         return self._finetune(finetune, everything, num_steps, "all timesteps", "finetune/all")

@@ -166,6 +166,7 @@ class Piece:
             "scores": {name: list(scores.by_seed) for name, scores in cell.scores.items()},
             "weights": dict(cell.weights),
             "heldout": dict(cell.heldout),
+            "loss_changes": dict(cell.loss_changes),
             "differences": all_differences([cell]),
             **self.progress,
         }

@@ -117,10 +117,24 @@ class FinetuneSpec(TrainingSpec):
         description="Train a LoRA adapter on the frozen model instead of a whole copy, and merge adapters.",
     )
 
+    def for_control(self, num_segments: int) -> "FinetuneSpec":
+        """Returns how a copy of all timesteps is finetuned: with the summed rank, and nothing outside of its segment.
+
+        A LoRA has the summed rank of the copies', as their merge has.
+        """
+        lora = None if self.lora is None else self.lora.times(num_segments)
+        return self.model_copy(update={"lora": lora, "replay": "data"})
+
     @property
     def has_teacher(self) -> bool:
         """Whether each step asks the pretrained model for its prediction as well."""
         return self.consistency_weight > 0 or self.replay == "pretrained"
+
+    @model_validator(mode="after")
+    def _there_is_something_to_replay(self) -> Self:
+        if self.replay == "pretrained" and self.global_sampling_probability == 0:
+            raise ValueError("replay 'pretrained' has no effect with global_sampling_probability 0; give it a chance")
+        return self
 
     @model_validator(mode="before")
     @classmethod

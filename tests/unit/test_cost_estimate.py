@@ -51,6 +51,9 @@ def test_training_is_three_passes_and_a_frozen_one_of_all_copies_and_the_control
     # 3 copies of 10 steps and a control of 30, 8 images a step.
     assert cost().training_flops == 60 * 8 * (3 * 1100 + 1000)
     assert cost(finetune={"consistency_weight": 0.0}).training_flops == 60 * 8 * 3 * 1100
+    # Only copies have timesteps outside of their segment, for which the frozen model is asked.
+    replay = cost(finetune={"consistency_weight": 0.0, "replay": "pretrained"})
+    assert replay.training_flops == 30 * 8 * (2 * 3 * 1100 + 1000)
     assert cost(finetune={"gradient_checkpointing": True}).training_flops == 60 * 8 * (4 * 1100 + 1000)
 
 

@@ -40,6 +40,7 @@ def build(
     num_steps: int = 3,
     sampler: TimestepSampler = SAMPLER,
     consistency_weight: float = 0.0,
+    replay_from_teacher: bool = False,
     pretrained: nn.Module | None = None,
     seed: int = 0,
     record_every: int = 10,
@@ -53,7 +54,14 @@ def build(
         tiny_adapter(),
         source,
         spec=TrainingSpec(num_steps=num_steps, **{"batch_size": BATCH_SIZE, "learning_rate": 1e-3, **spec}),
-        plan=TrainingPlan("segment 0 [0, 500)", sampler, num_steps, consistency_weight, seed),
+        plan=TrainingPlan(
+            "segment 0 [0, 500)",
+            sampler,
+            num_steps,
+            consistency_weight,
+            seed,
+            replay_from_teacher=replay_from_teacher,
+        ),
         teacher=Teacher([pretrained]) if pretrained is not None else None,
         device=device,
         record_every=record_every,
@@ -485,8 +493,31 @@ def test_the_histogram_counts_every_image() -> None:
     assert int(training.timestep_counts.sum()) == 3 * 2 * BATCH_SIZE
 
 
+def test_replay_from_the_teacher_learns_the_data_inside_of_the_segment_and_the_teacher_outside() -> None:
+    model, pretrained = randomize(one_level_unet(), seed=1, scale=0.02), one_level_unet()
+    rng, images = generator("training", 0, 0), tiny_images(BATCH_SIZE, seed=0)
+    noise, everywhere = torch.randn(images.shape, generator=rng), TimestepSampler(TimestepSegment(0, 500), 1000, 1.0)
+    t = everywhere(BATCH_SIZE, rng)
+    inside = t < 500
+    assert inside.any() and not inside.all()
+    noisy = tiny_scheduler().add_noise(images, noise, t)
+    with torch.no_grad():
+        target = torch.where(inside[:, None, None, None], noise, pretrained(noisy, t).sample)
+        expected = float(((model(noisy, t).sample - target) ** 2).mean())
+    settings: dict[str, Any] = {"num_steps": 1, "sampler": everywhere, "pretrained": pretrained}
+    (progress,) = run(build(model, replay_from_teacher=True, **settings))
+    assert progress.loss == pytest.approx(expected, rel=1e-5)
+    # All timesteps are the control's segment: there is nothing outside.
+    control = TimestepSampler(TimestepSegment(0, 1000), 1000, 1.0)
+    losses = [
+        run(build(num_steps=2, sampler=control, pretrained=each, replay_from_teacher=each is not None))[-1].loss
+        for each in (None, one_level_unet())
+    ]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_a_teacher_and_a_consistency_weight_go_together(weight: float) -> None:
+def test_a_teacher_and_what_is_learnt_from_it_go_together(weight: float) -> None:
     with pytest.raises(ValueError, match="go together"):
         Training(
             one_level_unet(),
