@@ -24,10 +24,10 @@ from benchmarks.measurement import print_result, print_table
 from deme_core.cost_estimate import estimate_cost
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.families import Unconditional
+from deme_core.file_store import FileStore
 from deme_core.recipe import Recipe
 from deme_core.run_traffic import estimate_traffic, measure_artifacts
 from deme_core.settings import Settings
-from deme_core.store import FileStore
 from tasks.jobs import FinetuneJob, GeneratedFeaturesJob, Job, JobResult, PretrainJob
 
 _GOAL = 1.2

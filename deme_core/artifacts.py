@@ -28,17 +28,10 @@ from deme_core.errors import (
     InputError,
     ObjectTooLargeError,
 )
+from deme_core.file_store import FileStore
+from deme_core.local_files import check_space, local_errors, sync, temporary_beside
 from deme_core.manifest import DIGEST, UPLOADED, ArtifactRef, Manifest, StoredFile, malformed, manifest_key
-from deme_core.store import (
-    FileStore,
-    ObjectStore,
-    check_key,
-    check_space,
-    local_errors,
-    store_time,
-    sync,
-    temporary_beside,
-)
+from deme_core.store import ObjectStore, check_key, store_time
 
 # Files that travel, or are hashed, side by side (benchmarks/store.py).
 _FILES_AT_ONCE = 4

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import StoreUnavailableError
-from deme_core.store import ObjectStore, StoredObject, check_space, local_errors
+from deme_core.local_files import check_space, local_errors
+from deme_core.store import ObjectStore, StoredObject
 
 NUM_DOWNLOADS = 8
 

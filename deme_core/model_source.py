@@ -5,8 +5,9 @@ from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import ModelFolderError, StoreUnavailableError
+from deme_core.local_files import check_space
 from deme_core.needed_files import needed_files
-from deme_core.store import check_space, open_store
+from deme_core.store import open_store
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

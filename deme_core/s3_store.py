@@ -14,6 +14,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 
 from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, StoreUnavailableError
+from deme_core.local_files import local_errors, sync, temporary_beside
 from deme_core.store import (
     MAX_BYTES_AT_ONCE,
     Digest,
@@ -21,10 +22,7 @@ from deme_core.store import (
     StoredObject,
     check_key,
     is_key,
-    local_errors,
     not_found,
-    sync,
-    temporary_beside,
     too_large,
 )
 

@@ -4,34 +4,26 @@ Objects appear whole or not at all, and whatever an operating system or a server
 ``StoreUnavailableError`` of one sentence. Messages name the variables of credentials, never their values.
 """
 
-import errno
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from io import BytesIO
+from datetime import datetime
 from pathlib import Path
-from stat import S_ISREG
-from typing import BinaryIO, Protocol
-from urllib.parse import unquote
+from typing import Protocol
 from uuid import uuid4
 
 from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
+from deme_core.local_files import TEMPORARY_PREFIX
 
-_TEMPORARY_PREFIX = ".tmp-"
-# Larger writes make the kernel look for huge pages, see deme_core.checkpoint.
-_BYTES_PER_PIECE = 256 << 10
 _ACCESS_DEADLINE_SEC = 25.0
 _ACCESS_WAITS_SEC = (0.5, 1.0, 2.0, 4.0)
 # What is read into memory at once, as manifests with their histories: more is no such thing.
 MAX_BYTES_AT_ONCE = 64 * 2**20
-_URI_RULE = "DEME_STORE_URI must be file:///FOLDER or s3://BUCKET/PREFIX."
+URI_RULE = "DEME_STORE_URI must be file:///FOLDER or s3://BUCKET/PREFIX."
 
 
 @dataclass(frozen=True)
@@ -110,140 +102,6 @@ class NoAnswerError(StoreUnavailableError):
     """No answer: another attempt may succeed, unlike after a refusal."""
 
 
-class FileStore:
-    """Objects are files below a folder, which the first write makes.
-
-    Args:
-        location: a ``file:///`` URI or a Path.
-    """
-
-    def __init__(self, location: str | Path) -> None:
-        self.folder = _folder_of(location) if isinstance(location, str) else location.absolute()
-        self.uri = self.place = self.folder.as_uri()
-
-    def put_file(self, key: str, path: Path) -> None:
-        """Copy a file into the folder."""
-        with path.open("rb") as source:
-            self._put(key, source)
-
-    def put_bytes(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        """Write bytes into the folder."""
-        return self._put(key, BytesIO(data), if_absent=if_absent)
-
-    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
-        """Copy a file out; a link would let a change of the copy reach the store."""
-        with (
-            self._errors(key),
-            self._open(key, max_bytes) as source,
-            local_errors(path),
-            temporary_beside(path) as temporary,
-        ):
-            _copy(source, temporary, digest)
-            temporary.replace(path)
-
-    def get_bytes(self, key: str) -> bytes:
-        """Read a file."""
-        with self._errors(key), self._open(key, MAX_BYTES_AT_ONCE) as file:
-            return file.read()
-
-    def get_range(self, key: str, offset: int, size: int) -> bytes:
-        """Read a part of a file."""
-        with self._errors(key), self._path(key).open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    def exists(self, key: str) -> bool:
-        """Whether there is such a file."""
-        with self._errors():
-            return self._path(key).is_file()
-
-    def list(self, prefix: str) -> Iterator[StoredObject]:
-        """Walk the deepest folder that holds every match."""
-        parent = prefix.rpartition("/")[0]
-        for path in self._walk(self._path(parent) if parent else self.folder):
-            key = path.relative_to(self.folder).as_posix()
-            if key.startswith(prefix) and is_key(key):
-                # It may be deleted between the walk and the look.
-                with self._errors(), suppress(FileNotFoundError):
-                    status = path.stat()
-                    if S_ISREG(status.st_mode):
-                        yield StoredObject(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
-
-    def delete(self, key: str) -> None:
-        """Remove a file; its folder stays, for another writer may be about to use it."""
-        with self._errors(), suppress(FileNotFoundError, NotADirectoryError):
-            self._path(key).unlink()
-
-    def delete_if(self, key: str, data: bytes) -> bool:
-        """Remove a file that was just read; between the two is no time but that of a few system calls."""
-        with suppress(ArtifactNotFoundError), self._errors(key):
-            path = self._path(key)
-            if path.read_bytes() == data:
-                path.unlink()
-                return True
-        return False
-
-    def discard_unfinished(self, before: datetime) -> None:
-        """Remove old temporary files and old empty folders."""
-        for path in self._walk(self.folder):
-            with self._errors(), suppress(FileNotFoundError):
-                if path.stat().st_mtime >= before.timestamp():
-                    continue
-                if path.is_dir():
-                    # The system refuses to remove a folder that holds anything.
-                    with suppress(OSError):
-                        path.rmdir()
-                elif not is_key(path.relative_to(self.folder).as_posix()):
-                    path.unlink()
-
-    def _put(self, key: str, source: BinaryIO, *, if_absent: bool = False) -> bool:
-        path = self._path(key)
-        with self._errors(), temporary_beside(path) as temporary:
-            _copy(source, temporary)
-            if not if_absent:
-                temporary.replace(path)
-                return True
-            try:
-                # Unlike a rename, a link never replaces: of several writers one succeeds.
-                os.link(temporary, path)
-            except FileExistsError:
-                return False
-        return True
-
-    def _path(self, key: str) -> Path:
-        return self.folder / check_key(key)
-
-    def _open(self, key: str, max_bytes: int) -> BinaryIO:
-        file = self._path(key).open("rb")
-        if os.fstat(file.fileno()).st_size > max_bytes:
-            file.close()
-            raise too_large(f"{self.uri}/{key}", max_bytes)
-        return file
-
-    def _walk(self, folder: Path) -> Iterator[Path]:
-        """All files and folders below a folder, the deepest first."""
-
-        def pass_on(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):
-                raise error
-
-        with self._errors():
-            for parent, _, names in os.walk(folder, topdown=False, onerror=pass_on):
-                yield from (Path(parent, name) for name in names)
-                yield Path(parent)
-
-    @contextmanager
-    def _errors(self, key: str | None = None) -> Iterator[None]:
-        """Translate the system's errors; where a key is given, a missing file means a missing object."""
-        with system_errors(self.place, "point DEME_STORE_URI elsewhere"):
-            try:
-                yield
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-                if key is None:
-                    raise
-                raise not_found(f"{self.uri}/{key}") from error
-
-
 def open_store(uri: str) -> ObjectStore:
     """Open ``file:///folder`` or ``s3://bucket/prefix``; any other URI is an InputError.
 
@@ -251,10 +109,12 @@ def open_store(uri: str) -> ObjectStore:
     where no client can be made from them that is a StoreUnavailableError.
     """
     if uri.startswith("file://"):
+        from deme_core.file_store import FileStore  # It needs this module.
+
         return FileStore(uri)
     s3_uri = re.fullmatch(r"s3://([A-Za-z0-9._-]+)/*(.*?)/*", uri)
     if s3_uri is None or (s3_uri[2] and not is_key(s3_uri[2])):
-        raise InputError(_URI_RULE)
+        raise InputError(URI_RULE)
     from deme_core.s3_store import connect  # boto3 takes half a second to import.
 
     return connect(s3_uri[1], s3_uri[2])
@@ -315,7 +175,7 @@ def store_time(store: ObjectStore) -> datetime:
 def is_key(key: str) -> bool:
     """Whether this can name an object: a plain relative POSIX path, and no temporary file."""
     parts = key.split("/")
-    bad = any(part in ("", ".", "..") or part.startswith(_TEMPORARY_PREFIX) for part in parts)
+    bad = any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in parts)
     return not bad and "\\" not in key and "\0" not in key
 
 
@@ -324,73 +184,6 @@ def check_key(key: str) -> str:
     if not is_key(key):
         raise ValueError(f"{key!r} is no object key: it must be a plain relative path.")
     return key
-
-
-@contextmanager
-def temporary_beside(path: Path) -> Iterator[Path]:
-    """Yield a new name in the folder of ``path``; whatever bears it in the end is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{_TEMPORARY_PREFIX}{uuid4().hex}")
-    try:
-        yield temporary
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def system_errors(place: str, remedy: str) -> Iterator[None]:
-    """Turn the system's refusal into one sentence: where, why and what to do."""
-    try:
-        yield
-    except OSError as error:
-        first = "free space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check its permissions"
-        reason = error.strerror or type(error).__name__
-        raise StoreUnavailableError(f"Cannot use {place} ({reason}); {first} or {remedy}.") from error
-
-
-def check_space(folder: Path, num_bytes: int, *, variable: str = "DEME_HOME") -> None:
-    """Raises StoreUnavailableError if the disk of a folder that exists has no room for so much.
-
-    Args:
-        folder: where it shall go.
-        num_bytes: how much.
-        variable: what moves the folder elsewhere.
-    """
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
-        raise StoreUnavailableError(
-            f"Cannot use {folder.parent} ({num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free); free "
-            f"space or point {variable} elsewhere."
-        )
-
-
-def local_errors(path: Path) -> AbstractContextManager[None]:
-    """The same for a file of the local cache."""
-    return system_errors(str(path), "point DEME_HOME elsewhere")
-
-
-def _copy(source: BinaryIO, path: Path, digest: Digest | None = None) -> None:
-    with path.open("xb") as file:
-        while piece := source.read(_BYTES_PER_PIECE):
-            file.write(piece)
-            if digest is not None:
-                digest.update(piece)
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file is on the disk: else a power cut after a rename leaves its name without its bytes."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _folder_of(uri: str) -> Path:
-    path = unquote(uri.removeprefix("file://"))
-    if not uri.startswith("file://") or not path.startswith("/"):
-        raise InputError(_URI_RULE)
-    return Path(path)
 
 
 def too_large(uri: str, max_bytes: int) -> ObjectTooLargeError:

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
+from deme_core.local_files import local_errors
 from deme_core.settings import Settings
-from deme_core.store import local_errors
 from tasks.databases import start_from_copy
 
 QUIET = {

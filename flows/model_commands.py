@@ -15,10 +15,11 @@ from rich.progress import track
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import InputError
+from deme_core.local_files import local_errors
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Sampler
 from deme_core.settings import Settings
-from deme_core.store import local_errors, open_store
+from deme_core.store import open_store
 
 
 def export_model(run: str | None, out: Path, row: str = "merged") -> Path:

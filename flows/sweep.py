@@ -4,8 +4,10 @@ import shutil
 from datetime import timedelta
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.file_store import FileStore
+from deme_core.local_files import local_errors
 from deme_core.settings import Settings
-from deme_core.store import FileStore, local_errors, open_store, store_time
+from deme_core.store import open_store, store_time
 
 
 def sweep(older_than: timedelta) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from deme_core.digests import sha256_bytes
 from deme_core.html_report import comparison_page
 from deme_core.html_report.content import ComparedRun, ComparisonContent, HeldoutLosses, Picture, Samples
 from deme_core.html_report.pictures import read_picture
+from deme_core.local_files import local_errors, temporary_beside
 from deme_core.recipe_file import differing_settings
 from deme_core.settings import Settings
-from deme_core.store import local_errors, temporary_beside
 from deme_core.verdict import Interval
 from tasks.comparison import Reports, deciding_scores_of, scored_row
 from tasks.page_scores import evaluation_facts, page_scores

@@ -22,7 +22,7 @@ from typing import BinaryIO, Literal
 
 import httpx
 
-from deme_core.store import local_errors, temporary_beside
+from deme_core.local_files import local_errors, temporary_beside
 
 Server = Literal["prefect", "mlflow"]
 

@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.local_files import local_errors, temporary_beside
 from deme_core.manifest import ArtifactRef
 from deme_core.settings import Settings
-from deme_core.store import local_errors, open_store, temporary_beside
+from deme_core.store import open_store
 from tasks.tracked_runs import check_tracking, download, find_page
 
 # The artifact is <store>/<STAGE>/<MLflow run>; the page is a file of it, and of the MLflow run.

@@ -9,7 +9,8 @@ from typing import Literal
 from deme_core.checkpoint_watch.candidates import Candidate
 from deme_core.checkpoint_watch.parts import UnfinishedError, frozen_parts, model_files
 from deme_core.errors import ArtifactNotFoundError, ModelFolderError, ObjectTooLargeError
-from deme_core.store import ObjectStore, local_errors
+from deme_core.local_files import local_errors
+from deme_core.store import ObjectStore
 
 Outcome = Literal["waiting", "whole", "broken"]
 

@@ -10,7 +10,8 @@ from deme_core.checkpoint_watch.candidates import Candidate, find_candidates
 from deme_core.checkpoint_watch.inspection import Verdict, inspect
 from deme_core.checkpoint_watch.ledger import Ledger, Look
 from deme_core.errors import InputError, StoreUnavailableError
-from deme_core.store import FileStore, ObjectStore, StoredObject, open_store
+from deme_core.file_store import FileStore
+from deme_core.store import ObjectStore, StoredObject, open_store
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from deme_core.extractors import pillow_bicubic
 from deme_core.extractors.base import NetworkExtractor, chunk_size, digest, fixed_resolution, local_file, unavailable
 from deme_core.extractors.inception_networks import NETWORKS, InceptionFile
-from deme_core.store import local_errors
+from deme_core.local_files import local_errors
 
 NAME = "inception"
 _RESOLUTION = 299

@@ -11,6 +11,7 @@ import torch
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
+from deme_core.file_store import FileStore
 from deme_core.images.archive import ZipSource
 from deme_core.images.conditioning import Conditioning, read_conditioning
 from deme_core.images.digits import DigitsSource
@@ -23,7 +24,7 @@ from deme_core.images.source import ImageSource
 from deme_core.images.stream import Stream, StreamedTars
 from deme_core.images.tars import TarSource, find_tars
 from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
-from deme_core.store import FileStore, ObjectStore
+from deme_core.store import ObjectStore
 
 DIGITS_RESOLUTION = 8
 

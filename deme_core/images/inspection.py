@@ -13,7 +13,7 @@ from deme_core.digests import sha256_bytes
 from deme_core.errors import DatasetError
 from deme_core.images.pixels import BrokenImageError, decode
 from deme_core.images.source import ImageSource
-from deme_core.store import local_errors, temporary_beside
+from deme_core.local_files import local_errors, temporary_beside
 
 CHUNK_SIZE = 1024
 NUM_CHUNKS_PER_MESSAGE = 16

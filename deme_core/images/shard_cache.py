@@ -12,7 +12,8 @@ from typing import BinaryIO
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.downloads import NUM_DOWNLOADS
 from deme_core.errors import DatasetError, ObjectTooLargeError
-from deme_core.store import ObjectStore, StoredObject, check_space, local_errors, temporary_beside
+from deme_core.local_files import check_space, local_errors, temporary_beside
+from deme_core.store import ObjectStore, StoredObject
 
 _SHARD, _RESERVED = ".shard", ".reserved"
 _WAIT_SEC = 0.2

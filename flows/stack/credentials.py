@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from deme_core.store import local_errors
+from deme_core.local_files import local_errors
 
 
 @dataclass(frozen=True)

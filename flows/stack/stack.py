@@ -13,7 +13,7 @@ from typing import Any, Literal
 import psutil
 
 from deme_core.errors import DemeError, InputError
-from deme_core.store import local_errors
+from deme_core.local_files import local_errors
 from flows.stack import services
 from flows.stack.credentials import write_private
 from flows.stack.ports import choose_ports

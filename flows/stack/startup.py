@@ -9,7 +9,7 @@ from typing import Protocol, Self
 from urllib.parse import urlsplit
 
 from deme_core.errors import DemeError
-from deme_core.store import local_errors
+from deme_core.local_files import local_errors
 from flows.stack.processes import listener, start_detached
 from flows.stack.services import Service
 

@@ -23,11 +23,12 @@ from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import stage_digest
 from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError
 from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
+from deme_core.local_files import local_errors
 from deme_core.manifest import ArtifactRef
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
 from deme_core.settings import Settings
-from deme_core.store import local_errors, open_store
+from deme_core.store import open_store
 from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
 from tasks.patience import patiently
 from tasks.progress import exhaust

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from deme_core.data_parallel import Share
 from deme_core.errors import WorkerDiedError, WorkerStoppedError
+from deme_core.file_store import FileStore
 from deme_core.images.draws import BatchSchedule
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, FinetuneSpec, LoraSpec, TrainingSpec
 from deme_core.settings import Settings
-from deme_core.store import FileStore
 from tasks.jobs import FinetuneJob, ImportJob, JobResult, PretrainJob
 from tasks.work import ranks
 from tasks.work.base import JobContext, execute

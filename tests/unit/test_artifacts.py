@@ -6,8 +6,8 @@ import pytest
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import ChecksumMismatchError
+from deme_core.file_store import FileStore
 from deme_core.manifest import ArtifactRef, Manifest, StoredFile
-from deme_core.store import FileStore
 from tests.store_contract import ANY_AGE, DIGEST, ArtifactContract
 
 UPLOAD = f"merge/{DIGEST}/upload-{'0' * 32}"

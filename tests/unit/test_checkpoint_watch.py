@@ -21,9 +21,10 @@ from deme_core.checkpoint_watch import parts
 from deme_core.checkpoint_watch.ledger import CLAIM_EXPIRES_AFTER, Ledger
 from deme_core.checkpoint_watch.look import Finding, look, open_prefix
 from deme_core.errors import DemeError, InputError, StoreUnavailableError
+from deme_core.file_store import FileStore
 from deme_core.model_digest import model_digest
 from deme_core.model_folder import WEIGHTS_NAME, load_denoiser, open_model_folder
-from deme_core.store import Digest, FileStore, StoredObject
+from deme_core.store import Digest, StoredObject
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 from tests.tiny_pipelines import save_pipeline
 from tests.unit.test_model_folder import flatten, pickle_weights, shard

@@ -9,7 +9,7 @@ import pytest
 from deme_core.downloads import download_once
 from deme_core.errors import ExtractorUnavailableError, ObjectTooLargeError, StoreUnavailableError
 from deme_core.extractors.base import local_file
-from deme_core.store import FileStore
+from deme_core.file_store import FileStore
 
 
 def test_what_is_not_as_large_as_it_was_listed_is_not_kept(tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from deme_core.artifacts import ArtifactStore
 from deme_core.checkpoint import Checkpoint
 from deme_core.errors import ChecksumMismatchError, DemeError, ModelFolderError
+from deme_core.file_store import FileStore
 from deme_core.manifest import ArtifactRef, Manifest
 from deme_core.model_folder import load_denoiser, open_model_folder
 from deme_core.recipe_file import dump_recipe, load_recipe
-from deme_core.store import FileStore
 from tests.tiny_models import one_level_unet, write_tiny_folder
 from tests.tiny_pipelines import save_pipeline
 from tests.unit.test_artifacts import DIGEST, MANIFEST

@@ -5,8 +5,8 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from deme_core.errors import InputError
+from deme_core.file_store import FileStore
 from deme_core.recipe import ExecutionSpec
-from deme_core.store import FileStore
 from tasks.remote_pool import RemotePool
 
 

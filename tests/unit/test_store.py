@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from deme_core.errors import InputError, StoreUnavailableError
+from deme_core.file_store import FileStore
 from deme_core.s3_store import S3Store
-from deme_core.store import FileStore, check_access, open_store
+from deme_core.store import check_access, open_store
 from tests.store_contract import StoreContract, keys
 
 

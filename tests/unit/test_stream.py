@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 
 from deme_core.errors import DatasetError, StoreUnavailableError
+from deme_core.file_store import FileStore
 from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
 from deme_core.images.draws import ShardWindows
 from deme_core.images.inspection import verdict
 from deme_core.images.shard_cache import ShardCache
 from deme_core.recipe import DatasetSpec
-from deme_core.store import FileStore
 
 NUM_TARS, PER_TAR, WINDOW = 10, 6, 2
 TAR_BYTES = 20_480
