@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from deme_core import artifacts as artifacts_module
-from deme_core import s3_store as s3_module
-from deme_core import store as store_module
+from deme_core import file_store, s3_store
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import sha256_file
 from deme_core.errors import (
@@ -96,7 +95,7 @@ class StoreContract:
     def test_what_is_too_large_to_be_read_at_once_is_refused(
         self, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        for module in (store_module, s3_module):
+        for module in (file_store, s3_store):
             monkeypatch.setattr(module, "MAX_BYTES_AT_ONCE", 100)
         store.put_bytes("small", bytes(100))
         store.put_bytes("large", bytes(101))
