@@ -16,6 +16,7 @@ from benchmarks import (
     conditioning_cache,
     demo,
     features,
+    finetune_contestants,
     finetune_step,
     merge,
     merge_child,
@@ -238,7 +239,7 @@ def test_on_a_gpu_the_step_must_be_fast_at_an_equal_loss(
     def measured(seconds: float, loss: float) -> finetune_step.Measured:
         return finetune_step.Measured([Duration(seconds, seconds)], [loss])
 
-    names = list(finetune_step.contestants_of(with_options=True))
+    names = list(finetune_contestants.contestants_of(with_options=True))
     rows = dict.fromkeys(names, measured(1.0, 1.0)) | {"+ compile": measured(seconds, loss)}
     rates = {"fp32": 1e9, "tf32": 2e9, "bf16": 4e9}
     finetune_step.report(rows, {}, rates, title="", on_gpu=True, flops=10**9)
