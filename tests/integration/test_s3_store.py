@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, ClassVar
 from uuid import uuid4
@@ -17,6 +17,7 @@ from deme_core import store as store_module
 from deme_core.errors import StoreUnavailableError
 from deme_core.s3_store import connect
 from deme_core.store import NoAnswerError, ObjectStore, check_access, open_store
+from tests.http_server import serving, url_of
 from tests.integration.conftest import S3Server
 from tests.store_contract import ArtifactContract, StoreContract, keys
 
@@ -148,12 +149,10 @@ def test_a_server_of_something_else_is_said(s3_server: S3Server, monkeypatch: py
     monkeypatch.setattr(
         "deme_core.store._ACCESS_WAITS_SEC", (0.1, 0.1)
     )  # test_an_unreachable_port_is_said takes all of it.
-    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{other.server_port}"
+    with serving(BaseHTTPRequestHandler) as other:
+        endpoint = url_of(other)
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         message = refusal(lambda: check_access(open_store("s3://bucket")), s3_server)
-        other.shutdown()
     assert endpoint in message and "AWS_ENDPOINT_URL" in message
 
 
@@ -203,9 +202,8 @@ def test_a_body_that_is_cut_is_gone_on_with_and_a_changed_object_is_no_mixture(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     CuttingHandler.content = os.urandom(33 * 2**20 + 5)
-    with ThreadingHTTPServer(("127.0.0.1", 0), CuttingHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with serving(CuttingHandler) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url_of(server))
         store, digest = open_store("s3://bucket"), hashlib.sha256()
         store.get_file("key", tmp_path / "target", digest, max_bytes=2**26)
         assert (tmp_path / "target").read_bytes() == CuttingHandler.content
@@ -221,7 +219,6 @@ def test_a_body_that_is_cut_is_gone_on_with_and_a_changed_object_is_no_mixture(
         server.RequestHandlerClass = Changing
         with pytest.raises(StoreUnavailableError, match="412"):
             store.get_file("key", tmp_path / "other", max_bytes=2**26)
-        server.shutdown()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
@@ -245,9 +242,8 @@ def test_a_body_that_ends_early_without_a_word_is_gone_on_with_or_said(
     s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CuttingHandler, "content", os.urandom(17 * 2**20 + 5))
-    with ThreadingHTTPServer(("127.0.0.1", 0), ShorteningHandler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with serving(ShorteningHandler) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url_of(server))
         store, digest = open_store("s3://bucket"), hashlib.sha256()
         store.get_file("key", tmp_path / "target", digest, max_bytes=2**26)
         assert (tmp_path / "target").read_bytes() == CuttingHandler.content
@@ -255,7 +251,6 @@ def test_a_body_that_ends_early_without_a_word_is_gone_on_with_or_said(
         monkeypatch.setattr(ShorteningHandler, "most", 0)
         with pytest.raises(NoAnswerError, match="IncompleteReadError"):
             store.get_file("key", tmp_path / "other", max_bytes=2**26)
-        server.shutdown()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 

@@ -1,14 +1,14 @@
 import json
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from threading import Thread
 from typing import ClassVar
 
 import pytest
 
 from deme_core.errors import StoreUnavailableError
 from deme_core.model_source import fetch_source
+from tests.http_server import serving, url_of
 from tests.tiny_models import one_level_unet, write_tiny_folder
 
 COMMIT = "c" * 40
@@ -54,9 +54,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     Hub.folder, Hub.claimed, Hub.got = write_tiny_folder(tmp_path / "published", one_level_unet()), {}, []
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
+    with serving(Hub) as server:
+        address = url_of(server)
         for name in ("constants.ENDPOINT", "hf_api.api.endpoint"):
             monkeypatch.setattr(f"huggingface_hub.{name}", address)
         files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
@@ -64,7 +63,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         yield Hub
-        server.shutdown()
 
 
 def test_a_model_of_the_hub_is_fetched_once(hub: type[Hub], tmp_path: Path) -> None:
