@@ -44,7 +44,8 @@ class TrainingProgress:
         global_step: optimizer steps done.
         num_steps: optimizer steps in all.
         loss: diffusion_weight * diffusion loss + consistency_weight * consistency loss.
-        diffusion_loss: mean squared error against the training target.
+        diffusion_loss: mean squared error against the training target, which is the teacher's prediction where a plan
+            replays it.
         consistency_loss: mean squared error against the teacher's prediction; 0 without one.
         learning_rate: of the last step.
         grad_norm: L2 norm before clipping, of the steps at which it was finite: fp16's gradient scaler skips all

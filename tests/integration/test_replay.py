@@ -1,0 +1,44 @@
+"""Copies that learn from the pretrained model, not from the data, outside of their segment."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from deme_core.model_folder import load_denoiser
+from deme_core.recipe import FinetuneSpec
+from tasks.work.base import execute
+from tests.small_run import finetune_job, make_context, pretrain_job
+
+
+def test_a_copy_that_replays_the_pretrained_model_keeps_to_it_outside_of_its_segment(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    pretrained = execute(pretrain_job(), context, lambda _: None)
+    noisy = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def strayed(replay: str) -> float:
+        settings = {"replay": replay, "consistency_weight": 0.0, "global_sampling_probability": 0.8, "ema_decay": 0.5}
+        copy = execute(finetune_job(pretrained, 0, num_steps=30, **settings), context, lambda _: None)
+        with torch.no_grad():
+            before, after = (
+                load_denoiser(context.open_model(model.ref)).eval()(noisy, 900).sample for model in (pretrained, copy)
+            )
+        return float((after - before).square().mean())
+
+    assert strayed("pretrained") < 0.5 * strayed("data")
+
+
+def test_the_control_has_nothing_to_replay_and_the_summed_rank() -> None:
+    finetune = FinetuneSpec(num_steps=1, replay="pretrained", consistency_weight=0.0, lora={"rank": 4})
+    control = finetune.for_control(3)
+    assert finetune.has_teacher and not control.has_teacher
+    assert control.lora is not None and control.lora.rank == 12
+    plain = FinetuneSpec(num_steps=1)
+    assert plain.for_control(3) == plain
+    assert "replay" not in plain.model_dump(), "digests made before stay"
+
+
+def test_replay_without_a_chance_is_refused() -> None:
+    with pytest.raises(ValidationError, match="has no effect with global_sampling_probability 0"):
+        FinetuneSpec(num_steps=1, replay="pretrained", global_sampling_probability=0.0)
