@@ -28,10 +28,11 @@ BASELINES = ("pretrained", "finetuned")
 def run_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:
     """Returns the cells of each setting, one per training seed, and prints each setting's table as it is done."""
     cells = {}
-    for name in options.ablations:
+    # All of them first: a setting that is none is told before any work, not after that of the settings before it.
+    recipes = {name: [_recipe(options, name, seed) for seed in options.seeds] for name in options.ablations}
+    for name, of_seeds in recipes.items():
         cells[name] = [
-            run_cell(_recipe(options, name, seed), options.merges, soup=options.soup, device=options.device)
-            for seed in options.seeds
+            run_cell(recipe, options.merges, soup=options.soup, device=options.device) for recipe in of_seeds
         ]
         print_setting(name, cells[name], options.seeds)
     return cells

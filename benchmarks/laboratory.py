@@ -131,11 +131,11 @@ class Laboratory:
         return float(self.do(job).metrics["mean"])
 
     def segment_losses(self, model: ArtifactRef) -> list[float]:
-        """Returns the denoising loss on images that no training saw, in each segment."""
-        edges = bin_edges(self.edges[-1], self.edges)
-        weighted = widths(edges) * np.array(self.heldout(model))
+        """Returns the mean denoising loss of each segment, on images that no training saw."""
+        edges, losses = bin_edges(self.edges[-1], self.edges), self.heldout(model)
         segment_of_bin = np.searchsorted(self.edges, edges[:-1], side="right") - 1
-        return [float(weighted[segment_of_bin == index].sum()) for index in range(len(self.edges) - 1)]
+        bins = [segment_of_bin == index for index in range(len(self.edges) - 1)]
+        return [float(np.average(np.array(losses)[own], weights=widths(edges)[own])) for own in bins]
 
     def reference(self, part: Literal["search", "report"]) -> JobResult:
         """Returns what scores need of the real images of the search, or of the report."""

@@ -3,7 +3,7 @@
 A piece of pretraining goes on from the moving average that the piece before left, with a fresh optimizer: weights are
 the only state. When a piece lowers the held-out loss by less than `--flat`, theta_0 is done; then the laboratory of
 benchmarks.claim decouples, merges and evaluates, job by job, as long as there is time; a training that is cut leaves a
-checkpoint.
+checkpoint. There is one training seed, so `holds` is false whatever comes out: read `differences`.
 """
 
 import argparse
@@ -140,7 +140,7 @@ class Piece:
             assert training is not None
             alike = {**training.model_dump(exclude={"num_steps"}), "seed": seed, "lr_warmup_steps": 20}
             plain = self._recipe("pretrained=" + json.dumps({"source": str(self._theta)}))
-            finetune = plain.finetune.model_copy(update={**alike, "global_sampling_probability": 0.0})
+            finetune = plain.finetune.for_control(1).model_copy(update={**alike, "global_sampling_probability": 0.0})
             recipe = plain.model_copy(update={"finetune": finetune})
             laboratory = Laboratory(recipe, context=self._context)
             model = laboratory.finetuned(0, laboratory.edges[-1], num_steps)
@@ -178,7 +178,9 @@ class Piece:
         store = self._home / "store"
         if self._options.carry == "all" and store.exists():
             for stage in store.iterdir():
-                carried += stage.rglob("*") if stage.name not in _NOT_CARRIED else ()
+                # Of a training that was cut, the newest checkpoint: each is four times the model.
+                parts = [max(cut.iterdir()) for cut in stage.iterdir()] if stage.name == "checkpoints" else [stage]
+                carried += [file for part in parts for file in part.rglob("*") if stage.name not in _NOT_CARRIED]
         num_parts = pack(self._home, [path for path in carried if path.is_file()], state)
         if result is not None:
             (state / "result.json").write_text(json.dumps({"name": "cifar10", **result}, indent=1))

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import claim, claim_cell
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import QUICK_OVERRIDES
+from deme_core.binned_losses import bin_edges
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, RowScores, image_difference, interval
@@ -29,7 +30,12 @@ BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # train
 def cell(merged: list[float], baseline: list[float]) -> claim_cell.Cell:
     rows = {"pretrained": baseline, "finetuned": baseline, "ensemble": baseline, "merged, cma_es": merged}
     scores = {row: RowScores(by_seed) for row, by_seed in rows.items()}
-    return claim_cell.Cell("fid", scores, weights={"merged, cma_es": [0.5, 0.5]}, heldout={"pretrained": 0.1})
+    return claim_cell.Cell(
+        *("fid", scores),
+        weights={"merged, cma_es": [0.5, 0.5]},
+        heldout={"pretrained": 0.1},
+        loss_changes={"merged, cma_es": [0.012, -0.34]},
+    )
 
 
 @pytest.mark.parametrize(
@@ -46,7 +52,9 @@ def test_the_claim_is_judged_over_training_seeds(
     cells = [cell([score - gain for score in scores], scores) for scores, gain in zip(BASELINE, gains, strict=True)]
     claim.print_setting("none", cells, [0, 1, 2])
     claim.print_claim({"none": cells}, {"recipe": "toy"})
-    result = last_line(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert "+1.2%, -34.0%" in printed
+    result = last_line(printed)
     assert result["holds"] is holds
     against = Interval(**result["differences"]["none"]["merged, cma_es"]["finetuned"]["training seeds"])
     assert vars(against) == pytest.approx(vars(interval([-gain for gain in gains])))
@@ -95,12 +103,19 @@ def test_a_cell_does_nothing_twice_and_a_second_way_to_merge_only_what_is_new(
         return result
 
     monkeypatch.setattr(Laboratory, "do", counted)
-    recipe = load_recipe("digits", QUICK_OVERRIDES)
+    recipe = load_recipe("digits", [*QUICK_OVERRIDES, "finetune.replay=pretrained"])
     first = claim_cell.run_cell(recipe, ["cma_es"], soup=True)
     assert set(first.scores) == {"pretrained", "finetuned", "merged, cma_es", "soup", "ensemble"}
     trained = [job for job in done if isinstance(job, FinetuneJob)]
     assert len(trained) == 2 + 1 + 2, "copies of segments, the control, copies of all timesteps"
     assert len({job.finetune.seed for job in trained[-2:]}) == 2
+    # Where all timesteps are the segment there is nothing to replay.
+    assert [job.finetune.replay for job in trained] == ["pretrained"] * 2 + ["data"] * 3
+    laboratory = Laboratory(recipe)
+    of_pretrained, *of_experts = map(laboratory.segment_losses, (laboratory.pretrained.ref, *laboratory.experts()))
+    own = [losses[index] / of_pretrained[index] - 1 for index, losses in enumerate(of_experts)]
+    assert first.loss_changes["ensemble"] == own
+    assert first.loss_changes["pretrained"] == [0.0, 0.0]
     done.clear()
     assert claim_cell.run_cell(recipe, ["cma_es"], soup=True) == first
     assert not done
@@ -109,6 +124,16 @@ def test_a_cell_does_nothing_twice_and_a_second_way_to_merge_only_what_is_new(
     assert {type(job) for job in done} <= {
         *(GramsJob, ConfineJob, MergeJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
     }
+
+
+def test_losses_of_segments_are_means_over_their_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
+    edges = (0, 130, 1000)
+    lows = bin_edges(1000, edges)[:-1]
+    assert len(lows) == 21, "130 divides a bin of the twenty"
+    monkeypatch.setattr(Laboratory, "__init__", lambda self: setattr(self, "edges", edges))
+    monkeypatch.setattr(Laboratory, "heldout", lambda _self, _model: [2.0 if low < 100 else 5.0 for low in lows])
+    found = Laboratory().segment_losses(ArtifactRef("file:///any/any/" + "0" * 64, "0" * 64))  # type: ignore[call-arg]
+    assert found == pytest.approx([(100 * 2 + 30 * 5) / 130, 5.0])
 
 
 def test_the_deciding_metric_is_the_recipes_first_whatever_order_a_manifest_has(

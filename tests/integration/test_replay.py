@@ -1,6 +1,7 @@
 """Copies that learn from the pretrained model, not from the data, outside of their segment."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from pydantic import ValidationError
 
 from deme_core.model_folder import load_denoiser
 from deme_core.recipe import FinetuneSpec
+from deme_core.recipe_file import load_recipe
+from deme_core.segments import recipe_segments
+from flows.trainings import Trainings
 from tasks.work.base import execute
 from tests.small_run import finetune_job, make_context, pretrain_job
 
@@ -37,6 +41,15 @@ def test_the_control_has_nothing_to_replay_and_the_summed_rank() -> None:
     plain = FinetuneSpec(num_steps=1)
     assert plain.for_control(3) == plain
     assert "replay" not in plain.model_dump(), "digests made before stay"
+
+
+def test_a_run_finetunes_its_control_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainings, "_finetune", lambda _self, spec, *_: spec)
+    recipe = load_recipe("digits", ["finetune.replay=pretrained"])
+    segments = recipe_segments(recipe.segments, 1000)
+    trainings = Trainings(recipe, *(cast(Any, None),) * 2, segments)
+    assert trainings.control() == recipe.finetune.for_control(len(segments)) != recipe.finetune
+    assert trainings.copies() == [recipe.finetune] * len(segments)
 
 
 def test_replay_without_a_chance_is_refused() -> None:

@@ -516,16 +516,16 @@ def test_replay_from_the_teacher_learns_the_data_inside_of_the_segment_and_the_t
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_a_teacher_and_what_is_learnt_from_it_go_together(weight: float) -> None:
+@pytest.mark.parametrize(("weight", "replays"), [(0.0, False), (1.0, False), (0.0, True)])
+def test_a_teacher_and_what_is_learnt_from_it_go_together(weight: float, replays: bool) -> None:
     with pytest.raises(ValueError, match="go together"):
         Training(
             one_level_unet(),
             tiny_adapter(),
             batches,
             spec=TrainingSpec(num_steps=1),
-            plan=TrainingPlan("control", SAMPLER, 1, weight),
-            teacher=None if weight else Teacher([one_level_unet()]),
+            plan=TrainingPlan("control", SAMPLER, 1, weight, replay_from_teacher=replays),
+            teacher=None if weight or replays else Teacher([one_level_unet()]),
         )
 
 
