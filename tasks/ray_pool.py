@@ -32,8 +32,8 @@ _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 90.0
 _PATIENCE_SECONDS = 15.0
 _CONNECT_SECONDS = 10.0
-# The head gives a process that it starts for each client half a minute to answer.
-_JOIN_ATTEMPTS, _BUSY = 3, "Starting Ray client server failed"
+# The head gives a process that it starts for each client half a minute to answer, and trips over one that ended at once.
+_JOIN_ATTEMPTS, _BUSY = 3, ("Starting Ray client server failed", "psutil.ZombieProcess")
 
 
 def cluster_address(execution: ExecutionSpec) -> str:
@@ -109,7 +109,7 @@ class RayPool:
                 try:
                     runner = stack.enter_context(build_runner())
                 except (ConnectionError, RuntimeError, ValueError) as error:
-                    if attempts_left and _BUSY in str(error):
+                    if attempts_left and any(sign in str(error) for sign in _BUSY):
                         continue
                     raise self._cannot_join(str(error).strip().rpartition("\n")[2]) from error
                 yield runner

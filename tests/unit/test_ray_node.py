@@ -82,11 +82,12 @@ def test_an_address_where_nobody_listens_is_said_at_once(address: str, tmp_path:
 
 
 BUSY = "Initialization failure from server:\nTraceback …\nRuntimeError: Starting Ray client server failed."
+ENDED = "Initialization failure from server:\nTraceback …\npsutil.ZombieProcess: PID still exists but it's a zombie (pid=1)"
 
 
 @pytest.mark.parametrize(
     ("failures", "joins", "num_attempts"),
-    [([BUSY, BUSY], True, 3), ([BUSY] * 3, False, 3), (["the versions differ"], False, 1)],
+    [([BUSY, ENDED], True, 3), ([BUSY] * 3, False, 3), (["the versions differ"], False, 1)],
     ids=["busy for a while", "busy for good", "something else"],
 )
 def test_a_busy_head_is_asked_again(tmp_path: Path, failures: list[str], joins: bool, num_attempts: int) -> None:
