@@ -32,7 +32,7 @@ _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 90.0
 _PATIENCE_SECONDS = 15.0
 _CONNECT_SECONDS = 10.0
-# The head gives a process that it starts for each client half a minute to answer, and trips over one that ended at once.
+# The head gives the process that it starts for a client half a minute to answer, and trips over one that ended.
 _JOIN_ATTEMPTS, _BUSY = 3, ("Starting Ray client server failed", "psutil.ZombieProcess")
 
 
