@@ -97,8 +97,8 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
     experts = laboratory.experts()
     found = {row: laboratory.scores_by_metric((model,)) for row, model in rows.items()}
     found["ensemble"] = laboratory.scores_by_metric(experts, laboratory.edges)
-    changes = {row: _loss_changes(laboratory, model) for row, model in rows.items()}
-    changes["ensemble"] = [_loss_changes(laboratory, expert)[index] for index, expert in enumerate(experts)]
+    changes = {row: laboratory.loss_changes(model) for row, model in rows.items()}
+    changes["ensemble"] = [laboratory.loss_changes(expert)[index] for index, expert in enumerate(experts)]
     deciding, *others = found["pretrained"]
     return Cell(
         metric=deciding,
@@ -108,13 +108,6 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
         loss_changes=changes,
         others=[Cell(metric, {row: scores[metric] for row, scores in found.items()}, {}, {}) for metric in others],
     )
-
-
-def _loss_changes(laboratory: Laboratory, model: ArtifactRef) -> list[float]:
-    before = laboratory.segment_losses(laboratory.pretrained.ref)
-    return [
-        loss / of_pretrained - 1 for loss, of_pretrained in zip(laboratory.segment_losses(model), before, strict=True)
-    ]
 
 
 def _shared_range(search: SearchSpec, num_copies: int) -> SearchSpec:

@@ -3,16 +3,15 @@
 Everything is kept in the store of DEME_HOME, where the flow's artifacts are too: nothing is done twice.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
-
-from deme_core.binned_losses import bin_edges, widths
+from deme_core.binned_losses import bin_edges, load_losses, own_change
 from deme_core.manifest import ArtifactRef
 from deme_core.metrics import metric_name
 from deme_core.recipe import DistillSpec, FinetuneSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
-from deme_core.segments import recipe_segments
+from deme_core.segments import TimestepSegment, recipe_segments
 from deme_core.settings import Settings
 from deme_core.verdict import RowScores
 from tasks.jobs import (
@@ -121,21 +120,25 @@ class Laboratory:
 
     def heldout(self, model: ArtifactRef) -> list[float]:
         """Returns the denoising loss by timestep bin on images that no training saw, as the flow's report has it."""
-        job = HeldoutJob(model=model, dataset=self.recipe.dataset, edges=bin_edges(self.edges[-1], self.edges))
-        losses: list[float] = self.do(job).metrics["bins"]
+        losses: list[float] = self._heldout(model).metrics["bins"]
         return losses
 
     def mean_heldout(self, model: ArtifactRef) -> float:
         """Returns the denoising loss on images that no training saw, over all timesteps."""
-        job = HeldoutJob(model=model, dataset=self.recipe.dataset, edges=bin_edges(self.edges[-1], self.edges))
-        return float(self.do(job).metrics["mean"])
+        return float(self._heldout(model).metrics["mean"])
 
-    def segment_losses(self, model: ArtifactRef) -> list[float]:
-        """Returns the mean denoising loss of each segment, on images that no training saw."""
-        edges, losses = bin_edges(self.edges[-1], self.edges), self.heldout(model)
-        segment_of_bin = np.searchsorted(self.edges, edges[:-1], side="right") - 1
-        bins = [segment_of_bin == index for index in range(len(self.edges) - 1)]
-        return [float(np.average(np.array(losses)[own], weights=widths(edges)[own])) for own in bins]
+    def loss_changes(self, model: ArtifactRef) -> list[float]:
+        """Returns by what share of it the denoising loss differs from the pretrained model's in each segment."""
+        after, before = (load_losses(self.context.fetch(self._heldout(m).ref)) for m in (model, self.pretrained.ref))
+        segments = (TimestepSegment(*pair) for pair in itertools.pairwise(self.edges))
+        return [own_change(after, before, self._bin_edges, segment).mean for segment in segments]
+
+    def _heldout(self, model: ArtifactRef) -> JobResult:
+        return self.do(HeldoutJob(model=model, dataset=self.recipe.dataset, edges=self._bin_edges))
+
+    @property
+    def _bin_edges(self) -> tuple[int, ...]:
+        return bin_edges(self.edges[-1], self.edges)
 
     def reference(self, part: Literal["search", "report"]) -> JobResult:
         """Returns what scores need of the real images of the search, or of the report."""

@@ -33,7 +33,7 @@ _RECIPE = Path(__file__).with_name("cifar10.yaml")
 # Of a piece, for training; the rest is for imports, losses, packing.
 _SHARE, _SECONDS_TO_PACK = 0.7, 20.0
 # Cheap to make again, or of no use to anybody who goes on.
-_NOT_CARRIED = ("pretrained", "merged", "grams", "confined")
+_NOT_CARRIED = ("pretrained", "checkpoints", "merged", "grams", "confined")
 _TOY = (
     "pretrained.unet.block_out_channels=[8,16,16]",
     "pretrained.unet.norm_num_groups=4",
@@ -178,9 +178,10 @@ class Piece:
         store = self._home / "store"
         if self._options.carry == "all" and store.exists():
             for stage in store.iterdir():
-                # Of a training that was cut, the newest checkpoint: each is four times the model.
-                parts = [max(cut.iterdir()) for cut in stage.iterdir()] if stage.name == "checkpoints" else [stage]
-                carried += [file for part in parts for file in part.rglob("*") if stage.name not in _NOT_CARRIED]
+                carried += stage.rglob("*") if stage.name not in _NOT_CARRIED else ()
+            # Of a training that was cut, the newest checkpoint: each is four times the model.
+            for training in store.glob("checkpoints/*"):
+                carried += max(training.iterdir(), default=training).rglob("*")
         num_parts = pack(self._home, [path for path in carried if path.is_file()], state)
         if result is not None:
             (state / "result.json").write_text(json.dumps({"name": "cifar10", **result}, indent=1))

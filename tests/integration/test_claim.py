@@ -7,7 +7,6 @@ import pytest
 from benchmarks import claim, claim_cell
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import QUICK_OVERRIDES
-from deme_core.binned_losses import bin_edges
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, RowScores, image_difference, interval
@@ -31,7 +30,8 @@ def cell(merged: list[float], baseline: list[float]) -> claim_cell.Cell:
     rows = {"pretrained": baseline, "finetuned": baseline, "ensemble": baseline, "merged, cma_es": merged}
     scores = {row: RowScores(by_seed) for row, by_seed in rows.items()}
     return claim_cell.Cell(
-        *("fid", scores),
+        "fid",
+        scores,
         weights={"merged, cma_es": [0.5, 0.5]},
         heldout={"pretrained": 0.1},
         loss_changes={"merged, cma_es": [0.012, -0.34]},
@@ -112,9 +112,10 @@ def test_a_cell_does_nothing_twice_and_a_second_way_to_merge_only_what_is_new(
     # Where all timesteps are the segment there is nothing to replay.
     assert [job.finetune.replay for job in trained] == ["pretrained"] * 2 + ["data"] * 3
     laboratory = Laboratory(recipe)
-    of_pretrained, *of_experts = map(laboratory.segment_losses, (laboratory.pretrained.ref, *laboratory.experts()))
-    own = [losses[index] / of_pretrained[index] - 1 for index, losses in enumerate(of_experts)]
-    assert first.loss_changes["ensemble"] == own
+    of_pretrained, low, high = map(laboratory.heldout, (laboratory.pretrained.ref, *laboratory.experts()))
+    assert laboratory.edges == (0, 500, 1000) and len(low) == 20, "ten bins of equal widths in each segment"
+    own = [sum(low[:10]) / sum(of_pretrained[:10]) - 1, sum(high[10:]) / sum(of_pretrained[10:]) - 1]
+    assert first.loss_changes["ensemble"] == pytest.approx(own, abs=1e-5)
     assert first.loss_changes["pretrained"] == [0.0, 0.0]
     done.clear()
     assert claim_cell.run_cell(recipe, ["cma_es"], soup=True) == first
@@ -124,16 +125,6 @@ def test_a_cell_does_nothing_twice_and_a_second_way_to_merge_only_what_is_new(
     assert {type(job) for job in done} <= {
         *(GramsJob, ConfineJob, MergeJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
     }
-
-
-def test_losses_of_segments_are_means_over_their_timesteps(monkeypatch: pytest.MonkeyPatch) -> None:
-    edges = (0, 130, 1000)
-    lows = bin_edges(1000, edges)[:-1]
-    assert len(lows) == 21, "130 divides a bin of the twenty"
-    monkeypatch.setattr(Laboratory, "__init__", lambda self: setattr(self, "edges", edges))
-    monkeypatch.setattr(Laboratory, "heldout", lambda _self, _model: [2.0 if low < 100 else 5.0 for low in lows])
-    found = Laboratory().segment_losses(ArtifactRef("file:///any/any/" + "0" * 64, "0" * 64))  # type: ignore[call-arg]
-    assert found == pytest.approx([(100 * 2 + 30 * 5) / 130, 5.0])
 
 
 def test_the_deciding_metric_is_the_recipes_first_whatever_order_a_manifest_has(

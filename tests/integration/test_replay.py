@@ -1,7 +1,7 @@
 """Copies that learn from the pretrained model, not from the data, outside of their segment."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -47,7 +47,8 @@ def test_a_run_finetunes_its_control_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(Trainings, "_finetune", lambda _self, spec, *_: spec)
     recipe = load_recipe("digits", ["finetune.replay=pretrained"])
     segments = recipe_segments(recipe.segments, 1000)
-    trainings = Trainings(recipe, *(cast(Any, None),) * 2, segments)
+    artifact: Any = None
+    trainings = Trainings(recipe, pretrained=artifact, encoded=artifact, segments=segments)
     assert trainings.control() == recipe.finetune.for_control(len(segments)) != recipe.finetune
     assert trainings.copies() == [recipe.finetune] * len(segments)
 
