@@ -83,11 +83,10 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
 
 
 def test_two_processes_train_one_lora_whose_teacher_is_the_model_itself(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"lora": LoraSpec(rank=2), "replay": "pretrained"}
     with _context(tmp_path / "home") as context:
         one, two = (
-            _train(_job(context, tmp_path, batch_size=8 // count, num_processes=count, lora=LoraSpec(rank=2)), context)[
-                1
-            ]
+            _train(_job(context, tmp_path, batch_size=8 // count, num_processes=count, **settings), context)[1]
             for count in (1, 2)
         )
     assert any(name.endswith("lora_B.weight") and factor.abs().max() > 1e-3 for name, factor in one.items())

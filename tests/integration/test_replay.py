@@ -16,14 +16,17 @@ from tasks.work.base import execute
 from tests.small_run import finetune_job, make_context, pretrain_job
 
 
-def test_a_copy_that_replays_the_pretrained_model_keeps_to_it_outside_of_its_segment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [{}, {"lora": {"rank": 4}, "learning_rate": 1e-2}], ids=["whole", "LoRA"])
+def test_a_copy_that_replays_the_pretrained_model_keeps_to_it_outside_of_its_segment(
+    tmp_path: Path, how: dict[str, Any]
+) -> None:
     context = make_context(tmp_path)
     pretrained = execute(pretrain_job(), context, lambda _: None)
     noisy = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def strayed(replay: str) -> float:
-        settings = {"replay": replay, "consistency_weight": 0.0, "global_sampling_probability": 0.8, "ema_decay": 0.5}
-        copy = execute(finetune_job(pretrained, 0, num_steps=30, **settings), context, lambda _: None)
+        settings = {"consistency_weight": 0.0, "global_sampling_probability": 0.8, "ema_decay": 0.5, **how}
+        copy = execute(finetune_job(pretrained, 0, num_steps=30, replay=replay, **settings), context, lambda _: None)
         with torch.no_grad():
             before, after = (
                 load_denoiser(context.open_model(model.ref)).eval()(noisy, 900).sample for model in (pretrained, copy)
