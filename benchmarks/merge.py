@@ -24,7 +24,8 @@ import torch
 from benchmarks.measurement import median_ratio, print_result, print_table, take_turns
 from benchmarks.shapes import lsun, sdxl
 from deme_core.checkpoint import Checkpoint, TensorInfo, write_tensors
-from deme_core.model_folder import build_denoiser, write_model_folder
+from deme_core.model_folder import build_denoiser
+from deme_core.model_folder_writer import write_model_folder
 from deme_core.projection import attach_projections, is_projection
 
 TIME_GOAL, MEMORY_GOAL = 2.0, 1.3

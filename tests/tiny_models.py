@@ -8,7 +8,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from deme_core.families import Adapter, Unconditional
-from deme_core.model_folder import write_model_folder
+from deme_core.model_folder_writer import write_model_folder
 from deme_core.projection import is_projection
 
 UNET_CONFIG: dict[str, Any] = {

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from deme_core.checkpoint import Checkpoint
-from deme_core.model_folder import load_denoiser, write_like
+from deme_core.model_folder import load_denoiser
+from deme_core.model_folder_writer import write_like
 from deme_core.regmean import confine
 from tasks.jobs import ConfineJob
 from tasks.work.base import Identity, JobContext, Work

@@ -3,7 +3,8 @@
 import itertools
 from pathlib import Path
 
-from deme_core.model_folder import load_denoiser, write_like
+from deme_core.model_folder import load_denoiser
+from deme_core.model_folder_writer import write_like
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from deme_core.lora import LoraTeacher, attach_lora, trained_factors
-from deme_core.model_folder import load_denoiser, write_like, write_lora_copy
+from deme_core.model_folder import load_denoiser
+from deme_core.model_folder_writer import write_like, write_lora_copy
 from deme_core.projection import attach_projections
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment

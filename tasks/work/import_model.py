@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from deme_core.digests import sha256_file, spell_infinities
-from deme_core.model_folder import load_denoiser, open_model_folder, write_like
+from deme_core.model_folder import load_denoiser, open_model_folder
+from deme_core.model_folder_writer import write_like
 from deme_core.model_source import fetch_source
 from tasks.jobs import ImportJob
 from tasks.work.base import Identity, JobContext, Work

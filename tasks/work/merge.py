@@ -5,7 +5,8 @@ from pathlib import Path
 from deme_core.merge import merge_checkpoints
 from deme_core.merge_methods.build import build_method
 from deme_core.model_digest import tensors_digest
-from deme_core.model_folder import open_model_folder, write_like
+from deme_core.model_folder import open_model_folder
+from deme_core.model_folder_writer import write_like
 from deme_core.recipe import MethodSpec
 from tasks.jobs import MergeJob
 from tasks.work.base import Identity, JobContext, Work

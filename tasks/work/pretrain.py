@@ -8,14 +8,8 @@ import torch
 from deme_core.data_parallel import agree, current_share
 from deme_core.errors import InputError
 from deme_core.images import ImageSubset
-from deme_core.model_folder import (
-    ModelFolder,
-    build_denoiser,
-    load_denoiser,
-    open_model_folder,
-    write_like,
-    write_model_folder,
-)
+from deme_core.model_folder import ModelFolder, build_denoiser, load_denoiser, open_model_folder
+from deme_core.model_folder_writer import write_like, write_model_folder
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler

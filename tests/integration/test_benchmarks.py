@@ -30,7 +30,7 @@ from benchmarks.measurement import Duration, median_ratio, take_turns
 from benchmarks.s3_server import s3_server as private_s3_server
 from deme_core.artifacts import ArtifactStore
 from deme_core.denoiser_size import measure_denoiser
-from deme_core.model_folder import write_model_folder
+from deme_core.model_folder_writer import write_model_folder
 from deme_core.run_traffic import Folder
 from deme_core.store import open_store
 from tests.fault_proxy import FaultProxy

@@ -10,7 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from deme_core.lora import LoraFactors
-from deme_core.model_folder import open_model_folder, write_lora_copy
+from deme_core.model_folder import open_model_folder
+from deme_core.model_folder_writer import write_lora_copy
 from flows.cli import main
 from tests.family_method import two_classes
 from tests.tiny_pipelines import save_pipeline

@@ -19,8 +19,8 @@ from deme_core.model_folder import (
     load_tensors,
     open_model_folder,
     tensor_infos,
-    write_model_folder,
 )
+from deme_core.model_folder_writer import write_model_folder
 from deme_core.projection import attach_projections
 from tests.tiny_models import (
     SCHEDULER_CONFIG,

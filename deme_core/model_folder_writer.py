@@ -1,0 +1,129 @@
+"""Model folders as they are written: in the layout that stock diffusers loads.
+
+The frozen parts of a pipeline are copied byte for byte. Only a finetuned copy of such a pipeline is written without
+them, with the digest of the pretrained artifact that holds them; and of a copy that is a LoRA, the adapter alone.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deme_core.checkpoint import save_tensors
+from deme_core.errors import ModelFolderError
+from deme_core.lora.factors import LORA_NAME, LoraFactors, write_factors
+from deme_core.model_folder import WEIGHTS_NAME, ModelFolder, weights_digest
+from deme_core.model_json import INDEX_NAME
+from deme_core.pipeline_index import COPY_NAME
+
+
+def write_model_folder(
+    path: Path,
+    *,
+    denoiser_config: dict[str, Any],
+    scheduler_config: dict[str, Any],
+    tensors: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Writes a model on pixels as a folder that ``DDPMPipeline.from_pretrained`` of stock diffusers loads.
+
+    Args:
+        path: the folder, made if need be.
+        denoiser_config: config.json of the denoiser.
+        scheduler_config: scheduler_config.json.
+        tensors: the weights; without them the caller writes to the path that is returned.
+
+    Returns:
+        The path of the weights.
+    """
+    scheduler_class = scheduler_config.get("_class_name", "DDPMScheduler")
+    index = {
+        "_class_name": "DDIMPipeline" if scheduler_class == "DDIMScheduler" else "DDPMPipeline",
+        "_diffusers_version": denoiser_config.get("_diffusers_version", "0.0.0"),
+        "scheduler": ["diffusers", scheduler_class],
+        "unet": ["diffusers", denoiser_config["_class_name"]],
+    }
+    weights = path / "unet" / WEIGHTS_NAME
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    (path / "scheduler").mkdir(exist_ok=True)
+    _write_json(path / INDEX_NAME, index)
+    _write_json(path / "unet" / "config.json", {k: v for k, v in denoiser_config.items() if k != "_name_or_path"})
+    _write_json(path / "scheduler" / "scheduler_config.json", scheduler_config)
+    if tensors is not None:
+        save_tensors(weights, tensors)
+    return weights
+
+
+def write_like(
+    path: Path,
+    model: ModelFolder,
+    *,
+    tensors: dict[str, torch.Tensor] | None = None,
+    copy_of: str | None = None,
+    allow_pickle: bool = False,
+) -> Path:
+    """Writes a folder like that of ``model``, with other weights.
+
+    Args:
+        path: the folder, made if need be.
+        model: what it is like; its frozen parts and configs are copied byte for byte.
+        tensors: weights of the denoiser; without them the caller writes to the path that is returned.
+        copy_of: digest of the pretrained artifact: leave the frozen parts out, for they are there.
+        allow_pickle: copy frozen parts with pickled weights.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        ModelFolderError: ``model`` is a finetuned copy without frozen parts, and a whole folder was asked for.
+    """
+    if model.index.pretrained and copy_of is None:
+        raise ModelFolderError(
+            f"{model.path} holds the denoiser of a finetuned copy alone; give a whole {model.index.pipeline}."
+        )
+    if not model.index.frozen_parts and not model.index.pretrained:
+        return write_model_folder(
+            path, denoiser_config=model.denoiser_config, scheduler_config=model.scheduler_config, tensors=tensors
+        )
+    part = model.index.family.denoiser_part
+    for name in (f"{part}/config.json", "scheduler/scheduler_config.json"):
+        _copy_file(model.path / name, path / name)
+    if copy_of is not None:
+        _write_json(path / COPY_NAME, {"pipeline": model.index.pipeline, "pretrained": copy_of})
+    else:
+        for file in model.frozen_files(allow_pickle=allow_pickle):
+            _copy_file(file, path / file.relative_to(model.path))
+    if tensors is not None:
+        save_tensors(path / part / WEIGHTS_NAME, tensors)
+    return path / part / WEIGHTS_NAME
+
+
+def write_lora_copy(path: Path, model: ModelFolder, factors: dict[str, LoraFactors], *, copy_of: str) -> None:
+    """Writes a finetuned copy that is a LoRA: the adapter, and which model it belongs to.
+
+    Args:
+        path: the folder, made if need be.
+        model: the pretrained model.
+        factors: the adapter by layer.
+        copy_of: digest of the pretrained artifact.
+    """
+    part, base = model.index.family.denoiser_part, weights_digest(model)
+    _write_json(path / part / "config.json", model.denoiser_config)
+    _write_json(path / "scheduler" / "scheduler_config.json", model.scheduler_config)
+    pipeline = model.index.pipeline or model.index.family.pipelines[0]
+    _write_json(path / COPY_NAME, {"pipeline": pipeline, "pretrained": copy_of, "lora_base": base})
+    write_factors(path / LORA_NAME, factors, part=part, base_digest=base)
+
+
+def _copy_file(source: Path, destination: Path) -> None:
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, destination)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(defaults := content.get("_use_default_values"), list):
+        # diffusers lists a set, in an order of its own in every process: equal models shall be equal files.
+        content = content | {"_use_default_values": sorted(defaults)}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
