@@ -151,7 +151,8 @@ def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
 
 def _pickled(file: Path) -> ModelFolderError:
     return ModelFolderError(
-        f"{file} is pickled, which can run code; convert it to safetensors or set pretrained.allow_pickle: true."
+        f"{file} is pickled, which can run code; convert it to safetensors "
+        "or, in a recipe, set pretrained.allow_pickle: true."
     )
 
 

@@ -63,6 +63,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     for_search = first_real_features(recipe, "search") if recipe.merge.search else None
 
     import_matplotlib()  # For the report, beside which nothing else goes on.
+    # Too few real images, say, are told now and not after the trainings, which go on meanwhile.
+    _results([real for real in (for_report, for_search) if real is not None])
     control_result, *copy_results = _results([control, *copies])
     copy_refs = tuple(copy.ref for copy in copy_results)
     copy_losses = [heldout_loss.submit(ref, bins, f"segment {i}") for i, ref in enumerate(copy_refs)]

@@ -13,6 +13,9 @@ from flows.parameters import Overrides, RecipeName
 from tasks.report import write_score
 from tasks.stages import obtain_pretrained
 
+# Overrides of the model that is scored, and not of the recipe's own, in whose place it comes.
+_ABOUT_MODEL = ("pretrained.allow_pickle=", "pretrained.revision=")
+
 
 @flow(name="deme-evaluate", flow_run_name="evaluate {model}")
 def evaluate(model: str, recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, Any]:
@@ -27,7 +30,8 @@ def evaluate(model: str, recipe: RecipeName = "digits", overrides: Overrides = (
         Each metric with its interval, and the fingerprint of the evaluation: scores with equal ones can be compared.
     """
     source = f"pretrained={json.dumps({'source': model})}"
-    with flow_runtime(load_recipe(recipe, [*overrides, source])) as runtime:
+    about_model = [given for given in overrides if given.startswith(_ABOUT_MODEL)]
+    with flow_runtime(load_recipe(recipe, [*overrides, source, *about_model])) as runtime:
         imported = obtain_pretrained()
         first = first_real_features(runtime.recipe, "report").result()
         reference = submit_reference(runtime.recipe, "report", first).result()

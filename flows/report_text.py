@@ -91,7 +91,7 @@ def _registration(registry: dict[str, Any]) -> str:
 def mlflow_command(settings: Settings) -> str:
     """Returns how to look at the runs in MLflow."""
     if settings.tracking_uri.startswith("sqlite:"):
-        return f"mlflow ui --backend-store-uri {settings.tracking_uri}"
+        return f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {settings.tracking_uri}"
     return settings.tracking_place
 
 

@@ -87,6 +87,7 @@ class Layout:
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_TRACKING_URI": self.url("mlflow"),
             "MLFLOW_S3_ENDPOINT_URL": self.url("s3"),
             "AWS_ENDPOINT_URL": self.url("s3"),

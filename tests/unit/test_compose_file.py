@@ -50,7 +50,8 @@ def test_every_variable_is_in_the_example_and_no_secret_has_a_value() -> None:
     used = set(re.findall(r"\$\{(\w+)", text))
     assert used == set(example)
     required = set(re.findall(r"\$\{(\w+):\?", text))
-    assert required == {name for name, value in example.items() if not value}
+    may_stay_empty = set(re.findall(r"\$\{(\w+):-\}", text))
+    assert required | may_stay_empty == {name for name, value in example.items() if not value}
     assert {"POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"} == required
 
 

@@ -1,0 +1,62 @@
+"""What a flow asks for first, and what it takes from overrides; without Prefect and without work."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from deme_core.errors import InputError
+from deme_core.recipe_file import load_recipe
+from flows import decouple_then_merge
+from flows import evaluate as evaluation
+
+
+class Future:
+    def __init__(self, name: str, asked: list[str], error: Exception | None = None) -> None:
+        self._name, self._asked, self._error = name, asked, error
+
+    def wait(self) -> None:
+        self._asked.append(self._name)
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return SimpleNamespace(ref="ref")
+
+
+def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    trainings = SimpleNamespace(
+        control=lambda: Future("control", asked), copies=lambda: [Future("copy", asked)], distillation=None
+    )
+    stand_ins = {
+        "obtain_pretrained": lambda: SimpleNamespace(ref="ref", metrics={"num_train_timesteps": 1000}),
+        "encode_dataset": lambda *_: None,
+        "Trainings": lambda *_: trainings,
+        "heldout_loss": SimpleNamespace(submit=lambda *_: Future("loss", asked)),
+        "first_real_features": lambda _, part: Future(part, asked, InputError("too few images")),
+        "import_matplotlib": lambda: None,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(decouple_then_merge, name, stand_in)
+    with pytest.raises(InputError, match="too few images"):
+        decouple_then_merge._compare_rows(load_recipe("digits"))
+    assert asked == ["report", "search"]
+
+
+def test_what_is_said_of_the_model_that_is_scored_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    @contextmanager
+    def runtime(recipe: Any) -> Any:
+        taken.append(recipe.pretrained)
+        raise InterruptedError
+        yield
+
+    monkeypatch.setattr(evaluation, "flow_runtime", runtime)
+    overrides = ["pretrained.training.num_steps=5", "pretrained.allow_pickle=true", "pretrained.revision=v2"]
+    with pytest.raises(InterruptedError):
+        evaluation.evaluate.fn("some/model", "digits", overrides)
+    assert (taken[0].source, taken[0].allow_pickle, taken[0].revision) == ("some/model", True, "v2")
+    assert taken[0].training is None
