@@ -18,6 +18,7 @@ MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     "quadratic": ({"strategy": "quadratic"}, MethodSpec()),
     "tpe": ({"strategy": "tpe"}, MethodSpec()),
     "cma_es": ({"strategy": "cma_es"}, MethodSpec()),
+    "gp": ({"strategy": "gp"}, MethodSpec()),
     "cma_es, narrow": ({"strategy": "cma_es"}, MethodSpec()),
     "block_weights": ({}, MethodSpec(method="block_weights")),
     # Weights in the paper's scale: about N times those of task arithmetic.

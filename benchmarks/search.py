@@ -33,6 +33,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "quadratic": {"strategy": "quadratic"},
     "tpe": {"strategy": "tpe"},
     "cma_es": {"strategy": "cma_es"},
+    "gp": {"strategy": "gp"},
 }
 _GOAL = 0.1
 _QUICK = (

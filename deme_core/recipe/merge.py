@@ -13,10 +13,11 @@ _LARGEST_GRID = 20_000
 class SearchSpec(Spec):
     """How merge weights are searched; the control's scale is searched the same way (METHOD section 5.1)."""
 
-    strategy: Literal["grid", "coordinate", "quadratic", "tpe", "cma_es"] = Field(
+    strategy: Literal["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"] = Field(
         "coordinate",
         description="Every combination of values; one weight at a time around the best so far; a quadratic fit of the "
-        "held-out loss and a few scores along the line to its minimum; Optuna's TPE or CMA-ES, started from that fit.",
+        "held-out loss and a few scores along the line to its minimum; Optuna's TPE, CMA-ES or Gaussian process of the "
+        "scores, started from that fit.",
     )
     values: tuple[float, ...] = Field(
         (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
@@ -30,7 +31,7 @@ class SearchSpec(Spec):
     max_weight: float = Field(
         2.0,
         gt=0,
-        description="quadratic, tpe, cma_es: no weight is tried beyond it; no scale of the control beyond it or 2.",
+        description="quadratic, tpe, cma_es, gp: no weight is tried beyond it; no scale of the control beyond it or 2.",
     )
     few_steps: int | None = Field(
         None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."

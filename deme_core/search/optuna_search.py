@@ -1,4 +1,4 @@
-"""Searches by Optuna (Akiba et al. 2019): the tree-structured Parzen estimator, and CMA-ES.
+"""Searches by Optuna (Akiba et al. 2019): the tree-structured Parzen estimator, CMA-ES, and a Gaussian process.
 
 Both are seeded, asked for a fixed number of candidates at a time, and told the scores in the order of asking: the same
 scores lead to the same proposals, whoever measured them and when.
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
 # Few enough that the estimator has learnt something between any two batches of a short search.
 _TPE_BATCH_SIZE = 4
+# A process learns more from each score, and a batch after the first are guesses about what it does not know yet.
+_GP_BATCH_SIZE = 2
 
 
 def optuna_search(
-    sampler: Literal["tpe", "cma_es"],
+    sampler: Literal["tpe", "cma_es", "gp"],
     *,
     num_weights: int,
     starts: Sequence[Weights],
@@ -29,7 +31,7 @@ def optuna_search(
     """Yields the pretrained model, the ``starts``, and then what the sampler proposes in [0, max_weight]^N.
 
     Args:
-        sampler: tpe, or cma_es, which needs two weights: a single one is left to tpe.
+        sampler: gp, tpe, or cma_es, which needs two weights: a single one is left to tpe.
         num_weights: N.
         starts: weights to begin with, at least one, such as the minimum of a fit.
         max_weight: bound of every weight.
@@ -46,6 +48,9 @@ def optuna_search(
         if sampler == "cma_es" and num_weights > 1:
             batch_size = max(4, num_weights + 2)
             chosen = _cma_es(starts[0], max_weight, population=batch_size, seed=seed)
+        elif sampler == "gp":
+            batch_size = _GP_BATCH_SIZE
+            chosen = _gp(num_startup=len(starts), seed=seed)
         else:
             batch_size = _TPE_BATCH_SIZE
             chosen = _tpe(num_startup=max(len(starts), num_weights) + 1, seed=seed)
@@ -60,7 +65,10 @@ def optuna_search(
         params = dict(zip(space, weights, strict=True))
         study.add_trial(optuna.create_trial(params=params, distributions=space, value=score))
     for begin in range(len(first), max_candidates, batch_size):
-        trials = [study.ask(space) for _ in range(min(batch_size, max_candidates - begin))]
+        with warnings.catch_warnings():
+            # A process takes what could not be measured for as bad as the worst that could, as a search means it.
+            warnings.filterwarnings("ignore", "Clip non-finite values", UserWarning)
+            trials = [study.ask(space) for _ in range(min(batch_size, max_candidates - begin))]
         scores = yield [tuple(round(trial.params[name], 4) for name in space) for trial in trials]
         for trial, score in zip(trials, scores, strict=True):
             study.tell(trial, score)
@@ -83,6 +91,13 @@ def _tpe(*, num_startup: int, seed: int) -> "optuna.samplers.BaseSampler":
 
     # Constant liar: what is asked for and not yet told counts as bad, so that a batch is not four times one point.
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_startup, multivariate=True, constant_liar=True)
+
+
+def _gp(*, num_startup: int, seed: int) -> "optuna.samplers.BaseSampler":
+    import optuna
+
+    # Not without noise: candidates share theirs, so that scores are smooth in the weights, but not without bumps.
+    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=num_startup)
 
 
 def _name(index: int) -> str:

@@ -1,4 +1,4 @@
-"""The registry of search strategies: one file for each, `tpe` and `cma_es` being Optuna's."""
+"""The registry of search strategies: one file for each, `tpe`, `cma_es` and `gp` being Optuna's."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +27,7 @@ def _quadratic(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
     return line_search(starts[0], max_weight=spec.max_weight, max_candidates=spec.max_candidates)
 
 
-def _optuna(sampler: Literal["tpe", "cma_es"], spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
+def _optuna(sampler: Literal["tpe", "cma_es", "gp"], spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
     return optuna_search(
         sampler,
         num_weights=len(starts[0]),
@@ -43,6 +43,7 @@ STRATEGIES: dict[str, Start] = {
     "quadratic": _quadratic,
     "tpe": partial(_optuna, "tpe"),
     "cma_es": partial(_optuna, "cma_es"),
+    "gp": partial(_optuna, "gp"),
 }
 # Those that start at the minimum of a fit of the held-out loss.
-FITTED = frozenset({"quadratic", "tpe", "cma_es"})
+FITTED = frozenset({"quadratic", "tpe", "cma_es", "gp"})

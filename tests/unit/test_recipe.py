@@ -151,7 +151,7 @@ def test_a_name_is_plain(name: str) -> None:
         recipe(name=name)
 
 
-@pytest.mark.parametrize("strategy", ["coordinate", "quadratic", "tpe", "cma_es"])
+@pytest.mark.parametrize("strategy", ["coordinate", "quadratic", "tpe", "cma_es", "gp"])
 def test_a_search_can_try_every_weight(strategy: str) -> None:
     search = {"strategy": strategy, "max_candidates": 4}
     with pytest.raises(ValidationError, match=r"max_candidates 4 is too small for 4 weights: .* take 5"):

@@ -182,7 +182,7 @@ def test_the_best_candidate_is_the_earliest_of_the_lowest() -> None:
     assert best_candidate(candidates) is candidates[1]
 
 
-@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es"])
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"])
 def test_every_strategy_proposes_several_candidates_at_once(strategy: str) -> None:
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 12})
     batches = search_weights(spec, num_weights=2, num_segments=2)

@@ -1,6 +1,6 @@
 """The searches that need a proxy, Optuna, or two rounds."""
 
-from typing import get_args
+from typing import Literal, get_args
 
 import pytest
 
@@ -63,7 +63,7 @@ def test_no_way_leads_back_beyond_the_pretrained_model() -> None:
     assert all(weight >= 0 for candidate in candidates for weight in candidate.weights)
 
 
-@pytest.mark.parametrize("strategy", ["tpe", "cma_es"])
+@pytest.mark.parametrize("strategy", ["tpe", "cma_es", "gp"])
 @pytest.mark.parametrize("num_weights", [1, 3])
 def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weights: int) -> None:
     optimum = (0.6,) * num_weights
@@ -81,7 +81,7 @@ def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weight
     assert run() == weights
 
 
-@pytest.mark.parametrize("strategy", ["quadratic", "tpe", "cma_es"])
+@pytest.mark.parametrize("strategy", ["quadratic", "tpe", "cma_es", "gp"])
 def test_no_weight_is_tried_or_measured_beyond_its_bound(strategy: str) -> None:
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 0.6})
     proxy, objective = bowl((0.4, 0.5)), bowl((3.0, 3.0), 0.0)
@@ -90,7 +90,7 @@ def test_no_weight_is_tried_or_measured_beyond_its_bound(strategy: str) -> None:
     assert max(max(weights) for weights in objective.asked) > 0.55
 
 
-@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es"])
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"])
 def test_the_control_can_keep_and_double_what_it_learnt_whatever_bounds_the_segments(strategy: str) -> None:
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 0.5})
     found = list(search(bowl((1.8,)), spec, num_weights=1, num_segments=4, is_control=True, proxy=bowl((1.0,))))
@@ -98,7 +98,7 @@ def test_the_control_can_keep_and_double_what_it_learnt_whatever_bounds_the_segm
     assert best_candidate(found).weights[0] > 1.4
 
 
-@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es"])
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"])
 def test_a_search_goes_around_what_cannot_be_measured(strategy: str) -> None:
     def measured(weights: Weights) -> float:
         return float("inf") if sum(weights) > 0.9 else bowl((0.3, 0.4))(weights)
@@ -114,6 +114,14 @@ def test_cma_es_gets_near_a_minimum_without_any_proxy() -> None:
     strategy = optuna_search("cma_es", num_weights=2, starts=[(0.5, 0.5)], max_weight=1.0, max_candidates=80)
     found = list(candidates_of(strategy, bowl((0.2, 0.8))))
     assert best_candidate(found).weights == pytest.approx((0.2, 0.8), abs=0.1)
+
+
+def test_a_gaussian_process_finds_a_minimum_in_fewer_scores_than_the_others() -> None:
+    def found(sampler: Literal["tpe", "cma_es", "gp"]) -> float:
+        strategy = optuna_search(sampler, num_weights=4, starts=[(0.5,) * 4], max_weight=2.0, max_candidates=20)
+        return best_candidate(list(candidates_of(strategy, bowl((0.3, 1.3, 0.7, 0.8))))).score
+
+    assert found("gp") < 0.5 * min(found("tpe"), found("cma_es"))
 
 
 def test_of_many_rough_candidates_the_best_and_the_pretrained_model_are_scored_in_full() -> None:
