@@ -33,6 +33,12 @@ class SearchSpec(Spec):
         gt=0,
         description="quadratic, tpe, cma_es, gp: no weight is tried beyond it; no scale of the control beyond it or 2.",
     )
+    min_weight: float = Field(
+        0.0,
+        le=0,
+        description="tpe, cma_es, gp: no weight is tried below it; no scale of the control below 0. A weight below 0 "
+        "subtracts what a copy learnt.",
+    )
     few_steps: int | None = Field(
         None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."
     )

@@ -54,9 +54,11 @@ def search_weights(spec: SearchSpec, *, num_weights: int, num_segments: int, is_
     start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_weights
     starts = [(start,) * num_weights]
     if is_control:
-        spec = spec.model_copy(update={"max_weight": max(spec.max_weight, _CONTROL_REACH)})
+        spec = spec.model_copy(update={"max_weight": max(spec.max_weight, _CONTROL_REACH), "min_weight": 0.0})
     if spec.strategy in FITTED:
-        fit = fit_minimum(num_weights=num_weights, step=start, max_weight=spec.max_weight)
+        # The line through theta_0 is bounded above alone: it leads where all weights but the least grow.
+        lowest = 0.0 if spec.strategy == "quadratic" else spec.min_weight
+        fit = fit_minimum(num_weights=num_weights, step=start, max_weight=spec.max_weight, min_weight=lowest)
         starts.insert(0, (yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))))
     values = control_values(spec.values, num_segments) if is_control else spec.values
     strategy = STRATEGIES[spec.strategy](spec.model_copy(update={"values": values}), starts)

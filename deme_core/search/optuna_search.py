@@ -26,16 +26,18 @@ def optuna_search(
     starts: Sequence[Weights],
     max_weight: float,
     max_candidates: int,
+    min_weight: float = 0.0,
     seed: int = 0,
 ) -> Strategy:
-    """Yields the pretrained model, the ``starts``, and then what the sampler proposes in [0, max_weight]^N.
+    """Yields the pretrained model, the ``starts``, and then what the sampler proposes in [min_weight, max_weight]^N.
 
     Args:
         sampler: gp, tpe, or cma_es, which needs two weights: a single one is left to tpe.
         num_weights: N.
         starts: weights to begin with, at least one, such as the minimum of a fit.
-        max_weight: bound of every weight.
+        max_weight: upper bound of every weight.
         max_candidates: how many are scored, the pretrained model included.
+        min_weight: lower bound of every weight, 0 or less.
         seed: of the sampler.
     """
     import optuna
@@ -47,7 +49,7 @@ def optuna_search(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if sampler == "cma_es" and num_weights > 1:
             batch_size = max(4, num_weights + 2)
-            chosen = _cma_es(starts[0], max_weight, population=batch_size, seed=seed)
+            chosen = _cma_es(starts[0], 0.15 * (max_weight - min_weight), population=batch_size, seed=seed)
         elif sampler == "gp":
             batch_size = _GP_BATCH_SIZE
             chosen = _gp(num_startup=len(starts), seed=seed)
@@ -56,9 +58,9 @@ def optuna_search(
             chosen = _tpe(num_startup=max(len(starts), num_weights) + 1, seed=seed)
     study = optuna.create_study(sampler=chosen)
     space: dict[str, optuna.distributions.BaseDistribution] = {
-        _name(i): optuna.distributions.FloatDistribution(0.0, max_weight) for i in range(num_weights)
+        _name(i): optuna.distributions.FloatDistribution(min_weight, max_weight) for i in range(num_weights)
     }
-    clipped = (tuple(min(max(weight, 0.0), max_weight) for weight in start) for start in starts)
+    clipped = (tuple(min(max(weight, min_weight), max_weight) for weight in start) for start in starts)
     first = list(dict.fromkeys([(0.0,) * num_weights, *clipped]))[:max_candidates]
     # Added, not asked for: CMA-ES would count them as members of its first generation, which it did not draw.
     for weights, score in zip(first, (yield first), strict=True):
@@ -74,12 +76,12 @@ def optuna_search(
             study.tell(trial, score)
 
 
-def _cma_es(start: Weights, max_weight: float, *, population: int, seed: int) -> "optuna.samplers.BaseSampler":
+def _cma_es(start: Weights, sigma: float, *, population: int, seed: int) -> "optuna.samplers.BaseSampler":
     import optuna
 
     return optuna.samplers.CmaEsSampler(
         x0={_name(i): weight for i, weight in enumerate(start)},
-        sigma0=0.15 * max_weight,
+        sigma0=sigma,
         seed=seed,
         n_startup_trials=0,
         popsize=population,

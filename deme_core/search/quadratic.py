@@ -23,14 +23,15 @@ def design(num_weights: int, step: float) -> list[Weights]:
 
 
 def fit_minimum(
-    *, num_weights: int, step: float, max_weight: float
+    *, num_weights: int, step: float, max_weight: float, min_weight: float = 0.0
 ) -> Generator[list[Weights], Sequence[float], Weights]:
-    """Yields the design, is sent its losses, and returns the minimum of their quadratic within [0, max_weight].
+    """Yields the design, is sent its losses, and returns the minimum of their quadratic within the bounds.
 
     Args:
         num_weights: N.
         step: h, the distance of the design's points; less where 2 h would be beyond the bound.
-        max_weight: bound of every weight.
+        max_weight: upper bound of every weight.
+        min_weight: lower bound of every weight.
 
     Returns:
         The minimum; where a loss is infinite, and there is no quadratic, the point with the lowest.
@@ -44,9 +45,8 @@ def fit_minimum(
     rows = np.array([_monomials(np.asarray(point)) for point in points])
     coefficients = np.linalg.solve(rows, np.array(losses))
     start = np.full(num_weights, min(step, max_weight))
-    found = minimize(
-        lambda weights: float(_monomials(weights) @ coefficients), start, bounds=[(0.0, max_weight)] * num_weights
-    )
+    bounds = [(min_weight, max_weight)] * num_weights
+    found = minimize(lambda weights: float(_monomials(weights) @ coefficients), start, bounds=bounds)
     return tuple(round(float(weight), 4) for weight in found.x)
 
 

@@ -32,6 +32,7 @@ def _optuna(sampler: Literal["tpe", "cma_es", "gp"], spec: SearchSpec, starts: S
         sampler,
         num_weights=len(starts[0]),
         starts=starts,
+        min_weight=spec.min_weight,
         max_weight=spec.max_weight,
         max_candidates=spec.max_candidates,
     )

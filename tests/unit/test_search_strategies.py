@@ -90,6 +90,15 @@ def test_no_weight_is_tried_or_measured_beyond_its_bound(strategy: str) -> None:
     assert max(max(weights) for weights in objective.asked) > 0.55
 
 
+@pytest.mark.parametrize("strategy", ["tpe", "cma_es", "gp"])
+def test_a_lower_bound_below_zero_lets_a_copy_be_subtracted_and_is_kept(strategy: str) -> None:
+    spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 24, "min_weight": -0.4})
+    proxy, objective = bowl((0.4, 0.2)), bowl((0.6, -0.8), 0.0)
+    found = list(search(objective, spec, num_weights=2, num_segments=2, proxy=proxy))
+    assert all(-0.4 <= weight <= 2.0 for weights in objective.asked for weight in weights)
+    assert best_candidate(found).weights[1] < -0.1
+
+
 @pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"])
 def test_the_control_can_keep_and_double_what_it_learnt_whatever_bounds_the_segments(strategy: str) -> None:
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 0.5})
