@@ -4,8 +4,10 @@ Both are seeded, asked for a fixed number of candidates at a time, and told the 
 scores lead to the same proposals, whoever measured them and when.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from deme_core.search.candidates import Strategy, Weights
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 _TPE_BATCH_SIZE = 4
 # A process learns more from each score, and a batch after the first are guesses about what it does not know yet.
 _GP_BATCH_SIZE = 2
+# Share of the pretrained model's score by which a candidate may be worse before that counts for less.
+_COMPRESSED_BEYOND = 0.1
 
 
 def optuna_search(
@@ -63,9 +67,12 @@ def optuna_search(
     clipped = (tuple(min(max(weight, min_weight), max_weight) for weight in start) for start in starts)
     first = list(dict.fromkeys([(0.0,) * num_weights, *clipped]))[:max_candidates]
     # Added, not asked for: CMA-ES would count them as members of its first generation, which it did not draw.
-    for weights, score in zip(first, (yield first), strict=True):
+    scores = yield first
+    # A process that had to explain how bad the worst are would see no difference between the good ones.
+    told = partial(_compressed, of_pretrained=scores[0]) if sampler == "gp" else float
+    for weights, score in zip(first, scores, strict=True):
         params = dict(zip(space, weights, strict=True))
-        study.add_trial(optuna.create_trial(params=params, distributions=space, value=score))
+        study.add_trial(optuna.create_trial(params=params, distributions=space, value=told(score)))
     for begin in range(len(first), max_candidates, batch_size):
         with warnings.catch_warnings():
             # A process takes what could not be measured for as bad as the worst that could, as a search means it.
@@ -73,7 +80,7 @@ def optuna_search(
             trials = [study.ask(space) for _ in range(min(batch_size, max_candidates - begin))]
         scores = yield [tuple(round(trial.params[name], 4) for name in space) for trial in trials]
         for trial, score in zip(trials, scores, strict=True):
-            study.tell(trial, score)
+            study.tell(trial, told(score))
 
 
 def _cma_es(start: Weights, sigma: float, *, population: int, seed: int) -> "optuna.samplers.BaseSampler":
@@ -100,6 +107,14 @@ def _gp(*, num_startup: int, seed: int) -> "optuna.samplers.BaseSampler":
 
     # Not without noise: candidates share theirs, so that scores are smooth in the weights, but not without bumps.
     return optuna.samplers.GPSampler(seed=seed, n_startup_trials=num_startup)
+
+
+def _compressed(score: float, *, of_pretrained: float) -> float:
+    """Returns the score, where it is worse than the pretrained model's as if it rose like a logarithm from there."""
+    if score <= of_pretrained or not math.isfinite(of_pretrained):
+        return score
+    scale = abs(of_pretrained) * _COMPRESSED_BEYOND or 1.0
+    return of_pretrained + scale * math.log1p((score - of_pretrained) / scale)
 
 
 def _name(index: int) -> str:
