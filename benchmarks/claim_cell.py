@@ -113,7 +113,8 @@ def run_cell(recipe: Recipe, merges: Sequence[str], *, soup: bool = False, **lab
 
 def _shared_range(search: SearchSpec, num_copies: int) -> SearchSpec:
     """Returns the search with the range of one weight shared by all: the steps of copies add up."""
-    return search.model_copy(update={"max_weight": search.max_weight / num_copies})
+    shared = {"max_weight": search.max_weight / num_copies, "min_weight": search.min_weight / num_copies}
+    return search.model_copy(update=shared)
 
 
 def _models(laboratory: Laboratory, merges: Sequence[str]) -> tuple[dict[str, ArtifactRef], dict[str, list[float]]]:
