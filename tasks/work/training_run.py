@@ -10,7 +10,7 @@ from torch import nn
 from deme_core.artifacts import ArtifactStore
 from deme_core.data_parallel import agree
 from deme_core.encodings import EncodedBatches
-from deme_core.errors import ChecksumMismatchError, WorkerStoppedError
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, WorkerStoppedError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import CropsInMemory, ImageSubset, TrainingBatches, fits_in_memory
 from deme_core.lora import LoraTeacher
@@ -135,23 +135,26 @@ class Checkpoints:
         with self._context.storing() as artifacts:
             damaged: list[str] = []
             # Rank 0 looks for all processes: they share a cache, so that the others find what it verified.
-            newest = agree(self._newest_whole(artifacts, damaged) if training.share.rank == 0 else None)
+            found = agree(self._newest_whole(artifacts, damaged) if training.share.rank == 0 else None)
             yield from ({"message": f"removed a checkpoint: {error}"} for error in damaged)
-            if newest is None:
+            if found is None:
                 return
+            newest, self.history = found
             restore_checkpoint(training, artifacts.fetch(newest))
-            self.history = list(artifacts.manifest(newest).metrics["history"])
         yield {"message": f"resumed at step {training.global_step}"}
 
-    def _newest_whole(self, artifacts: ArtifactStore, damaged: list[str]) -> ArtifactRef | None:
+    def _newest_whole(self, artifacts: ArtifactStore, damaged: list[str]) -> tuple[ArtifactRef, list[Record]] | None:
         while (newest := artifacts.newest(self._stage)) is not None:
             try:
+                history = list(artifacts.manifest(newest).metrics["history"])
                 artifacts.fetch(newest)
+            except ArtifactNotFoundError:
+                continue  # Another machine has trained the same to its end meanwhile, and removed it.
             except ChecksumMismatchError as error:
                 artifacts.remove(newest)
                 damaged.append(str(error))
             else:
-                return newest
+                return newest, history
         return None
 
     def save(self, training: Training, history: list[Record]) -> None:

@@ -14,6 +14,7 @@ import pytest
 from deme_core import artifacts as artifacts_module
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import DamagedArtifactError, StoreUnavailableError, WorkerStoppedError
+from deme_core.manifest import ArtifactRef
 from tasks.jobs import Job, JobResult
 from tasks.work.base import JobContext, checkpoint_stage, execute
 from tests.small_run import (
@@ -114,6 +115,28 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(undisturbed: ArtifactS
     context.artifacts.remove(result.ref)
     assert not execute(job, context, lambda _: None).cached
     assert contents(context.artifacts) == resumed
+
+
+def test_checkpoints_that_another_machine_removes_while_they_are_looked_at_are_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context(tmp_path)
+    pretrained = execute(pretrain_job(), context, lambda _: None)
+    job = finetune_job(pretrained, 0, num_steps=8, checkpoint_every=2)
+    with pytest.raises(InterruptedHereError):
+        execute(job, context, _interrupted_at(6))
+    find_newest = ArtifactStore.newest
+
+    def newest_before_all_go(artifacts: ArtifactStore, stage: str) -> ArtifactRef | None:
+        found = find_newest(artifacts, stage)
+        for ref in artifacts.list_refs(stage):
+            artifacts.remove(ref)
+        return found
+
+    monkeypatch.setattr(ArtifactStore, "newest", newest_before_all_go)
+    messages: list[str] = []
+    assert not execute(job, context, lambda record: messages.append(record.get("message", ""))).cached
+    assert not any("resumed" in message for message in messages)
 
 
 def test_a_training_that_is_told_to_stop_leaves_a_checkpoint_of_that_step(
