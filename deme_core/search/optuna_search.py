@@ -1,6 +1,6 @@
 """Searches by Optuna (Akiba et al. 2019): the tree-structured Parzen estimator, CMA-ES, and a Gaussian process.
 
-Both are seeded, asked for a fixed number of candidates at a time, and told the scores in the order of asking: the same
+All are seeded, asked for a fixed number of candidates at a time, and told the scores in the order of asking: the same
 scores lead to the same proposals, whoever measured them and when.
 """
 
