@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from deme_core.binned_losses import bin_edges, load_losses, own_change
 from deme_core.manifest import ArtifactRef
-from deme_core.metrics import metric_name
 from deme_core.recipe import DistillSpec, FinetuneSpec, MethodSpec, Recipe, RegMeanSpec, SearchSpec
 from deme_core.segments import TimestepSegment, recipe_segments
 from deme_core.settings import Settings
@@ -169,7 +168,7 @@ class Laboratory:
             job = EvaluateJob(images=images, features=(features.ref,), evaluate=spec, reference=reference)
             found.append(self.do(job).metrics)
         # In the order of the recipe: a manifest has its own.
-        names = [metric_name(metric, spec.extractor_name) for metric in spec.metrics]
+        names = spec.score_names
         by_metric = {name: RowScores([metrics["scores"][name] for metrics in found]) for name in names}
         resampled = [metrics["replicates"] for metrics in found]
         return by_metric | {names[0]: RowScores(by_metric[names[0]].by_seed, resampled)}

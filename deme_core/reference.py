@@ -1,5 +1,6 @@
 """The reference: what scores need to know of the real images."""
 
+import itertools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Reference:
         extractor_digest: digest of that extractor's weights and preprocessing.
         images_digest: digest of the real images.
         given_statistics: mean and covariance; computed from the features where these are given.
+        widths: features of each extractor, where several made them side by side; empty for one.
     """
 
     features: Features | None
@@ -44,6 +46,7 @@ class Reference:
     extractor_digest: str = ""
     images_digest: str = ""
     given_statistics: FeatureStatistics | None = None
+    widths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert (self.features is None) != (self.given_statistics is None), "features or statistics, not both"
@@ -74,16 +77,44 @@ class Reference:
             return mean_and_factor(self.features)[1]
         return factor_of(self.statistics.covariance)
 
+    @cached_property
+    def parts(self) -> tuple["Reference", ...]:
+        """The reference of each extractor; itself where there is but one."""
+        if not self.widths:
+            return (self,)
+        return tuple(self._part(name, columns) for name, columns in zip(self._names, self.columns, strict=True))
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where in a feature vector those of each extractor are."""
+        ends = list(itertools.accumulate(self.widths)) or [len(self.statistics.mean)]
+        return [slice(begin, end) for begin, end in itertools.pairwise([0, *ends])]
+
+    @property
+    def _names(self) -> list[str]:
+        return self.extractor_name.split("+")
+
+    def _part(self, name: str, columns: slice) -> "Reference":
+        if self.features is not None:
+            return Reference(self.features[:, columns], name, images_digest=self.images_digest)
+        both = self.statistics
+        own = FeatureStatistics(both.mean[columns], both.covariance[columns, columns], both.num_images)
+        return Reference(None, name, images_digest=self.images_digest, given_statistics=own)
+
     def save(self, folder: Path) -> Path:
         """Write ``reference.safetensors`` into a folder, which is created, and return its path."""
         from safetensors.numpy import save_file
 
         names = {name: getattr(self, name) for name in _NAMES}
         if self.features is not None:
-            return save_reference(folder, [self.features], num_images=self.num_images, **names)
+            return save_reference(folder, [self.features], num_images=self.num_images, widths=self.widths, **names)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {"mean": self.statistics.mean, "covariance": self.statistics.covariance}
-        save_file(tensors, folder / REFERENCE_FILE, metadata=_metadata(names | {"num_images": self.num_images}))
+        save_file(
+            tensors,
+            folder / REFERENCE_FILE,
+            metadata=_metadata(names | _named(self.widths) | {"num_images": self.num_images}),
+        )
         return folder / REFERENCE_FILE
 
     @classmethod
@@ -96,6 +127,7 @@ class Reference:
             raise ArtifactNotFoundError(f"{folder} holds no {REFERENCE_FILE}.")
         with safe_open(path, framework="numpy") as file:
             content = json.loads(file.metadata()[_METADATA_KEY])
+            content["widths"] = tuple(content.get("widths", ()))
             num_images = content.pop("num_images", None)
             if num_images is None:
                 return cls(_map_features(path, file.get_slice("features").get_shape()), **content)
@@ -111,6 +143,7 @@ def save_reference(
     extractor_name: str,
     extractor_digest: str = "",
     images_digest: str = "",
+    widths: tuple[int, ...] = (),
 ) -> Path:
     """Write what `Reference.save` writes of features, of which one batch at a time is in memory; return its path.
 
@@ -121,8 +154,14 @@ def save_reference(
         extractor_name: as of `Reference`.
         extractor_digest: as of `Reference`.
         images_digest: as of `Reference`.
+        widths: as of `Reference`.
     """
-    content = {"extractor_name": extractor_name, "extractor_digest": extractor_digest, "images_digest": images_digest}
+    content = {
+        "extractor_name": extractor_name,
+        "extractor_digest": extractor_digest,
+        "images_digest": images_digest,
+        **_named(widths),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     done = 0
     with (folder / REFERENCE_FILE).open("wb") as file:
@@ -133,6 +172,11 @@ def save_reference(
             done += len(batch)
     assert done == num_images, (done, num_images)
     return folder / REFERENCE_FILE
+
+
+def _named(widths: tuple[int, ...]) -> dict[str, Any]:
+    """The entry of the metadata; none for one extractor, whose references stay what they were, byte for byte."""
+    return {"widths": list(widths)} if widths else {}
 
 
 def _metadata(content: dict[str, Any]) -> dict[str, str]:

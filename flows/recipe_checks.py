@@ -8,7 +8,7 @@ from typing import Any
 from deme_core.cost_estimate import H100_PEAK, UTILIZATION, CostEstimate, estimate_cost
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.errors import InputError
-from deme_core.extractors import load_extractor
+from deme_core.extractors import load_extractors
 from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, Unconditional, check_conditioned
 from deme_core.families.deepfloyd_if import DeepFloydIF
@@ -116,8 +116,8 @@ class RecipeChecks:
 
     def _extractor(self) -> str:
         evaluate = self.recipe.evaluate
-        extractor = load_extractor(
-            evaluate.extractor_name,
+        extractor = load_extractors(
+            evaluate.extractor_names,
             weights=evaluate.extractor_weights,
             resolution=evaluate.extractor_resolution,
             cache=self.cache,

@@ -18,6 +18,6 @@ def few_images_warning(evaluate: EvaluateSpec, reference: Mapping[str, Any]) -> 
         return None
     return (
         f"the reference holds {num_images} real images, fewer than the {num_features} features of "
-        f"{evaluate.extractor_name}: their covariance is singular, and the Fréchet distance depends on the number of "
-        "images; kid suits few images (evaluate.metrics: [kid, fid])."
+        f"{' and '.join(evaluate.extractor_names)}: their covariance is singular, and the Fréchet distance depends on "
+        "the number of images; kid suits few images (evaluate.metrics: [kid, fid])."
     )

@@ -8,7 +8,7 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deme_core.metrics import higher_is_better, metric_name
+from deme_core.metrics import higher_is_better
 from deme_core.verdict import RowScores, compare, differences, paired_difference
 from tasks.experts import relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
@@ -81,8 +81,7 @@ def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> d
 
 def _primary(runtime: Runtime) -> str:
     """Returns the name of the metric that decides."""
-    spec = runtime.recipe.evaluate
-    return metric_name(spec.metrics[0], spec.extractor_name)
+    return runtime.recipe.evaluate.score_names[0]
 
 
 def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ from typing import Any
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import InputError
-from deme_core.metrics import METRICS
+from deme_core.metrics import METRICS, higher_is_better, metric_names
 from deme_core.search import (
     Batch,
     Candidate,
@@ -92,7 +92,7 @@ def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, 
     return {
         "weights": list(best.weights),
         "score": measured.told(best.score),
-        "candidates": [asdict(c) | {"score": measured.told(c.score)} for c in candidates],
+        "candidates": [asdict(c) | {"score": measured.told(c.score)} | measured.measured(c) for c in candidates],
         **cost,
         "rank_correlation": _rank_correlations(candidates, measured if cost["num_losses"] else None),
     }
@@ -108,6 +108,9 @@ class _Measurements:
     def __init__(self, job: SearchJob, num_weights: int, do: Do) -> None:
         self._job, self._do, self._zero = job, do, (0.0,) * num_weights
         self._known: dict[tuple[Kind, Weights], Any] = {}
+        self._guards, evaluate = job.search.guards, job.evaluate
+        guarding = [m for m in evaluate.metrics if set(metric_names([m], evaluate.extractor_names)) & set(self._guards)]
+        self._metrics = tuple(dict.fromkeys([evaluate.metrics[0], *guarding]))
         self.sign = -1.0 if METRICS[job.evaluate.metrics[0]].higher_is_better else 1.0
 
     def scores(self, batch: Batch) -> Iterator[float]:
@@ -117,16 +120,34 @@ class _Measurements:
         """
         if batch.kind == "loss":
             return self.losses(batch.weights)
-        values = self._values(batch.kind, batch.weights)
-        return (math.inf if value is None else self.sign * value for value in values)
+        return (self._score(batch.kind, found) for found in self._values(batch.kind, batch.weights))
+
+    def _score(self, kind: Kind, found: Mapping[str, Any]) -> float:
+        """Returns the score of a candidate, worse where guards are worse than the pretrained model's."""
+        if found["value"] is None:
+            return math.inf
+        before = self._known[kind, self._zero]
+        worse = sum(self._worsening(found["scores"][name], before["scores"][name], name) for name in self._guards)
+        return self.sign * float(found["value"]) + abs(before["value"]) * worse
+
+    @staticmethod
+    def _worsening(score: float, before: float, name: str) -> float:
+        """Returns by which share of itself a score is worse than ``before``, 0 if it is not."""
+        change = before - score if higher_is_better(name) else score - before
+        return max(change, 0.0) / (abs(before) or 1.0)
+
+    def measured(self, candidate: Candidate) -> dict[str, Any]:
+        """Returns what the score of a candidate is made of, where that is more than one number."""
+        kind: Kind = "rough" if candidate.rough else "full"
+        return {"measured": self._known[kind, candidate.weights].get("scores")} if self._guards else {}
 
     def told(self, score: float) -> float | None:
-        """Returns the score of a candidate as its metric has it; None if there is none."""
+        """Returns the score of a candidate in the direction of its metric; None if there is none."""
         return self.sign * score if math.isfinite(score) else None
 
     def losses(self, weights: Sequence[Weights]) -> Iterator[float]:
         """Yields held-out losses, relative to the pretrained model's in each segment, mean over the segments."""
-        values = self._values("loss", [self._zero, *weights])
+        values = (found["value"] for found in self._values("loss", [self._zero, *weights]))
         before = next(values)
         return (
             math.inf if losses is None else fmean(loss / of_zero for loss, of_zero in zip(losses, before, strict=True))
@@ -144,7 +165,7 @@ class _Measurements:
         for w in weights:
             while (kind, w) not in self._known:
                 key, result = next(results)
-                self._known[key] = result.metrics["value"]
+                self._known[key] = result.metrics
             yield self._known[kind, w]
 
     def _measurement(self, kind: Kind, weights: Weights) -> Job:
@@ -154,8 +175,8 @@ class _Measurements:
             return LossJob(
                 **model, label=f"held-out loss of {text}", dataset=job.dataset, segment_edges=job.segment_edges
             )
-        # A rough score is a full one of a recipe with as few steps; metrics that do not decide are not computed.
-        changed: dict[str, Any] = {"metrics": job.evaluate.metrics[:1]}
+        # A rough score is a full one of as few steps; metrics that neither decide nor guard are not computed.
+        changed: dict[str, Any] = {"metrics": self._metrics}
         if kind == "rough":
             changed["num_inference_steps"] = job.search.few_steps
         return ScoreJob(

@@ -25,6 +25,7 @@ __all__ = [
     "grouped_scores",
     "higher_is_better",
     "metric_name",
+    "metric_names",
     "needs_features",
     "needs_prompts",
     "score",
@@ -47,7 +48,14 @@ _INCEPTION_SUFFIXES = {
     "inception_legacy_pytorch": "_legacy_pytorch",
     "inception_legacy_tensorflow": "_legacy_tensorflow",
 }
-_EXTRACTORS = (*_INCEPTION_SUFFIXES, "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32")
+_EXTRACTORS = (
+    *_INCEPTION_SUFFIXES,
+    "efficientnet_lite0",
+    "efficientnet_lite2",
+    "dinov2_vitl14",
+    "clip_vit_b_32",
+    "pixels_4x4",
+)
 
 
 def metric_name(metric: MetricName, extractor_name: str) -> str:
@@ -71,6 +79,11 @@ def metric_name(metric: MetricName, extractor_name: str) -> str:
     if extractor_name in _INCEPTION_SUFFIXES:
         return f"{metric}{_INCEPTION_SUFFIXES[extractor_name]}"
     return f"{prefix}_{extractor_name}"
+
+
+def metric_names(metrics: Sequence[MetricName], extractor_names: Sequence[str]) -> list[str]:
+    """Returns the names of all scores, those of the first extractor first, each once."""
+    return list(dict.fromkeys(metric_name(metric, name) for name in extractor_names for metric in metrics))
 
 
 _BY_REPORTED_NAME = {metric_name(metric, name): METRICS[metric] for metric in METRICS for name in _EXTRACTORS}
@@ -100,9 +113,14 @@ def direction(names: Sequence[str]) -> str:
 
 
 def score(comparison: Comparison, metrics: Sequence[MetricName]) -> dict[str, float]:
-    """Returns scores by `metric_name`, in the order of ``metrics``; see `higher_is_better`."""
-    extractor_name = comparison.reference.extractor_name
-    return {metric_name(metric, extractor_name): METRICS[metric].score(comparison) for metric in metrics}
+    """Returns scores by `metric_names`, in that order; see `higher_is_better`."""
+    scores: dict[str, float] = {}
+    for part in comparison.parts:
+        for metric in metrics:
+            name = metric_name(metric, part.reference.extractor_name)
+            if name not in scores:
+                scores[name] = METRICS[metric].score(part)
+    return scores
 
 
 def deciding_metric(name: MetricName) -> DecidingMetric | None:

@@ -1,6 +1,6 @@
 """What the metrics share: the protocol, and what they see of generated and real images."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -30,6 +30,14 @@ class Comparison:
     kid_subset_size: int
     kid_seed: int = 0
     clip_scores: npt.NDArray[np.floating[Any]] | None = None
+
+    @property
+    def parts(self) -> list["Comparison"]:
+        """The comparison by each extractor; itself where there is but one."""
+        if not self.reference.widths:
+            return [self]
+        pairs = zip(self.reference.columns, self.reference.parts, strict=True)
+        return [replace(self, features=self.features[:, columns], reference=part) for columns, part in pairs]
 
 
 class Metric(Protocol):

@@ -4,10 +4,13 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from deme_core.metrics import METRICS, MetricName, deciding_metric, needs_prompts
+from deme_core.metrics import METRICS, MetricName, deciding_metric, metric_names, needs_prompts
 from deme_core.recipe.base import Precision, Spec
 from deme_core.recipe.dataset import DatasetSpec
 
+ExtractorName = Literal[
+    "inception", "efficientnet_lite0", "efficientnet_lite2", "dinov2_vitl14", "clip_vit_b_32", "pixels_4x4"
+]
 Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
 
 
@@ -44,8 +47,15 @@ class EvaluateSpec(Spec):
         ge=1,
         description="Images per sampling batch; another changes images by rounding alone, in single grey levels.",
     )
-    extractor: Literal["inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"] = Field(
-        "inception", description="Feature extractor; distances are named after it."
+    extractor: ExtractorName = Field(
+        "inception", description="Feature extractor; distances are named after it. pixels_4x4 are colours alone."
+    )
+    # Left out of a dump where there are none: digests made before there could be several stay.
+    more_extractors: tuple[ExtractorName, ...] = Field(
+        (),
+        exclude_if=lambda names: not names,
+        description="Extractors beside it, with their libraries' own weights: every metric is reported of their "
+        "features, too, and may guard a search (merge.search.guards).",
     )
     # Left out of a dump where it is the default: digests made before there were modes stay.
     extractor_mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] = Field(
@@ -59,7 +69,8 @@ class EvaluateSpec(Spec):
     extractor_resolution: int | None = Field(
         None,
         ge=32,
-        description="Side images are resized to for efficientnet_lite0; default 224. inception is always 299.",
+        description="Side images are resized to for efficientnet_lite0 and _lite2; default 224 and 260. inception is "
+        "always 299.",
     )
     # Left out of a dump where there are none: digests made before there were prompts stay.
     prompts: str | None = Field(
@@ -95,6 +106,8 @@ class EvaluateSpec(Spec):
     def _distinct_seeds(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ from one another")
+        if self.extractor in self.more_extractors or len(set(self.more_extractors)) != len(self.more_extractors):
+            raise ValueError("more_extractors must differ from extractor and from one another")
         if len(set(self.metrics)) != len(self.metrics):
             raise ValueError("metrics must differ from one another")
         if deciding_metric(self.metrics[0]) is None:
@@ -114,3 +127,13 @@ class EvaluateSpec(Spec):
     def extractor_name(self) -> str:
         """The extractor together with its mode: what `load_extractor` loads and `metric_name` names scores after."""
         return self.extractor if self.extractor_mode == "clean" else f"{self.extractor}_{self.extractor_mode}"
+
+    @property
+    def extractor_names(self) -> tuple[str, ...]:
+        """All extractors, the one that decides first: what `load_extractors` loads."""
+        return (self.extractor_name, *self.more_extractors)
+
+    @property
+    def score_names(self) -> list[str]:
+        """The names of all scores, the deciding one first."""
+        return metric_names(self.metrics, self.extractor_names)

@@ -49,6 +49,14 @@ class SearchSpec(Spec):
     seeds: tuple[int, ...] = Field(
         (1001,), min_length=1, description="Sampling seeds; none may be a seed of the report."
     )
+    # Left out of a dump where there are none: digests made before there were guards stay.
+    guards: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda guards: not guards,
+        description="Scores, by the names that they are reported under, that shall not become worse than the "
+        "pretrained model's, such as fd_pixels_4x4: by how many per cent one does, the candidate's score counts as "
+        "worse by as many.",
+    )
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
     )

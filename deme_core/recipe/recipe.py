@@ -55,6 +55,12 @@ class Recipe(Spec):
         # Of block weights there are more, which only the model tells; the search looks again.
         if self.merge.search and (shortcoming := self.merge.search.shortcoming(num_segments)):
             raise ValueError(f"merge.search: {shortcoming}")
+        if self.merge.search and (unknown := set(self.merge.search.guards) - set(self.evaluate.score_names[1:])):
+            able = ", ".join(self.evaluate.score_names[1:]) or "none"
+            raise ValueError(
+                f"merge.search.guards names {', '.join(sorted(unknown))}; evaluate computes, beside the score that "
+                f"decides: {able}"
+            )
         few, full = self.merge.search and self.merge.search.few_steps, self.evaluate.num_inference_steps
         if few and few >= full:
             raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")

@@ -73,7 +73,7 @@ def _replicates(comparison: Comparison, evaluate: EvaluateSpec, seed: int) -> li
     metric = deciding_metric(evaluate.metrics[0])
     assert metric is not None, evaluate.metrics
     counts = resample(len(comparison.features), num_replicates=evaluate.num_bootstrap, seed=seed)
-    return [float(f"{value:.7g}") for value in metric.replicates(comparison, counts)]
+    return [float(f"{value:.7g}") for value in metric.replicates(comparison.parts[0], counts)]
 
 
 def _details(comparison: Comparison, prompts: Prompts | None) -> dict[str, dict[str, float]]:

@@ -8,7 +8,7 @@ import torch
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
 from deme_core.evaluation import split_reference
-from deme_core.extractors import FeatureExtractor, load_extractor
+from deme_core.extractors import FeatureExtractor, load_extractors
 from deme_core.feature_file import save_features
 from deme_core.feature_statistics import check_features
 from deme_core.recipe import EvaluateSpec
@@ -72,12 +72,12 @@ def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> li
 
 
 def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:
-    """Returns the feature extractor that a recipe names."""
-    key = f"extractor {evaluate.extractor_name} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
+    """Returns the feature extractor that a recipe names, or all of them as one."""
+    key = f"extractor {evaluate.extractor_names} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
     return context.remember(
         key,
-        lambda: load_extractor(
-            evaluate.extractor_name,
+        lambda: load_extractors(
+            evaluate.extractor_names,
             weights=evaluate.extractor_weights,
             resolution=evaluate.extractor_resolution,
             cache=context.settings.cache_folder,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deme_core.digests import sha256_bytes
+from deme_core.extractors import JointExtractor
 from deme_core.feature_file import read_features
 from deme_core.feature_statistics import FeatureStatistics
 from deme_core.metrics import needs_features
@@ -30,19 +31,20 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
     indices = real_indices(job, context)
     batches = read_features([context.fetch(ref) for ref in job.features])
     yield {"done": 0, "total": len(indices)}
+    widths = extractor.widths if isinstance(extractor, JointExtractor) else ()
     names = {
         "extractor_name": extractor.name,
         "extractor_digest": extractor.digest,
         "images_digest": sha256_bytes(f"{images.reference_fingerprint} {indices_digest(indices)}".encode()),
     }
     if needs_features(job.evaluate.metrics):
-        save_reference(out, batches, num_images=len(indices), **names)
+        save_reference(out, batches, num_images=len(indices), widths=widths, **names)
     else:
         statistics = FeatureStatistics.from_batches(batches)
         assert statistics.num_images == len(indices), (statistics.num_images, len(indices))
-        Reference(None, **names, given_statistics=statistics).save(out)
+        Reference(None, **names, widths=widths, given_statistics=statistics).save(out)
     return {
         "num_images": len(indices),
-        "num_features": extractor.num_features,
+        "num_features": max(widths, default=extractor.num_features),
         "shape": [images.channels, images.resolution, images.resolution],
     }

@@ -1,10 +1,10 @@
 """The score of one candidate of a search: images of its live merge against the search's real images."""
 
 from pathlib import Path
+from statistics import fmean
 
 from deme_core.errors import NonFiniteImagesError
 from deme_core.generate import SingleModel
-from deme_core.metrics import metric_name
 from tasks.jobs import ScoreJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.live_model import live_merge, merge_inputs
@@ -25,7 +25,7 @@ def identity(job: ScoreJob, context: JobContext) -> Identity:
 
 
 def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Returns the mean score over the search's seeds; None if the images are not finite.
+    """Returns the mean of the first score over the search's seeds, and of all by name; None if images are not finite.
 
     Weights that go too far are what a search has to expect. The pretrained model, all weights zero, must score.
     """
@@ -33,15 +33,15 @@ def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
     evaluation = build_evaluation(
         context, job.evaluate, model=folder, reference=job.reference, num_images=job.num_images
     )
-    metric = metric_name(job.evaluate.metrics[0], evaluation.reference.extractor_name)
-    scores: list[float] = []
+    scores: list[dict[str, float]] = []
     for seed in job.seeds:
         yield {"done": len(scores), "total": len(job.seeds)}
         try:
             with naming(job.label):
-                scores.append(evaluation.score(SingleModel(merge.model), seed)[0][metric])
+                scores.append(evaluation.score(SingleModel(merge.model), seed)[0])
         except NonFiniteImagesError:
             if not any(job.weights):
                 raise
             return {"value": None}
-    return {"value": sum(scores) / len(scores)}
+    means = {name: fmean(of_seed[name] for of_seed in scores) for name in scores[0]}
+    return {"value": means[job.evaluate.score_names[0]], "scores": means}

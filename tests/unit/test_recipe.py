@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SegmentsSpec, TrainingSpec
+from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, SegmentsSpec, TrainingSpec
 
 MINIMAL: dict[str, Any] = {
     "name": "tiny",
@@ -171,6 +171,25 @@ def test_a_search_that_cannot_end_or_see_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"few_steps 20 are no fewer than evaluate\.num_inference_steps 20"):
         recipe(merge={"search": {"few_steps": 20}}, evaluate=evaluate)
     assert recipe(merge={"search": {"few_steps": 19}}, evaluate=evaluate)
+
+
+def test_a_guard_is_a_score_that_is_computed_and_does_not_decide() -> None:
+    evaluate = {"num_images": 10, "metrics": ["fid", "kid"], "more_extractors": ["pixels_4x4"]}
+    assert recipe(merge={"search": {"guards": ["fd_pixels_4x4", "kid"]}}, evaluate=evaluate)
+    for guard in ("fid", "recall", "fd_efficientnet_lite0"):
+        with pytest.raises(ValidationError, match=rf"names {guard}; .*decides: kid, fd_pixels_4x4, kd_pixels_4x4"):
+            recipe(merge={"search": {"guards": [guard]}}, evaluate=evaluate)
+
+
+@pytest.mark.parametrize("more", [["inception"], ["pixels_4x4", "pixels_4x4"], ["pixels_8x8"]])
+def test_more_extractors_are_others(more: list[str]) -> None:
+    with pytest.raises(ValidationError, match="more_extractors"):
+        recipe(evaluate={"num_images": 10, "more_extractors": more})
+
+
+def test_a_recipe_of_one_extractor_has_the_digest_it_had() -> None:
+    assert "more_extractors" not in EvaluateSpec(num_images=2).model_dump(mode="json")
+    assert "guards" not in SearchSpec().model_dump(mode="json")
 
 
 def test_real_images_are_those_of_the_training_unless_others_are_named() -> None:

@@ -129,3 +129,63 @@ def test_of_a_metric_like_the_clip_score_the_highest_is_searched(settings: dict[
     assert [c["score"] for c in praised["candidates"]] == [-c["score"] for c in lowest["candidates"]]
     assert praised["rank_correlation"] == lowest["rank_correlation"]
     assert records[-1]["best_score"] == max(r["score"] for r in records if r["rough"] == records[-1]["rough"])
+
+
+GUARDED = {"metrics": ("fid", "kid", "recall"), "more_extractors": ("pixels_4x4",)}
+GUARDS = {"fd_pixels_4x4": lambda w: 2 + w[1], "recall": lambda w: 0.5 - w[0]}
+
+
+class Guards(Workers):
+    """Scores with two more, of which one rises, and the other, of which higher is better, falls with the weights."""
+
+    def _do(self, job: Job) -> JobResult:
+        result = super()._do(job)
+        if not isinstance(job, ScoreJob):
+            return result
+        if job.weights == (0.5, 0.5):
+            return replace(result, metrics={"value": None})
+        scores = {"fid": result.metrics["value"]} | {name: guard(job.weights) for name, guard in GUARDS.items()}
+        return replace(result, metrics=result.metrics | {"scores": scores})
+
+
+@pytest.mark.parametrize(
+    ("guards", "cost"),
+    [
+        (("fd_pixels_4x4",), lambda w: max(w[1], 0) / 2),
+        (("recall",), lambda w: max(w[0], 0) / 0.5),
+        (("fd_pixels_4x4", "recall"), lambda w: max(w[1], 0) / 2 + max(w[0], 0) / 0.5),
+    ],
+    ids=str,
+)
+def test_a_guard_that_gets_worse_costs_as_much_as_the_score_would(guards: tuple[str, ...], cost: Any) -> None:
+    workers, settings = Guards(3), {"strategy": "grid", "values": (-0.5, 0.0, 0.5), "guards": guards}
+    result = exhaust(find_weights(search_job(settings, **GUARDED), 2, workers), lambda _: None)
+    of_pretrained = score((0, 0), 50)
+    for candidate in result["candidates"]:
+        w = candidate["weights"]
+        if w == (0.5, 0.5):
+            assert candidate["score"] is candidate["measured"] is None
+            continue
+        assert candidate["measured"]["fid"] == score(w, 50)
+        assert candidate["score"] == pytest.approx(score(w, 50) + of_pretrained * cost(w))
+    best = min((c for c in result["candidates"] if c["score"] is not None), key=lambda c: c["score"])
+    assert (tuple(result["weights"]), result["score"]) == (best["weights"], best["score"])
+
+
+def test_only_the_metrics_of_guards_are_computed_besides() -> None:
+    for guards, metrics in [((), ("fid",)), (("fd_pixels_4x4",), ("fid",)), (("recall",), ("fid", "recall"))]:
+        workers = Guards(1)
+        exhaust(find_weights(search_job({"strategy": "grid", "guards": guards}, **GUARDED), 2, workers), lambda _: None)
+        assert {job.evaluate.metrics for job in workers.done if isinstance(job, ScoreJob)} == {metrics}
+
+
+def test_rough_scores_are_guarded_by_rough_ones() -> None:
+    settings = {"strategy": "cma_es", "few_steps": 5, "guards": ("fd_pixels_4x4",)}
+    result = exhaust(find_weights(search_job(settings, **GUARDED), 2, Guards(2)), lambda _: None)
+    assert {c["rough"] for c in result["candidates"] if "measured" in c} == {True, False}
+    for c in result["candidates"]:
+        steps, w = 5 if c["rough"] else 50, c["weights"]
+        if w == (0.5, 0.5):
+            assert c["score"] is None
+            continue
+        assert c["score"] == pytest.approx(score(w, steps) + score((0, 0), steps) * max(w[1], 0) / 2)

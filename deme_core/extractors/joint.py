@@ -1,0 +1,31 @@
+"""Several extractors that see the same images."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.extractors.base import FeatureArray, FeatureExtractor
+
+
+class JointExtractor:
+    """The features of several extractors, one beside the other; `Reference.parts` takes them apart.
+
+    Attributes:
+        name: their names.
+        digest: SHA-256 over their digests.
+        num_features: length D of all feature vectors together.
+        widths: length of each.
+    """
+
+    def __init__(self, extractors: Sequence[FeatureExtractor]) -> None:
+        self._extractors = tuple(extractors)
+        self.name = "+".join(each.name for each in extractors)
+        self.digest = sha256_bytes(canonical_json([each.digest for each in extractors]).encode())
+        self.widths = tuple(each.num_features for each in extractors)
+        self.num_features = sum(self.widths)
+
+    def __call__(self, images: torch.Tensor) -> FeatureArray:
+        """Features (B, D) of uint8 images (B, C, H, W), C = 1 or 3."""
+        return np.concatenate([extractor(images) for extractor in self._extractors], axis=1)
