@@ -59,6 +59,8 @@ def page_of_run(
     command = f"deme run {recipe_file(runtime)}"
     content = page_of_rows(runtime, report, deciding, grids, title=runtime.recipe.name, command=command, pairs=pairs)
     segments = [expert.segment for expert in results.experts]
+    search = runtime.recipe.merge.search
+    guards = search.guards if search else ()
     digests = model_digests(runtime.artifacts, results.models, results.trainings)
     return replace(
         content,
@@ -66,7 +68,8 @@ def page_of_run(
         heldout=HeldoutLosses(curves=_ordered(relative), segment_edges=(segments[0].low, *(s.high for s in segments))),
         trainings={name: result.metrics["history"] for name, result in results.trainings.items()},
         searches=tuple(
-            _search_log(what, found, results.experts, report["metric"]) for what, found in results.searches.items()
+            _search_log(what, found, results.experts, report["metric"], guards)
+            for what, found in results.searches.items()
         ),
         copies=_copies(results.experts, report["merged"]["weights"]),
     )
@@ -150,7 +153,9 @@ def _ordered(curves: Mapping[str, RelativeLosses]) -> dict[str, RelativeLosses]:
     return {name: curves[name] for name in [*rows, *(name for name in curves if name not in rows)]}
 
 
-def _search_log(what: str, found: Mapping[str, Any], experts: Sequence[Expert], metric: str) -> SearchLog:
+def _search_log(
+    what: str, found: Mapping[str, Any], experts: Sequence[Expert], metric: str, guards: tuple[str, ...]
+) -> SearchLog:
     candidates = tuple(TriedWeights(tuple(c["weights"]), c["score"], c["rough"]) for c in found["candidates"])
     num_weights = len(candidates[0].weights)
     merged = [f"segment {i} {expert.segment}" for i, expert in enumerate(experts) if expert.merged]
@@ -162,6 +167,7 @@ def _search_log(what: str, found: Mapping[str, Any], experts: Sequence[Expert], 
         num_images=found["num_images"],
         num_losses=found["num_losses"],
         higher_is_better=higher_is_better(metric),
+        guards=guards,
     )
 
 

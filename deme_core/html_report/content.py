@@ -112,6 +112,7 @@ class SearchLog:
         num_images: images that the scores needed.
         num_losses: held-out losses that the fit needed.
         higher_is_better: whether scores grow as images get better.
+        guards: names of the scores that made a candidate's worse where they were worse than the pretrained model's.
     """
 
     title: str
@@ -121,6 +122,7 @@ class SearchLog:
     num_images: int
     num_losses: int
     higher_is_better: bool = False
+    guards: tuple[str, ...] = ()
 
     @property
     def num_failed(self) -> int:

@@ -59,7 +59,7 @@ def test_a_model_that_takes_text_is_finetuned_on_encodings_and_searched_by_the_c
     report = json.loads(next((fresh_deme.home / "mlartifacts").rglob("report.json")).read_text())
     assert {"latents", "embeddings", "finetune", "merged"} <= report["seconds"].keys()
     assert report["metric"] == "clip_score"
-    assert list(report["rows"]["merged"]) == ["clip_score", "fd_efficientnet_lite0"]
+    assert list(report["rows"]["merged"]) == ["clip_score", "fd_efficientnet_lite0", "fd_pixels_4x4"]
     assert {"prompts", "clip"} < set(report["conditions"])
     (candidates,) = [
         found

@@ -15,7 +15,7 @@ from tests.e2e.conftest import WriteRecipe
 
 ROWS = {"pretrained", "finetuned", "ensemble", "merged"}
 VERDICTS = {"better", "worse", "too close to call"}
-METRICS = {"fd_efficientnet_lite0", "kd_efficientnet_lite0"}
+METRICS = {"fd_efficientnet_lite0", "kd_efficientnet_lite0", "fd_pixels_4x4", "kd_pixels_4x4"}
 
 
 def test_the_report_has_what_scripts_rely_on(first_report: dict[str, Any]) -> None:

@@ -406,3 +406,12 @@ def test_the_page_of_several_runs_shows_what_differs() -> None:
     bare = replace(content, heldout=None, runs=(compared(first), compared(second)))
     assert "No setting of the recipes differs." in comparison_page(bare)
     assert "heldout" not in [a.get("id") for _, a in Page(comparison_page(bare)).elements]
+
+
+def test_the_guards_of_a_search_are_told(page: Page) -> None:
+    guarded = Page(run_page(replace(CONTENT, searches=(replace(SEARCH, guards=("fd_pixels_4x4", "recall")),))))
+    sentence = (
+        "Where fd_pixels_4x4 or recall is worse than the pretrained model’s, the score is worse by the same share."
+    )
+    assert any(sentence in text for text in guarded.text["p"])
+    assert not any("worse by the same share" in text for text in page.text["p"])
