@@ -144,12 +144,17 @@ class Checkpoints:
         yield {"message": f"resumed at step {training.global_step}"}
 
     def _newest_whole(self, artifacts: ArtifactStore, damaged: list[str]) -> tuple[ArtifactRef, list[Record]] | None:
+        missing: ArtifactRef | None = None
         while (newest := artifacts.newest(self._stage)) is not None:
             try:
                 history = list(artifacts.manifest(newest).metrics["history"])
                 artifacts.fetch(newest)
-            except ArtifactNotFoundError:
-                continue  # Another machine has trained the same to its end meanwhile, and removed it.
+            except ArtifactNotFoundError as error:
+                # Another machine has trained the same to its end meanwhile, and removed it. Listed again, it is a rest.
+                if newest == missing:
+                    artifacts.remove(newest)
+                    damaged.append(str(error))
+                missing = newest
             except ChecksumMismatchError as error:
                 artifacts.remove(newest)
                 damaged.append(str(error))

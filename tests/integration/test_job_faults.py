@@ -96,7 +96,10 @@ def _interrupted_at(step: int) -> Callable[[dict[str, Any]], None]:
     return report
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(undisturbed: ArtifactStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["flipped", "lost"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    damage: str, undisturbed: ArtifactStore, tmp_path: Path
+) -> None:
     context = make_context(tmp_path)
     pretrained = execute(pretrain_job(), context, lambda _: None)
     job = finetune_job(pretrained, 0, num_steps=8, checkpoint_every=2)
@@ -105,7 +108,11 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(undisturbed: ArtifactS
     (stage,) = {"/".join(item.key.split("/")[:2]) for item in context.artifacts.store.list("checkpoints/")}
     steps = context.artifacts.list_refs(stage)
     assert [ref.digest for ref in steps] == ["step-00000002", "step-00000004"]
-    _flip_a_bit(context.artifacts, context.artifacts.manifest(steps[1]).files[1].key)
+    key = context.artifacts.manifest(steps[1]).files[1].key
+    if damage == "flipped":
+        _flip_a_bit(context.artifacts, key)
+    else:
+        context.artifacts.store.delete(key)
     messages: list[str] = []
     result = execute(job, context, lambda record: messages.append(record.get("message", "")))
     told = [message for message in messages if message]
