@@ -144,7 +144,7 @@ class Laboratory:
         recipe = self.recipe
         shared: dict[str, Any] = {
             "dataset": recipe.reference_dataset,
-            "evaluate": recipe.evaluate,
+            "evaluate": recipe.evaluate_for(part),
             "part": part,
             "num_for_search": recipe.merge.search.num_reference_images if recipe.merge.search else 0,
         }
@@ -210,7 +210,7 @@ class Laboratory:
             segment_edges=self.edges,
             is_control=len(experts) == 1,
             search=search,
-            evaluate=self.recipe.evaluate,
+            evaluate=self.recipe.evaluate_for("search"),
             dataset=self.recipe.dataset,
             reference=self.reference("search").ref,
         )

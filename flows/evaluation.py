@@ -63,7 +63,7 @@ def submit_reference(recipe: Recipe, part: RealPart, first: JobResult) -> Prefec
 def _real_slice(recipe: Recipe, part: RealPart, low: int) -> RealFeaturesJob:
     return RealFeaturesJob(
         dataset=recipe.reference_dataset,
-        evaluate=recipe.evaluate,
+        evaluate=recipe.evaluate_for(part),
         part=part,
         num_for_search=_num_for_search(recipe),
         low=low,

@@ -46,7 +46,7 @@ class MergePlan:
             segment_edges=self.segment_edges,
             is_control=is_control,
             search=self._search(self.recipe.merge.search),
-            evaluate=self.recipe.evaluate,
+            evaluate=self.recipe.evaluate_for("search"),
             dataset=self.recipe.dataset,
             reference=self.reference,
         )

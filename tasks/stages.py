@@ -156,7 +156,7 @@ def build_reference(
     runtime = current_runtime()
     job = ReferenceJob(
         dataset=runtime.recipe.reference_dataset,
-        evaluate=runtime.recipe.evaluate,
+        evaluate=runtime.recipe.evaluate_for(part),
         part=part,
         num_for_search=num_for_search,
         features=_refs(features),

@@ -1,10 +1,11 @@
 """One run, completely described."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from deme_core.metrics import metric_names
 from deme_core.recipe.base import Spec
 from deme_core.recipe.dataset import DatasetSpec
 from deme_core.recipe.evaluate import EvaluateSpec
@@ -70,6 +71,16 @@ class Recipe(Spec):
     def reference_dataset(self) -> DatasetSpec:
         """Where the real images of reference and search come from."""
         return self.evaluate.reference_dataset or self.dataset
+
+    def evaluate_for(self, part: Literal["search", "report"]) -> EvaluateSpec:
+        """How images of the search or of the report are scored: a search has no use for extractors without a guard."""
+        if part == "report":
+            return self.evaluate
+        guards = set(self.merge.search.guards) if self.merge.search else set()
+        needed = [
+            n for n in self.evaluate.more_extractors if guards.intersection(metric_names(self.evaluate.metrics, [n]))
+        ]
+        return self.evaluate.model_copy(update={"more_extractors": tuple(needed)})
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> list[int]:

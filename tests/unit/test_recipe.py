@@ -181,6 +181,14 @@ def test_a_guard_is_a_score_that_is_computed_and_does_not_decide() -> None:
             recipe(merge={"search": {"guards": [guard]}}, evaluate=evaluate)
 
 
+def test_a_search_has_only_the_extractors_of_its_guards() -> None:
+    evaluate = {"num_images": 10, "more_extractors": ["pixels_4x4", "dinov2_vitl14"]}
+    for guards, extractors in [([], ()), (["kid"], ()), (["kd_dinov2_vitl14"], ("dinov2_vitl14",))]:
+        made = recipe(merge={"search": {"guards": guards}}, evaluate=evaluate)
+        assert made.evaluate_for("search").more_extractors == extractors
+        assert made.evaluate_for("report") == made.evaluate
+
+
 @pytest.mark.parametrize("more", [["inception"], ["pixels_4x4", "pixels_4x4"], ["pixels_8x8"]])
 def test_more_extractors_are_others(more: list[str]) -> None:
     with pytest.raises(ValidationError, match="more_extractors"):
