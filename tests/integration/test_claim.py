@@ -8,6 +8,7 @@ from benchmarks import claim, claim_cell
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import QUICK_OVERRIDES
 from deme_core.manifest import ArtifactRef
+from deme_core.recipe import SearchSpec
 from deme_core.recipe_file import load_recipe
 from deme_core.verdict import Interval, RowScores, image_difference, interval
 from tasks.jobs import (
@@ -151,3 +152,8 @@ def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together()
         in_all = changed.finetune.num_steps * changed.segments.num_segments
         assert in_all == recipe.finetune.num_steps * recipe.segments.num_segments, name
     assert load_recipe("digits", claim_cell.ablation_overrides(recipe, "N=8")).segments.num_segments == 8
+
+
+def test_the_copies_of_a_soup_share_the_range_of_one_weight() -> None:
+    shared = claim_cell._shared_range(SearchSpec(max_weight=2.0, min_weight=-1.0), 4)
+    assert (shared.min_weight, shared.max_weight) == (-0.25, 0.5)
