@@ -82,17 +82,14 @@ class Reference:
         """The reference of each extractor; itself where there is but one."""
         if not self.widths:
             return (self,)
-        return tuple(self._part(name, columns) for name, columns in zip(self._names, self.columns, strict=True))
+        names = self.extractor_name.split("+")
+        return tuple(self._part(name, columns) for name, columns in zip(names, self.columns, strict=True))
 
     @property
     def columns(self) -> list[slice]:
-        """Where in a feature vector those of each extractor are."""
-        ends = list(itertools.accumulate(self.widths)) or [len(self.statistics.mean)]
-        return [slice(begin, end) for begin, end in itertools.pairwise([0, *ends])]
-
-    @property
-    def _names(self) -> list[str]:
-        return self.extractor_name.split("+")
+        """Where in a feature vector those of each extractor are; empty for one."""
+        ends = itertools.accumulate(self.widths, initial=0)
+        return [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
     def _part(self, name: str, columns: slice) -> "Reference":
         if self.features is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from deme_core.digests import canonical_json, sha256_bytes
-from deme_core.extractors.base import FeatureArray, fixed_resolution
+from deme_core.extractors.base import FeatureArray
 
 NAME = "pixels_4x4"
 _SIDE = 4
@@ -31,8 +31,7 @@ class PixelExtractor:
 
 
 def load_pixels(weights: str | None, resolution: int | None, folder: Path, device: torch.device) -> PixelExtractor:
-    """Returns the extractor, which takes images of any size, and no weights (else ValueError)."""
+    """Returns the extractor, which takes images as they are, and no weights (else ValueError)."""
     if weights is not None:
         raise ValueError(f"{NAME} has no weights; leave evaluate.extractor_weights out.")
-    fixed_resolution(NAME, resolution, _SIDE)
     return PixelExtractor()

@@ -106,6 +106,8 @@ class EvaluateSpec(Spec):
     def _distinct_seeds(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ from one another")
+        if self.extractor == "pixels_4x4" and self.extractor_weights is not None:
+            raise ValueError("extractor_weights: pixels_4x4 has none")
         if self.extractor in self.more_extractors or len(set(self.more_extractors)) != len(self.more_extractors):
             raise ValueError("more_extractors must differ from extractor and from one another")
         if len(set(self.metrics)) != len(self.metrics):

@@ -195,6 +195,11 @@ def test_more_extractors_are_others(more: list[str]) -> None:
         recipe(evaluate={"num_images": 10, "more_extractors": more})
 
 
+def test_pixels_have_no_weights() -> None:
+    with pytest.raises(ValidationError, match="extractor_weights: pixels_4x4 has none"):
+        recipe(evaluate={"num_images": 10, "extractor": "pixels_4x4", "extractor_weights": "weights.pth"})
+
+
 def test_a_recipe_of_one_extractor_has_the_digest_it_had() -> None:
     assert "more_extractors" not in EvaluateSpec(num_images=2).model_dump(mode="json")
     assert "guards" not in SearchSpec().model_dump(mode="json")
