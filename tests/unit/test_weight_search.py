@@ -155,7 +155,7 @@ class Guards(Workers):
         (("recall",), lambda w: max(w[0], 0) / 0.5),
         (("fd_pixels_4x4", "recall"), lambda w: max(w[1], 0) / 2 + max(w[0], 0) / 0.5),
     ],
-    ids=str,
+    ids=["lower is better", "higher is better", "both"],
 )
 def test_a_guard_that_gets_worse_costs_as_much_as_the_score_would(guards: tuple[str, ...], cost: Any) -> None:
     workers, settings = Guards(3), {"strategy": "grid", "values": (-0.5, 0.0, 0.5), "guards": guards}
