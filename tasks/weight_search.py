@@ -92,7 +92,7 @@ def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, 
     return {
         "weights": list(best.weights),
         "score": measured.told(best.score),
-        "candidates": [asdict(c) | {"score": measured.told(c.score)} | measured.measured(c) for c in candidates],
+        "candidates": [asdict(c) | {"score": measured.told(c.score)} | measured.made_of(c) for c in candidates],
         **cost,
         "rank_correlation": _rank_correlations(candidates, measured if cost["num_losses"] else None),
     }
@@ -136,7 +136,7 @@ class _Measurements:
         change = before - score if higher_is_better(name) else score - before
         return max(change, 0.0) / (abs(before) or 1.0)
 
-    def measured(self, candidate: Candidate) -> dict[str, Any]:
+    def made_of(self, candidate: Candidate) -> dict[str, Any]:
         """Returns what the score of a candidate is made of, where that is more than one number."""
         kind: Kind = "rough" if candidate.rough else "full"
         return {"measured": self._known[kind, candidate.weights].get("scores")} if self._guards else {}
