@@ -15,7 +15,7 @@ from deme_core import artifacts as artifacts_module
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import DamagedArtifactError, StoreUnavailableError, WorkerStoppedError
 from deme_core.manifest import ArtifactRef
-from tasks.jobs import Job, JobResult
+from tasks.jobs import FinetuneJob, Job, JobResult
 from tasks.work.base import JobContext, checkpoint_stage, execute
 from tests.small_run import (
     check_cache,
@@ -96,15 +96,21 @@ def _interrupted_at(step: int) -> Callable[[dict[str, Any]], None]:
     return report
 
 
+def _interrupted_finetuning(context: JobContext) -> FinetuneJob:
+    """Returns the job of a finetuning that left its checkpoints of steps 2 and 4."""
+    pretrained = execute(pretrain_job(), context, lambda _: None)
+    job = finetune_job(pretrained, 0, num_steps=8, checkpoint_every=2)
+    with pytest.raises(InterruptedHereError):
+        execute(job, context, _interrupted_at(6))
+    return job
+
+
 @pytest.mark.parametrize("damage", ["flipped", "lost"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damage: str, undisturbed: ArtifactStore, tmp_path: Path
 ) -> None:
     context = make_context(tmp_path)
-    pretrained = execute(pretrain_job(), context, lambda _: None)
-    job = finetune_job(pretrained, 0, num_steps=8, checkpoint_every=2)
-    with pytest.raises(InterruptedHereError):
-        execute(job, context, _interrupted_at(6))
+    job = _interrupted_finetuning(context)
     (stage,) = {"/".join(item.key.split("/")[:2]) for item in context.artifacts.store.list("checkpoints/")}
     steps = context.artifacts.list_refs(stage)
     assert [ref.digest for ref in steps] == ["step-00000002", "step-00000004"]
@@ -128,10 +134,7 @@ def test_checkpoints_that_another_machine_removes_while_they_are_looked_at_are_d
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = make_context(tmp_path)
-    pretrained = execute(pretrain_job(), context, lambda _: None)
-    job = finetune_job(pretrained, 0, num_steps=8, checkpoint_every=2)
-    with pytest.raises(InterruptedHereError):
-        execute(job, context, _interrupted_at(6))
+    job = _interrupted_finetuning(context)
     find_newest = ArtifactStore.newest
 
     def newest_before_all_go(artifacts: ArtifactStore, stage: str) -> ArtifactRef | None:
