@@ -53,7 +53,7 @@ test-recipes: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
-# Two Ray nodes on loopback, one of which is killed; two minutes of processor time, four by the clock on a busy machine.
+# Two Ray nodes, and two workers of a work pool, on loopback, of which one is killed; some ten minutes on two cores.
 test-cluster: install
 	$(BIN)/python -m pytest tests/cluster
 

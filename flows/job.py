@@ -15,7 +15,7 @@ from flows.environment import make_folders
 from tasks.error_messages import error_message
 from tasks.jobs import JOBS, Job, JobResult
 from tasks.prefect_artifacts import progress_artifact
-from tasks.remote_pool import outcome_key
+from tasks.remote_pool import check_worker, outcome_key
 from tasks.worker_pool import WorkerPool, plan_slots
 
 make_folders()
@@ -27,14 +27,16 @@ def _job_name() -> str:
 
 
 @flow(name="deme-job", flow_run_name=_job_name)
-def run_job(kind: str, content: dict[str, Any]) -> None:
+def run_job(kind: str, content: dict[str, Any], flow_object: str) -> None:
     """Does one job of a recipe with execution.runner: prefect; started by the run that needs it, not by people.
 
     Args:
         kind: name of the job's class.
         content: the job.
+        flow_object: what the run that needs the job put into the object store, for this machine to find it there.
     """
     store = open_store(Settings().store_uri)
+    check_worker(store, flow_object)
 
     def leave(outcome: dict[str, Any]) -> None:
         store.put_bytes(outcome_key(str(flow_run.id)), json.dumps(outcome).encode())

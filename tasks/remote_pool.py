@@ -1,7 +1,8 @@
 """The remote pool: each job is a flow run of its own, on whatever machine serves the work pool it is sent to.
 
 The counterpart of `tasks.worker_pool` for recipes with ``execution.runner: prefect``. A job travels as the parameters
-of the flow run, its outcome as JSON through the object store.
+of the flow run, its outcome as JSON through the object store. So a worker first looks for an object that the flow put
+there: with another store, by the same name perhaps, it would work for hours, and its outcome would never be seen.
 """
 
 import contextlib
@@ -9,10 +10,12 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
@@ -32,6 +35,27 @@ def outcome_key(flow_run_id: str) -> str:
     return f"jobs/{flow_run_id}.json"
 
 
+def check_worker(store: ObjectStore, flow_object: str) -> None:
+    """Checks on a worker that it is of the flow's version and uses its store.
+
+    Args:
+        store: the worker's.
+        flow_object: what the flow put into its own.
+
+    Raises:
+        InputError: either is another one.
+    """
+    try:
+        expected = store.get_bytes(flow_object).decode()
+    except ArtifactNotFoundError as error:
+        raise InputError(
+            f"The object store of this worker, {store.place}, is not that of the run which sent the job; give both the "
+            "same DEME_STORE_URI and AWS_ENDPOINT_URL."
+        ) from error
+    if expected != version("deme"):
+        raise InputError(f"This worker has DeMe {version('deme')}, the run which sent the job {expected}.")
+
+
 class RemotePool:
     """Sends jobs to work pools; safe to use from many threads.
 
@@ -42,12 +66,13 @@ class RemotePool:
 
     def __init__(self, execution: ExecutionSpec, store: ObjectStore) -> None:
         self._gpu_stages, self._store = set(execution.gpu_stages), store
+        self._flow_object = f"jobs/flow-{uuid4().hex}"
         self._running: set[UUID] = set()
         self._closed = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Checks that the server knows the deployments of jobs.
+        """Checks that the server knows the deployments of jobs, and leaves in the store what workers look for.
 
         Raises:
             InputError: it does not, or its address holds a password.
@@ -62,6 +87,7 @@ class RemotePool:
                         f"execution.runner is prefect, but {client.api_url} has no deployment {name}; `deme deploy` "
                         "registers it, or set execution.runner to local."
                     ) from error
+        self._store.put_bytes(self._flow_object, version("deme").encode())
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Has ``job`` done by a worker of its pool and returns its result.
@@ -79,7 +105,11 @@ class RemotePool:
         with get_client(sync_client=True) as client:
             flow_run = client.create_flow_run_from_deployment(
                 client.read_deployment_by_name(name).id,
-                parameters={"kind": type(job).__name__, "content": job.model_dump(mode="json")},
+                parameters={
+                    "kind": type(job).__name__,
+                    "content": job.model_dump(mode="json"),
+                    "flow_object": self._flow_object,
+                },
             )
             report({"message": f"flow run {flow_run.name} of {name}"})
             with self._lock:
@@ -98,18 +128,21 @@ class RemotePool:
                 started = True
                 on_start()
             if state is not None and state.is_final():
-                return self._outcome(str(flow_run_id), f"{state.name}: {state.message or 'no reason given'}")
+                return self._outcome(str(flow_run_id), state)
             time.sleep(_POLL_SECONDS)
 
-    def _outcome(self, flow_run_id: str, state: str) -> JobResult:
+    def _outcome(self, flow_run_id: str, state: State) -> JobResult:
         try:
             outcome: dict[str, Any] = json.loads(self._store.get_bytes(outcome_key(flow_run_id)))
         except ArtifactNotFoundError as error:
             if self._closed:  # It did not die, it was cancelled: nobody shall try again.
                 raise DemeError("The flow run ended before the job did.") from error
+            reason = state.message or "no reason given"
+            if state.is_failed():  # It ended in an error that it could not leave here.
+                raise DemeError(f"Flow run {flow_run_id} of a job failed: {reason}") from error
             raise WorkerDiedError(
-                f"Flow run {flow_run_id} of a job ended before the job was done ({state}); run again to go on from "
-                "the last checkpoint."
+                f"Flow run {flow_run_id} of a job ended before the job was done ({state.name}: {reason}); run again to "
+                "go on from the last checkpoint."
             ) from error
         self._store.delete(outcome_key(flow_run_id))
         if "result" in outcome:
@@ -119,6 +152,8 @@ class RemotePool:
     def close(self) -> None:
         """Cancels what still runs."""
         self._closed = True
+        with contextlib.suppress(DemeError):
+            self._store.delete(self._flow_object)
         with self._lock:
             running = set(self._running)
         if running:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from prefect.testing.utilities import prefect_test_harness
 
+from tests.cluster.trainings import Trained, train, training_recipe
 from tests.integration.conftest import S3Server, free_ports, s3_server
 
 __all__ = ["s3_server"]
@@ -154,10 +155,18 @@ def two_cores() -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
+@pytest.fixture(scope="session")
+def expected(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """What the local runner makes of the same recipe, with a store of its own."""
+    home = tmp_path_factory.mktemp("local")
+    with pytest.MonkeyPatch.context() as patch, two_cores():
+        patch.setenv("DEME_HOME", str(home))
+        patch.delenv("DEME_STORE_URI", raising=False)
+        return Trained.of(train(training_recipe(runner="local"))[1])
+
+
 @pytest.fixture
-def flow_machine(
-    cluster: RayCluster, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[S3Server]:
+def flow_machine(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """The environment of a flow: the keys of a new bucket, and a disk of its own."""
     monkeypatch.setenv("DEME_HOME", str(tmp_path / "flow"))
     monkeypatch.setenv("DEME_STORE_URI", f"s3://{s3_server.make_bucket(f'deme-{secrets.token_hex(4)}')}/store")

@@ -4,84 +4,19 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from deme_core.artifacts import ArtifactStore
-from deme_core.recipe import Recipe
-from deme_core.segments import recipe_segments
-from deme_core.settings import Settings
-from deme_core.store import open_store
-from flows.encodings import encode_dataset
-from flows.flow_runtime import flow_runtime
-from flows.trainings import Trainings
-from tasks.jobs import JobResult
 from tasks.progress import Event, subscribe
-from tasks.stages import obtain_pretrained
-from tests.cluster.conftest import RayCluster, two_cores
-from tests.e2e.conftest import TOY_RECIPE
+from tests.cluster.conftest import RayCluster
+from tests.cluster.trainings import CHECKPOINT_EVERY, NUM_STEPS, Trained, train, training_recipe
 from tests.integration.conftest import S3Server
 
 pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(280)]
-
-_CHECKPOINT_EVERY = 20
-_NUM_STEPS = 6 * _CHECKPOINT_EVERY
-
-
-def _recipe(checkpoint_every: int = _CHECKPOINT_EVERY, **execution: Any) -> Recipe:
-    finetune = {"num_steps": _NUM_STEPS, "batch_size": 4, "checkpoint_every": checkpoint_every}
-    execution = {"device": "cpu", "num_workers": 2, **execution}
-    return Recipe.model_validate(
-        TOY_RECIPE
-        | {"segments": {"count": 4}, "merge": {"weights": [0.25] * 4}, "finetune": finetune, "execution": execution}
-    )
-
-
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=16))  # type: ignore[arg-type]
-def train(recipe: Recipe) -> tuple[str, dict[str, JobResult]]:
-    """The pretrained model, the control and the four copies of a recipe."""
-    with flow_runtime(recipe):
-        pretrained = obtain_pretrained()
-        segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
-        trainings = Trainings(recipe, pretrained.ref, encode_dataset(recipe, pretrained), segments)
-        futures = {"control": trainings.control()} | dict(zip("0123", trainings.copies(), strict=True))
-        return str(flow_run.id), {"pretrained": pretrained} | {name: each.result() for name, each in futures.items()}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """Digests and weights (SHA-256) of all models."""
-
-    digests: dict[str, str]
-    weights: dict[str, str]
-
-    @classmethod
-    def of(cls, results: dict[str, JobResult]) -> "Trained":
-        artifacts = ArtifactStore(open_store(Settings().store_uri), Settings().cache_folder)
-        files = {name: artifacts.manifest(result.ref).files for name, result in results.items()}
-        return cls(
-            {name: result.ref.digest for name, result in results.items()},
-            {name: f.sha256 for name, each in files.items() for f in each if f.name.endswith(".safetensors")},
-        )
-
-
-@pytest.fixture(scope="module")
-def expected(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """What the local runner makes of the same recipe, with a store of its own."""
-    home = tmp_path_factory.mktemp("local")
-    with pytest.MonkeyPatch.context() as patch, two_cores():
-        patch.setenv("DEME_HOME", str(home))
-        patch.delenv("DEME_STORE_URI", raising=False)
-        return Trained.of(train(_recipe(runner="local"))[1])
 
 
 class Watcher:
@@ -125,7 +60,7 @@ def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_
     # As from a laptop outside of the cluster.
     watcher = Watcher()
     unsubscribe = subscribe(watcher)
-    _, results = train(_recipe(runner="ray", ray_address=cluster.client_address, device="auto"))
+    _, results = train(training_recipe(runner="ray", ray_address=cluster.client_address, device="auto"))
     unsubscribe()
 
     nodes = {task: each for task, each in watcher.nodes.items() if task.startswith("finetune")}
@@ -147,7 +82,7 @@ def test_a_node_that_is_taken_away_leaves_a_checkpoint_of_that_step(
     watcher = Watcher(cluster.take_second_node_away, after=20)
     unsubscribe = subscribe(watcher)
     # Checkpoints of its own would be made at steps 10000, 20000, …: never.
-    _, results = train(_recipe(10_000, runner="ray", ray_address=cluster.address))
+    _, results = train(training_recipe(10_000, runner="ray", ray_address=cluster.address))
     unsubscribe()
 
     (segment,) = watcher.ended
@@ -160,20 +95,20 @@ def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_othe
     cluster: RayCluster, flow_machine: S3Server, expected: Trained, tmp_path: Path
 ) -> None:
     cluster.second_node_is_there(tmp_path / "node")
-    watcher = Watcher(cluster.kill_second_node, after=2 * _CHECKPOINT_EVERY)
+    watcher = Watcher(cluster.kill_second_node, after=2 * CHECKPOINT_EVERY)
     unsubscribe = subscribe(watcher)
-    flow_run_id, results = train(_recipe(runner="ray", ray_address=cluster.address))
+    flow_run_id, results = train(training_recipe(runner="ray", ray_address=cluster.address))
     unsubscribe()
 
     (segment,) = watcher.ended
     lost, found = watcher.nodes[segment]
     assert lost != found
-    assert watcher.resumed[segment] % _CHECKPOINT_EVERY == 0
-    assert watcher.resumed[segment] >= 2 * _CHECKPOINT_EVERY
+    assert watcher.resumed[segment] % CHECKPOINT_EVERY == 0
+    assert watcher.resumed[segment] >= 2 * CHECKPOINT_EVERY
     # Nothing before the checkpoint was done again. What was told before may end at that very checkpoint.
     steps = watcher.steps[segment][watcher.num_told_before[segment] :]
     assert min(steps) > watcher.resumed[segment]
-    assert steps[-1] == _NUM_STEPS
+    assert steps[-1] == NUM_STEPS
     assert Trained.of(results) == expected
     assert _states(flow_run_id) <= {"Completed", "Crashed", "Failed"}
 

@@ -1,0 +1,122 @@
+"""`execution.runner: prefect` on workers with which the flow shares an object store alone: `make test-cluster`."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.settings import PREFECT_API_URL
+
+from deme_core.errors import DemeError
+from deme_core.recipe import ExecutionSpec
+from deme_core.settings import Settings
+from deme_core.store import open_store
+from flows.deploy import deploy
+from flows.stack.processes import stop_tree
+from tasks.jobs import PretrainJob
+from tasks.remote_pool import RemotePool
+from tests.cluster.trainings import Trained, train, training_recipe
+from tests.e2e.waiting import wait_for
+from tests.integration.conftest import S3Server
+
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def deployments(prefect_server: None) -> None:
+    deploy()
+
+
+@contextmanager
+def worker(home: Path, core: int, **environment: str) -> Iterator[psutil.Process]:
+    """A machine that serves deme-gpu, with a disk of its own, and one core, as the local runner's workers have."""
+    home.mkdir()
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "worker",
+        "start",
+        "--pool",
+        "deme-gpu",
+        "--type",
+        "process",
+        "--limit",
+        "1",
+    ]
+    variables = {
+        "PREFECT_API_URL": PREFECT_API_URL.value(),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "DEME_HOME": str(home),
+    }
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | variables | {"DEME_HOME": str(home)} | environment,
+            stdout=log,
+            stderr=log,
+            cwd=home,
+        )
+    os.sched_setaffinity(process.pid, {core})
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        stop_tree(psutil.Process(process.pid), seconds=15.0)
+        process.wait()
+
+
+def _kill_a_job(machine: psutil.Process) -> None:
+    """Kills what the worker runs, once some training has left a checkpoint; the worker itself stays."""
+    store = open_store(Settings().store_uri)
+    wait_for(lambda: any("/step-" in each.key for each in store.list("checkpoints/")), 280)
+    wait_for(lambda: machine.children())
+    for process in machine.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def test_two_workers_give_the_weights_of_the_local_runner_though_a_job_is_killed(
+    deployments: None, flow_machine: S3Server, expected: Trained, tmp_path: Path
+) -> None:
+    first, *_, last = sorted(os.sched_getaffinity(0))
+    with worker(tmp_path / "a", first), worker(tmp_path / "b", last) as machine:
+        killer = threading.Thread(target=_kill_a_job, args=[machine])
+        killer.start()
+        _, results = train(training_recipe(runner="prefect"))
+        killer.join()
+    assert Trained.of(results) == expected
+    assert "Crashed" in _states_of_jobs()
+    assert not list(open_store(Settings().store_uri).list("jobs/"))
+
+
+def _states_of_jobs() -> set[str]:
+    jobs = FlowFilter(name=FlowFilterName(any_=["deme-job"]))
+    with get_client(sync_client=True) as client:
+        return {run.state.name for run in client.read_flow_runs(flow_filter=jobs) if run.state and run.state.name}
+
+
+def test_a_worker_with_another_store_is_told(deployments: None, flow_machine: S3Server, tmp_path: Path) -> None:
+    recipe = training_recipe(runner="prefect")
+    assert recipe.pretrained.training is not None
+    job = PretrainJob(
+        dataset=recipe.dataset,
+        unet=recipe.pretrained.unet,
+        noise_scheduler=recipe.pretrained.noise_scheduler,
+        training=recipe.pretrained.training,
+    )
+    pool = RemotePool(ExecutionSpec(runner="prefect"), open_store(Settings().store_uri))
+    pool.start()
+    elsewhere = {"DEME_STORE_URI": (tmp_path / "elsewhere").as_uri()}
+    core = min(os.sched_getaffinity(0))
+    with worker(tmp_path / "home", core, **elsewhere), pytest.raises(DemeError, match="DEME_STORE_URI"):
+        pool.run(job, lambda _: None)
+    pool.close()
+    assert not (tmp_path / "elsewhere" / "pretrained").exists()
