@@ -10,7 +10,7 @@ from pathlib import Path
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import InputError, PromptsError, StoreUnavailableError
-from deme_core.store import open_store
+from deme_core.store import folder_and_key, open_store
 
 # Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
 _PROMPT_COLUMNS = ("prompt", "caption")
@@ -119,14 +119,14 @@ def _rows(text: str, where: str, *, is_tsv: bool) -> list[list[str]]:
 
 
 def _fetched(uri: str, cache: Path) -> Path:
-    folder, _, name = uri.rpartition("/")
+    folder, key = folder_and_key(uri)
     try:
         store = open_store(folder)
-        objects = [item for item in store.list(name) if item.key == name]
+        objects = [item for item in store.list(key) if item.key == key]
     except StoreUnavailableError:  # It may pass, and is tried again.
         raise
     except InputError as error:
         raise PromptsError(f"The prompts {uri} cannot be had ({str(error).rstrip('.')}); {_MEND}.") from error
     if not objects:
         raise PromptsError(f"There are no prompts at {uri}; {_MEND}.")
-    return download_once(store, objects, cache / "prompts" / listing_version(uri, objects)) / name
+    return download_once(store, objects, cache / "prompts" / listing_version(uri, objects)) / key

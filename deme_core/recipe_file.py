@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails, to_jsonable_python
 
 from deme_core.errors import ArtifactNotFoundError, RecipeError
 from deme_core.recipe import Recipe
-from deme_core.store import open_store
+from deme_core.store import folder_and_key, open_store
 
 RECIPES_FOLDER = Path(__file__).resolve().parent.parent / "recipes"
 
@@ -48,9 +48,9 @@ def read_recipe(name_or_path: str) -> bytes:
     """
     if "://" not in name_or_path:
         return find_recipe(name_or_path).read_bytes()
-    folder, _, name = name_or_path.rpartition("/")
+    folder, key = folder_and_key(name_or_path)
     try:
-        return open_store(folder).get_bytes(name)
+        return open_store(folder).get_bytes(key)
     except (ArtifactNotFoundError, ValueError) as error:
         raise RecipeError(f"There is no recipe {name_or_path}.") from error
 

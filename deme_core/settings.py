@@ -6,6 +6,8 @@ from pathlib import Path
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+HTTP = ("http://", "https://")
+
 
 class Settings(BaseSettings):
     """The environment of a run. AWS_* credentials are read by boto3 itself."""
@@ -43,7 +45,12 @@ class Settings(BaseSettings):
         return re.sub(r"(password=)[^&]*", r"\1…", re.sub(r"://.*@", "://…@", self.tracking_uri))
 
     @property
+    def has_tracking_server(self) -> bool:
+        """Whether MLflow is a server, which may be away, rather than a database or folder."""
+        return self.tracking_uri.startswith(HTTP)
+
+    @property
     def mlflow_ui_url(self) -> str | None:
-        """Where people's browsers find MLflow, which may differ from where workers do; None without a server."""
-        url = self.mlflow_ui_override or self.tracking_uri
-        return url.rstrip("/") if url.startswith("http") else None
+        """Where people's browsers find MLflow, which may differ from where workers do; None if nobody serves it."""
+        url = self.mlflow_ui_override or (self.tracking_uri if self.has_tracking_server else None)
+        return url.rstrip("/") if url else None

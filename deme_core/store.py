@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Protocol
+from urllib.parse import unquote
 from uuid import uuid4
 
 from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
@@ -118,6 +119,12 @@ def open_store(uri: str) -> ObjectStore:
     from deme_core.s3_store import connect  # boto3 takes half a second to import.
 
     return connect(s3_uri[1], s3_uri[2])
+
+
+def folder_and_key(uri: str) -> tuple[str, str]:
+    """Returns the URI of an object's folder, for `open_store`, and its key there; ``file:`` URIs are percent-encoded."""
+    folder, _, name = uri.rpartition("/")
+    return folder, unquote(name) if uri.startswith("file://") else name
 
 
 def check_access(store: ObjectStore) -> None:

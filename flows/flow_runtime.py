@@ -47,7 +47,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
     store = open_store(settings.store_uri)
     pool: Pool
     if recipe.execution.runner == "prefect":
-        pool = RemotePool(recipe.execution, store)
+        pool = RemotePool(recipe.execution, store, str(flow_run.id))
     elif recipe.execution.runner == "ray":
         pool = RayPool(recipe.execution, settings, store)
     else:

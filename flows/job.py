@@ -15,7 +15,7 @@ from flows.environment import make_folders
 from tasks.error_messages import error_message
 from tasks.jobs import JOBS, Job, JobResult
 from tasks.prefect_artifacts import progress_artifact
-from tasks.remote_pool import check_worker, outcome_key
+from tasks.remote_sender import check_sender, outcome_key, while_sender_runs
 from tasks.worker_pool import WorkerPool, plan_slots
 
 make_folders()
@@ -27,29 +27,29 @@ def _job_name() -> str:
 
 
 @flow(name="deme-job", flow_run_name=_job_name)
-def run_job(kind: str, content: dict[str, Any], flow_object: str) -> None:
+def run_job(kind: str, content: dict[str, Any], sender: str) -> None:
     """Does one job of a recipe with execution.runner: prefect; started by the run that needs it, not by people.
 
     Args:
         kind: name of the job's class.
         content: the job.
-        flow_object: what the run that needs the job put into the object store, for this machine to find it there.
+        sender: id of the flow run that needs the job.
     """
     store = open_store(Settings().store_uri)
-    check_worker(store, flow_object)
+    check_sender(store, sender)
 
     def leave(outcome: dict[str, Any]) -> None:
         store.put_bytes(outcome_key(str(flow_run.id)), json.dumps(outcome).encode())
 
     try:
-        result = _run(JOBS[kind].model_validate(content))
+        result = _run(JOBS[kind].model_validate(content), sender)
     except DemeError as error:
         leave(error_message(error))
         raise
     leave({"result": result.to_dict()})
 
 
-def _run(job: Job) -> JobResult:
+def _run(job: Job, sender: str) -> JobResult:
     logger, move_bar = get_run_logger(), progress_artifact(_job_name())
 
     def report(record: dict[str, Any]) -> None:
@@ -61,7 +61,8 @@ def _run(job: Job) -> JobResult:
         log=lambda line: logger.info("worker: %s", line),
     )
     try:
-        result = pool.run(job, report)
+        with while_sender_runs(sender, pool.close):
+            result = pool.run(job, report)
     finally:
         pool.close()
     move_bar(1.0)

@@ -43,6 +43,7 @@ class RecipeChecks:
         self._adapter: Adapter | None = None
         self._frozen_bytes = 0
         self._num_images: int | None = None
+        self._has_images = False
         self._num_features: int | None = None
 
     def __iter__(self) -> Iterator[Check]:
@@ -58,7 +59,7 @@ class RecipeChecks:
         yield "extractor", self._extractor
         if needs_prompts(evaluate.metrics):
             yield "CLIP score", self._clip
-        if self._adapter and self._num_images and self._num_features:
+        if self._adapter and self._has_images and self._num_features:
             yield "time", self._time
             yield "memory", self._memory
             yield "storage", self._storage
@@ -104,6 +105,8 @@ class RecipeChecks:
 
     def _dataset(self) -> str:
         self._num_images = preview_images(self.recipe.dataset, self.cache)
+        # What is streamed is not encoded, and nothing else in the estimate depends on the number of images.
+        self._has_images = bool(self._num_images) or self.recipe.dataset.stream
         return _described(self.recipe.dataset, self._num_images)
 
     def _reference(self) -> str:
@@ -134,7 +137,6 @@ class RecipeChecks:
     @cached_property
     def _cost(self) -> CostEstimate:
         assert self._adapter is not None
-        assert self._num_images is not None
         assert self._num_features is not None
         return estimate_cost(
             self.recipe,
@@ -143,7 +145,7 @@ class RecipeChecks:
                 channel_projection=self.recipe.finetune.channel_projection,
                 lora=self.recipe.finetune.lora,
             ),
-            num_images=self._num_images,
+            num_images=self._num_images or 0,
             num_features=self._num_features,
             frozen_bytes=self._frozen_bytes,
         )

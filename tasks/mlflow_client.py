@@ -5,14 +5,14 @@ import re
 from typing import TYPE_CHECKING
 
 from deme_core.errors import InputError
-from deme_core.settings import Settings
+from deme_core.settings import HTTP, Settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-_SERVER = re.compile(r"https?://.*", re.DOTALL)
 _DATABASE = re.compile(r"(postgresql|mysql|mssql)(\+[a-z0-9]+)?://.*", re.DOTALL)
-_LOCAL = re.compile(r"sqlite(\+[a-z0-9]+)?:///.*|file:.*|[./].*|[^:@]*", re.DOTALL)
+_SQLITE = re.compile(r"sqlite(\+[a-z0-9]+)?:///.*", re.DOTALL)
+_FOLDER = re.compile(r"file:.*|[./].*|[^:@]*", re.DOTALL)
 # The migrations of a new SQLite database are of no interest to anyone.
 for _name in ("alembic", "mlflow"):
     logging.getLogger(_name).setLevel(logging.WARNING)
@@ -26,18 +26,27 @@ def import_mlflow() -> None:
 def check_address(settings: Settings) -> None:
     """Raises InputError for addresses that would get into messages and reports with the password that they may hold.
 
-    These are a server's with a password, and any that MLflow or SQLAlchemy cannot read, which they then repeat.
+    These are a server's with a password, and any that MLflow or SQLAlchemy cannot read, which they then repeat. And for
+    an address of MLflow's pages that no browser could open.
     """
-    uri = settings.tracking_uri
-    if _SERVER.fullmatch(uri) and "@" in uri:
+    uri, ui = settings.tracking_uri, settings.mlflow_ui_override
+    if settings.has_tracking_server and "@" in uri:
         raise InputError(
             "MLFLOW_TRACKING_URI must hold no password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
         )
-    if not (_SERVER.fullmatch(uri) or _LOCAL.fullmatch(uri) or (_DATABASE.fullmatch(uri) and _is_readable(uri))):
+    is_local = _SQLITE.fullmatch(uri) or _FOLDER.fullmatch(uri)
+    if not (settings.has_tracking_server or is_local or (_DATABASE.fullmatch(uri) and _is_readable(uri))):
         raise InputError(
             "MLFLOW_TRACKING_URI must be a whole address that begins with http://, https://, sqlite:///, "
             "postgresql://, mysql:// or mssql://."
         )
+    if ui and not ui.startswith(HTTP):
+        raise InputError("DEME_MLFLOW_UI_URL must be a whole address that begins with http:// or https://.")
+
+
+def is_database(uri: str) -> bool:
+    """Returns whether a tracking URI that `check_address` allows names a database, which is read without a server."""
+    return bool(_SQLITE.fullmatch(uri) or _DATABASE.fullmatch(uri))
 
 
 def _is_readable(uri: str) -> bool:

@@ -23,7 +23,7 @@ _LOCAL_TURNS, _SERVER_TURNS = threading.Semaphore(1), threading.Semaphore(8)
 def patient_client(settings: Settings) -> Any:
     """Returns an MlflowClient for what a run writes, whose calls take turns; a patient one, if there is a server."""
     client = mlflow_client(settings)
-    if settings.mlflow_ui_url is None:
+    if not settings.has_tracking_server:
         return OrderlyClient(client, _LOCAL_TURNS)
     return PatientClient(OrderlyClient(client, _SERVER_TURNS), settings.tracking_place)
 

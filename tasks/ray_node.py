@@ -49,10 +49,11 @@ class SentEnvironment:
         self._variables = dict(variables)
 
     @classmethod
-    def of(cls, settings: Settings) -> "SentEnvironment":
-        """Takes what jobs need from this process."""
+    def of(cls, settings: Settings, *, is_here: bool = False) -> "SentEnvironment":
+        """Takes what jobs need from this process; with its folder of local state, if the node is this machine."""
         sent = {name: os.environ[name] for name in _SENT if name in os.environ}
-        return cls(sent | {"DEME_STORE_URI": settings.store_uri})
+        home = {"DEME_HOME": str(settings.state_folder)} if is_here else {}
+        return cls(sent | home | {"DEME_STORE_URI": settings.store_uri})
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(sorted(self._variables))})"

@@ -52,8 +52,8 @@ class RayPool:
 
     def __init__(self, execution: ExecutionSpec, settings: Settings, store: ObjectStore) -> None:
         self._execution, self._store = execution, store
-        self._environment = SentEnvironment.of(settings)
         self._address = cluster_address(execution)
+        self._environment = SentEnvironment.of(settings, is_here=self._address == "local")
         self._stack = contextlib.ExitStack()
         self._closed = False
         self._api_url = ""

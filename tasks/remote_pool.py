@@ -1,8 +1,8 @@
 """The remote pool: each job is a flow run of its own, on whatever machine serves the work pool it is sent to.
 
 The counterpart of `tasks.worker_pool` for recipes with ``execution.runner: prefect``. A job travels as the parameters
-of the flow run, its outcome as JSON through the object store. So a worker first looks for an object that the flow put
-there: with another store, by the same name perhaps, it would work for hours, and its outcome would never be seen.
+of the flow run, its outcome as JSON through the object store. What the worker of a job asks of the run that sent it is
+in `tasks.remote_sender`.
 """
 
 import contextlib
@@ -10,10 +10,10 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
@@ -21,61 +21,41 @@ from prefect.states import Cancelling
 
 from deme_core.errors import ArtifactNotFoundError, DemeError, InputError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
-from deme_core.store import ObjectStore
+from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
 from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
+from tasks.remote_sender import outcome_key, sign, unsign
 from tasks.worker_pool import Report
 
 _POLL_SECONDS = 2.0
-
-
-def outcome_key(flow_run_id: str) -> str:
-    """Returns the object that holds the outcome of a job's flow run."""
-    return f"jobs/{flow_run_id}.json"
-
-
-def check_worker(store: ObjectStore, flow_object: str) -> None:
-    """Checks on a worker that it is of the flow's version and uses its store.
-
-    Args:
-        store: the worker's.
-        flow_object: what the flow put into its own.
-
-    Raises:
-        InputError: either is another one.
-    """
-    try:
-        expected = store.get_bytes(flow_object).decode()
-    except ArtifactNotFoundError as error:
-        raise InputError(
-            f"The object store of this worker, {store.place}, is not that of the run which sent the job; give both the "
-            "same DEME_STORE_URI and AWS_ENDPOINT_URL."
-        ) from error
-    if expected != version("deme"):
-        raise InputError(f"This worker has DeMe {version('deme')}, the run which sent the job {expected}.")
+# How long a server may be away; jobs go on meanwhile. Each poll has a minute of the client's own attempts.
+_PATIENCE_SECONDS = 1800.0
 
 
 class RemotePool:
     """Sends jobs to work pools; safe to use from many threads.
 
     Args:
-        execution: says which stages go to the GPU pool.
+        execution: says which stages go to the GPU pool, and how many jobs there may be at once.
         store: where outcomes are left.
+        flow_run_id: of the flow run that needs the jobs.
     """
 
-    def __init__(self, execution: ExecutionSpec, store: ObjectStore) -> None:
-        self._gpu_stages, self._store = set(execution.gpu_stages), store
-        self._flow_object = f"jobs/flow-{uuid4().hex}"
+    def __init__(self, execution: ExecutionSpec, store: ObjectStore, flow_run_id: str) -> None:
+        self._gpu_stages, self._store, self._flow_run_id = set(execution.gpu_stages), store, flow_run_id
+        bound = execution.num_workers
+        self._places = threading.BoundedSemaphore(bound) if bound else contextlib.nullcontext()
         self._running: set[UUID] = set()
         self._closed = False
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Checks that the server knows the deployments of jobs, and leaves in the store what workers look for.
+        """Checks that the server knows the deployments of jobs, and signs in the store for workers to see.
 
         Raises:
             InputError: it does not, or its address holds a password.
+            StoreUnavailableError: the store cannot be used.
         """
         with get_client(sync_client=True) as client:
             check_api_address(str(client.api_url))
@@ -87,7 +67,8 @@ class RemotePool:
                         f"execution.runner is prefect, but {client.api_url} has no deployment {name}; `deme deploy` "
                         "registers it, or set execution.runner to local."
                     ) from error
-        self._store.put_bytes(self._flow_object, version("deme").encode())
+        check_access(self._store)
+        sign(self._store, self._flow_run_id)
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Has ``job`` done by a worker of its pool and returns its result.
@@ -102,28 +83,38 @@ class RemotePool:
             WorkerDiedError: its flow run ended without an outcome.
         """
         name = "deme-job/gpu" if job.stage in self._gpu_stages else "deme-job/cpu"
-        with get_client(sync_client=True) as client:
-            flow_run = client.create_flow_run_from_deployment(
-                client.read_deployment_by_name(name).id,
-                parameters={
-                    "kind": type(job).__name__,
-                    "content": job.model_dump(mode="json"),
-                    "flow_object": self._flow_object,
-                },
-            )
-            report({"message": f"flow run {flow_run.name} of {name}"})
-            with self._lock:
-                self._running.add(flow_run.id)
+        with self._places, get_client(sync_client=True) as client:
+            flow_run_id = self._submit(client, name, job, report)
             try:
-                return self._wait(client, flow_run.id, on_start)
+                return self._wait(client, flow_run_id, on_start)
             finally:
                 with self._lock:
-                    self._running.discard(flow_run.id)
+                    self._running.discard(flow_run_id)
+
+    def _submit(self, client: SyncPrefectClient, name: str, job: Job, report: Report) -> UUID:
+        content = {"kind": type(job).__name__, "content": job.model_dump(mode="json")}
+        deployment = client.read_deployment_by_name(name)
+        # Not between the end of this pool and the look at what runs: nobody would cancel it.
+        with self._lock:
+            if self._closed:
+                raise DemeError("The flow run is ending.")
+            flow_run = client.create_flow_run_from_deployment(
+                deployment.id, parameters=content | {"sender": self._flow_run_id}
+            )
+            self._running.add(flow_run.id)
+        report({"message": f"flow run {flow_run.name} of {name}"})
+        return flow_run.id
 
     def _wait(self, client: SyncPrefectClient, flow_run_id: UUID, on_start: Callable[[], None]) -> JobResult:
-        started = False
+        started, last_answer = False, time.monotonic()
         while True:
-            state = client.read_flow_run(flow_run_id).state
+            try:
+                state = client.read_flow_run(flow_run_id).state
+                last_answer = time.monotonic()
+            except httpx.HTTPError as error:
+                if self._closed or time.monotonic() - last_answer > _PATIENCE_SECONDS:
+                    raise DemeError(f"Prefect's server {client.api_url} does not answer ({error}).") from error
+                state = None
             if state is not None and state.is_running() and not started:
                 started = True
                 on_start()
@@ -131,7 +122,7 @@ class RemotePool:
                 return self._outcome(str(flow_run_id), state)
             time.sleep(_POLL_SECONDS)
 
-    def _outcome(self, flow_run_id: str, state: State) -> JobResult:
+    def _outcome(self, flow_run_id: str, state: State[Any]) -> JobResult:
         try:
             outcome: dict[str, Any] = json.loads(self._store.get_bytes(outcome_key(flow_run_id)))
         except ArtifactNotFoundError as error:
@@ -151,13 +142,14 @@ class RemotePool:
 
     def close(self) -> None:
         """Cancels what still runs."""
-        self._closed = True
-        with contextlib.suppress(DemeError):
-            self._store.delete(self._flow_object)
         with self._lock:
+            self._closed = True
             running = set(self._running)
+        with contextlib.suppress(DemeError):
+            unsign(self._store, self._flow_run_id)
         if running:
-            with get_client(sync_client=True) as client:
+            # Of a server that is away nothing can be asked; the workers see for themselves that this run has ended.
+            with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
                 for flow_run_id in running:
                     with contextlib.suppress(DemeError, ObjectNotFound):
                         client.set_flow_run_state(flow_run_id, Cancelling())

@@ -93,5 +93,5 @@ def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
 def check_tracking(settings: Settings) -> None:
     """Raises InputError, in seconds, if a tracking server does not answer; a database is asked nothing."""
     check_address(settings)
-    if settings.tracking_uri.startswith("http"):
+    if settings.has_tracking_server:
         check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_core.settings import Settings
 from tasks.databases import start_from_copy
+from tasks.mlflow_client import is_database
 from tasks.patient_client import patient_client
 
 if TYPE_CHECKING:
@@ -48,8 +49,9 @@ class Tracker:
     def _find_experiment(self, settings: Settings, name: str) -> str:
         if found := self._client.get_experiment_by_name(name):
             return str(found.experiment_id)
-        local = settings.tracking_uri.startswith("sqlite:")
-        location = (settings.state_folder / "mlartifacts").as_uri() if local else None
+        # A server or a folder has a place for files; with a database alone they would go to ./mlruns, wherever that is.
+        lasting = (settings.state_folder / "mlartifacts").as_uri()
+        location = lasting if is_database(settings.tracking_uri) else None
         return str(self._client.create_experiment(name, artifact_location=location))
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ import torch
 from deme_core.digests import canonical_json, sha256_bytes, sha256_file
 from deme_core.downloads import download_once
 from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError
-from deme_core.store import not_found, open_store
+from deme_core.store import folder_and_key, not_found, open_store
 
 # A CPU is fastest where activations fit its cache (64 images at 64 pixels); a GPU wants more at once.
 _PIXELS_PER_CHUNK_CPU, _PIXELS_PER_CHUNK_GPU = 2**18, 2**21
@@ -144,7 +144,7 @@ def local_file(weights: str, folder: Path, mend: str) -> Path:
         if not Path(weights).is_file():
             raise unavailable(f"The extractor's weights {weights} do not exist", mend)
         return Path(weights)
-    parent, _, key = weights.rpartition("/")
+    parent, key = folder_and_key(weights)
     path = folder / sha256_bytes(weights.encode())[:16] / key
     try:
         if not path.is_file():

@@ -235,7 +235,7 @@ def open_source(
     if spec.source == "hub":
         return HubSource(spec)
     if spec.stream:
-        return _open_stream(spec, cache, index_store or FileStore(cache))
+        return open_stream(spec, cache, index_store or FileStore(cache), spec.num_images)
     if spec.source == "webdataset":
         return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS)))
     path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES))
@@ -248,7 +248,8 @@ def open_source(
     raise DatasetError(f"There is no folder or zip {path}; check dataset.path.")
 
 
-def _open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore) -> StreamedTars:
+def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_images: int | None) -> StreamedTars:
+    """Open tars in an object store, and index those of the first images; see `StreamedTars` for arguments and errors."""
     store, tars = list_tars(str(spec.path))
     return StreamedTars(
         tars,
@@ -258,7 +259,7 @@ def _open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore) -> St
         cache_gb=spec.cache_gb,
         window=spec.stream_window,
         channels=spec.channels or 3,
-        num_images=spec.num_images,
+        num_images=num_images,
         image_column=None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column,
     )
 

@@ -78,15 +78,28 @@ def count_rows(spec: DatasetSpec) -> int | None:
         info = datasets.load_dataset_builder(str(folder) if folder.is_dir() else str(spec.path), name=spec.name).info
     except Exception as error:  # As below.
         raise _cannot_load(spec, error) from error
-    if info.splits and spec.split not in info.splits:
-        raise DatasetError(f"The data set {spec.path} has the splits {', '.join(info.splits)}; set dataset.split.")
+    num_rows = _count(info.splits, spec) if info.splits else None
     wanted = [spec.image_column, *filter(None, [spec.caption_column, spec.label_column])]
     if info.features and (absent := [name for name in wanted if name not in info.features]):
         raise DatasetError(
             f"Column '{absent[0]}' is not in the data set {spec.path}, which has {', '.join(info.features)}; check "
             "dataset.image_column, caption_column and label_column."
         )
-    return info.splits[spec.split].num_examples if info.splits else None
+    return num_rows
+
+
+def _count(splits: Any, spec: DatasetSpec) -> int:
+    """Returns the number of rows of a split, of a slice of one or of a sum of such, as ``datasets`` reads them."""
+    import datasets
+
+    lengths = {name: split.num_examples for name, split in splits.items()}
+    try:
+        asked = datasets.ReadInstruction.from_spec("+".join(lengths) if spec.split == "all" else spec.split)
+        return sum(part.to - part.from_ for part in asked.to_absolute(lengths))
+    except ValueError as error:
+        raise DatasetError(
+            f"The data set {spec.path} has the splits {', '.join(lengths)}, and no '{spec.split}'; set dataset.split."
+        ) from error
 
 
 def _own_folders(spec: DatasetSpec) -> Iterator[Path]:

@@ -9,7 +9,7 @@ from deme_core.errors import DatasetError, InputError, StoreUnavailableError
 from deme_core.images.metadata import is_metadata_name
 from deme_core.images.source import is_image_name
 from deme_core.images.tars import TAR_SUFFIX, is_tar_name
-from deme_core.store import ObjectStore, StoredObject, open_store
+from deme_core.store import ObjectStore, StoredObject, folder_and_key, open_store
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def fetch_images(uri: str, cache: Path, kind: FileKind = IMAGES) -> Path:
         StoreUnavailableError: the store cannot be reached.
     """
     is_packed = uri.lower().endswith(kind.packed_suffix)
-    parent, _, name = uri.rpartition("/") if is_packed else (uri, "", "")
+    parent, name = folder_and_key(uri) if is_packed else (uri, "")
     store = _open(parent)
     objects = [o for o in store.list(name) if (o.key == name if is_packed else kind.is_wanted(o.key))]
     if not any(is_packed or kind.is_enough(o.key) for o in objects):

@@ -6,8 +6,8 @@ store, so that no other job and no other machine reads the tars for it again.
 
 import json
 import random
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +67,7 @@ class StreamedTars(TarSource):
         cache_gb: bound of the copies, 10^9 bytes.
         window: tars that are mixed at a time, which the cache must hold.
         channels: in which images must decode.
-        num_images: index no more tars than hold so many sound images; None: all.
+        num_images: index no more tars than hold so many sound images, 0: none yet; None: all.
         image_column: extension of the images; None for the one image of each sample.
 
     Raises:
@@ -139,11 +139,7 @@ class StreamedTars(TarSource):
         return content
 
     def _rows(self, tar: StoredObject, file: BinaryIO) -> list[dict[str, object]]:
-        try:
-            local = TarSource([Path(tar.key)], Path(), self._image_column, file)
-        except DatasetError:
-            self._shards.discard(tar)  # Perhaps it was damaged on its way: the next run does not take this copy.
-            raise
+        local = self._whole(tar, file)
         return [
             {
                 "key": sample.key,
@@ -159,6 +155,25 @@ class StreamedTars(TarSource):
             }
             for position, sample in enumerate(local.samples)
         ]
+
+    def _whole(self, tar: StoredObject, file: BinaryIO) -> TarSource:
+        try:
+            return TarSource([Path(tar.key)], Path(), self._image_column, file)
+        except DatasetError:
+            self._shards.discard(tar)  # Perhaps it was damaged on its way: the next run does not take this copy.
+            raise
+
+    @contextmanager
+    def first_tar(self) -> Iterator[TarSource]:
+        """Gives the first tar by itself, which is brought here but not indexed: for a look at what tars hold."""
+        tar = self._objects[0]
+        with self._shards.reading(tar) as file:
+            yield self._whole(tar, file)
+
+    @property
+    def num_tars(self) -> int:
+        """How many there are, indexed or not."""
+        return len(self._objects)
 
     @property
     def listing(self) -> str | None:

@@ -44,7 +44,12 @@ class ExecutionSpec(Spec):
         description="prefect: the stages whose jobs go to deme-gpu. ray: those whose jobs reserve a GPU for each of "
         "their processes, if the cluster has any or device is cuda. All others take CPUs alone.",
     )
-    num_workers: int | None = Field(None, ge=1, description="Worker processes; default one per GPU, or one on CPU.")
+    num_workers: int | None = Field(
+        None,
+        ge=1,
+        description="local: worker processes; default one per GPU, or one on CPU. prefect: jobs that are sent at once; "
+        "default all that can be, and workers take as many as their --limit.",
+    )
     images_per_task: int = Field(
         5000,
         ge=1,

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deme_core.errors import DemeError
+from deme_core.errors import InputError
 from deme_core.settings import Settings
 
 app = typer.Typer()
@@ -77,16 +77,10 @@ def deploy(
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that is starting.")] = 0.0,
 ) -> None:
     """Register work pools, deployments and automations with the Prefect server of PREFECT_API_URL."""
-    from flows.environment import make_folders
-    from tasks.health import check_api_address, check_health
-
-    address = os.environ.get("PREFECT_API_URL")
-    if not address:
-        raise DemeError('There is no PREFECT_API_URL; `deme up` starts a server, eval "$(deme env)" names it.')
-    check_api_address(address)
-    make_folders()
+    address = _prefect_address()
     from flows.deploy import deploy as register
     from flows.deploy import import_flows
+    from tasks.health import check_health
 
     import_flows()  # Seconds, in which a server may start.
     check_health("PREFECT_API_URL", address, patience=wait)
@@ -100,16 +94,34 @@ def follow(
     json_: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object, last.")] = False,
 ) -> None:
     """Follow a run of deme/full to its end, then print its report."""
-    from flows.environment import make_folders
+    address = _prefect_address()
     from flows.follow import follow_run
     from flows.report_text import print_report
+    from tasks.health import check_health
 
-    make_folders()
+    check_health("PREFECT_API_URL", address)
     report = follow_run(run, Console(stderr=True))
     if json_:
         print(json.dumps(report))  # noqa: T201
     else:
         print_report(report, Console())
+
+
+def _prefect_address() -> str:
+    """Returns the address of the Prefect server, after what must be done before Prefect is imported.
+
+    Raises:
+        InputError: there is none, or it holds a password.
+    """
+    from flows.environment import make_folders
+    from tasks.health import check_api_address
+
+    address = os.environ.get("PREFECT_API_URL")
+    if not address:
+        raise InputError('There is no PREFECT_API_URL; `deme up` starts a server, eval "$(deme env)" names it.')
+    check_api_address(address)
+    make_folders()
+    return address
 
 
 def _stack(console: Console) -> Any:

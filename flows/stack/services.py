@@ -160,7 +160,8 @@ def prefect(layout: Layout) -> Service:
         name="prefect",
         url=layout.url("prefect"),
         command=(_binary("prefect", layout), *command),
-        environment=layout.environment(),
+        # It writes its UI before it serves it: by default into the installed package, which all stacks share.
+        environment=layout.environment() | {"PREFECT_UI_STATIC_DIRECTORY": str(layout.folder / "prefect" / "ui")},
         check=lambda: _get(f"{layout.url('prefect')}/api/health"),
         prepare=lambda: start_from_copy("prefect", layout.folder / "prefect" / "prefect.db"),
     )
@@ -203,6 +204,8 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         command=(
             _binary("prefect", layout),
             *("worker", "start", "--name", name, "--pool", pool, "--type", "process"),
+            # A flow holds its place on the other pool while its jobs wait for theirs; here one job has the GPU.
+            *(("--limit", "1") if pool == GPU_POOL else ()),
         ),
         # The default of ten seconds is felt at every start of a run.
         environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},

@@ -102,7 +102,8 @@ class Stack:
                 first.append(cleanup.enter_context(DeployStart(layout.environment(), self._log("deploy"))))
             # Then the worker: its polls and the registration lock each other out of SQLite, for seconds or a minute.
             wait_for(first, beside=others)
-            for pool in (services.CPU_POOL, *([services.GPU_POOL] if gpu else [])):
+            has_gpu = gpu or "worker-gpu" in self._read()["services"]  # Then it died: `down` takes it off the list.
+            for pool in (services.CPU_POOL, *([services.GPU_POOL] if has_gpu else [])):
                 others.append(self._launch(services.worker(layout, pool, since=time.time() - 1.0), started))
             wait_for(others)
         self._write({**self._read(), "deployed": True})

@@ -8,19 +8,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.settings import PREFECT_API_URL
+from prefect.states import Crashed, Running
 
 from deme_core.errors import DemeError
+from deme_core.file_store import FileStore
 from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
 from deme_core.store import open_store
 from flows.deploy import deploy
 from flows.stack.processes import stop_tree
+from tasks import remote_sender
 from tasks.jobs import PretrainJob
 from tasks.remote_pool import RemotePool
 from tests.cluster.trainings import Trained, train, training_recipe
@@ -97,6 +101,23 @@ def test_two_workers_give_the_weights_of_the_local_runner_though_a_job_is_killed
     assert not list(open_store(Settings().store_uri).list("jobs/"))
 
 
+def test_a_job_ends_with_the_run_that_sent_it(
+    prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_sender, "_LOOK_SECONDS", 0.1)
+    store, stopped = FileStore(tmp_path), threading.Event()
+    with get_client(sync_client=True) as client:
+        sender = client.create_flow_run(train, parameters={"recipe": training_recipe()}, state=Running())
+        remote_sender.sign(store, str(sender.id))
+        remote_sender.check_sender(store, str(sender.id))
+        with remote_sender.while_sender_runs(str(sender.id), stopped.set):
+            assert not stopped.wait(1)
+            client.set_flow_run_state(sender.id, Crashed())
+            assert stopped.wait(30)
+    with pytest.raises(DemeError, match="has ended"):
+        remote_sender.check_sender(store, str(sender.id))
+
+
 def _states_of_jobs() -> set[str]:
     jobs = FlowFilter(name=FlowFilterName(any_=["deme-job"]))
     with get_client(sync_client=True) as client:
@@ -112,7 +133,7 @@ def test_a_worker_with_another_store_is_told(deployments: None, flow_machine: S3
         noise_scheduler=recipe.pretrained.noise_scheduler,
         training=recipe.pretrained.training,
     )
-    pool = RemotePool(ExecutionSpec(runner="prefect"), open_store(Settings().store_uri))
+    pool = RemotePool(ExecutionSpec(runner="prefect"), open_store(Settings().store_uri), str(uuid4()))
     pool.start()
     elsewhere = {"DEME_STORE_URI": (tmp_path / "elsewhere").as_uri()}
     core = min(os.sched_getaffinity(0))

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.e2e.command_line import CommandLine
@@ -152,8 +153,14 @@ def test_nothing_is_reached_from_other_machines_and_nobody_is_root(compose: Comp
             assert container["Config"]["User"] == "deme"
 
 
+def test_both_servers_have_pages_for_people(platform: Platform) -> None:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        page = httpx.get(platform.variables[name].removesuffix("/api"), timeout=30, follow_redirects=True)
+        assert page.status_code == 200 and "<title>" in page.text, name
+
+
 def test_a_run_survives_a_killed_worker_and_data_survive_down_and_up(compose: Compose, platform: Platform) -> None:
-    flow_run = platform.start("digits", *_overrides(num_steps=500, checkpoint_every=20))
+    flow_run = platform.start("digits", *_overrides(num_steps=200, checkpoint_every=20))
     deadline = time.monotonic() + 240
     while platform.tasks(flow_run).get("finetune segment 0 [0, 500)") != "RUNNING":
         state = platform.state(flow_run)
@@ -172,7 +179,7 @@ def test_a_run_survives_a_killed_worker_and_data_survive_down_and_up(compose: Co
     compose.run("down")
     compose.run("up", "-d")
     assert _report(platform, flow_run) == report
-    again = platform.start("digits", *_overrides(num_steps=500, checkpoint_every=20))
+    again = platform.start("digits", *_overrides(num_steps=200, checkpoint_every=20))
     assert platform.wait(again, lambda state: state["type"] in FINAL, seconds=300)["type"] == "COMPLETED"
     assert _report(platform, again)["merged"] == report["merged"]
     exported = platform.deme.run("export", "--out", str(platform.deme.home / "merged"), extra=platform.variables)

@@ -55,6 +55,21 @@ def test_what_the_arguments_get_wrong(
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.parametrize("command", ["follow", "deploy"])
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        (None, ["no PREFECT_API_URL", "deme up"]),
+        ("http://127.0.0.1:9/api", ["PREFECT_API_URL", "does not answer"]),
+        ("http://user:marked-hush@127.0.0.1:9/api", ["PREFECT_API_AUTH_STRING"]),
+    ],
+)
+def test_a_prefect_server_that_is_none(command: str, address: str | None, words: list[str], tmp_path: Path) -> None:
+    done = CommandLine(tmp_path / "home", address).run(command)
+    _refused(done, *words)
+    assert "hush" not in done.stderr
+
+
 @pytest.fixture
 def broken_images(tmp_path: Path) -> Path:
     folder = tmp_path / "images"

@@ -27,6 +27,12 @@ def test_status_names_every_service_and_its_process(platform: Platform) -> None:
         assert psutil.pid_exists(service["pid"])
 
 
+def test_both_servers_have_pages_for_people(platform: Platform) -> None:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        page = httpx.get(platform.variables[name].removesuffix("/api"), timeout=30, follow_redirects=True)
+        assert page.status_code == 200 and "<title>" in page.text, name
+
+
 def test_nothing_listens_beyond_loopback(platform: Platform) -> None:
     ours = {p.pid for p in psutil.process_iter() if belongs(p, platform.deme.home)}
     listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]

@@ -11,7 +11,7 @@ from tasks.remote_pool import RemotePool
 
 
 def test_an_address_with_a_password_is_refused_and_not_repeated(tmp_path: Path) -> None:
-    pool = RemotePool(ExecutionSpec(runner="prefect"), FileStore(tmp_path))
+    pool = RemotePool(ExecutionSpec(runner="prefect"), FileStore(tmp_path), "flow-run")
     address = temporary_settings({PREFECT_API_URL: "http://user:hush@127.0.0.1:1/api"})
     with address, pytest.raises(InputError, match="PREFECT_API_AUTH_STRING") as caught:
         pool.start()
