@@ -122,7 +122,7 @@ def open_store(uri: str) -> ObjectStore:
 
 
 def folder_and_key(uri: str) -> tuple[str, str]:
-    """Returns the URI of an object's folder, for `open_store`, and its key there; ``file:`` URIs are percent-encoded."""
+    """Returns the URI of an object's folder and its key there; a name in a ``file:`` URI is percent-encoded."""
     folder, _, name = uri.rpartition("/")
     return folder, unquote(name) if uri.startswith("file://") else name
 

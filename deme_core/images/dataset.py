@@ -249,7 +249,18 @@ def open_source(
 
 
 def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_images: int | None) -> StreamedTars:
-    """Open tars in an object store, and index those of the first images; see `StreamedTars` for arguments and errors."""
+    """Open tars in an object store, and index those of the first images.
+
+    Args:
+        spec: which tars.
+        cache: folder for copies.
+        index_store: where the index is, or will be.
+        num_images: see `StreamedTars`.
+
+    Raises:
+        DatasetError: there are none, one cannot be used, or the cache cannot hold a window.
+        StoreUnavailableError: a store cannot be reached.
+    """
     store, tars = list_tars(str(spec.path))
     return StreamedTars(
         tars,

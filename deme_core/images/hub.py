@@ -94,8 +94,9 @@ def _count(splits: Any, spec: DatasetSpec) -> int:
 
     lengths = {name: split.num_examples for name, split in splits.items()}
     try:
-        asked = datasets.ReadInstruction.from_spec("+".join(lengths) if spec.split == "all" else spec.split)
-        return sum(part.to - part.from_ for part in asked.to_absolute(lengths))
+        split = datasets.Split("+".join(lengths) if spec.split == "all" else spec.split)  # Which allows no spaces.
+        asked = datasets.ReadInstruction.from_spec(split)
+        return sum(max(part.to - part.from_, 0) for part in asked.to_absolute(lengths))
     except ValueError as error:
         raise DatasetError(
             f"The data set {spec.path} has the splits {', '.join(lengths)}, and no '{spec.split}'; set dataset.split."

@@ -112,6 +112,21 @@ def test_the_same_run_again_computes_nothing_and_registers_nothing(
     assert {child.data.tags["deme.cached"] for child in children} == {"true"}
 
 
+def test_every_deployment_for_people_runs(
+    platform: Platform, full_report: dict[str, Any], second_report: dict[str, Any], write_recipe: WriteRecipe
+) -> None:
+    recipe = write_recipe()
+    started = [
+        platform.start_deployment("deme-pretrain/default", recipe=recipe),
+        platform.start_deployment("deme-evaluate/default", model=full_report["merged"]["uri"], recipe=recipe),
+        platform.start_deployment(
+            "deme-compare/default", runs=[full_report["mlflow_run_id"], second_report["mlflow_run_id"]]
+        ),
+    ]
+    ends = [platform.wait(flow_run, lambda state: state["type"] in FINAL) for flow_run in started]
+    assert [(end["type"], end["message"]) for end in ends] == [("COMPLETED", None)] * 3
+
+
 def test_cancelling_ends_every_process_within_half_a_minute(platform: Platform, write_recipe: WriteRecipe) -> None:
     endless = write_recipe(finetune={"num_steps": 100_000, "batch_size": 8, "learning_rate": 1e-3})
     flow_run = platform.start(endless)

@@ -179,3 +179,18 @@ def _model_folders(deme: CommandLine) -> dict[str, str]:
             key = json.dumps(manifest["settings"].get("segment", "pretrained"), separators=(",", ":")).strip('"')
             folders[key] = str(next(path.parent.glob("upload-*")))
     return folders
+
+
+def test_copies_that_are_no_better_are_left_out_or_end_the_run(
+    deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe
+) -> None:
+    spoilt = write_recipe(finetune={"num_steps": 4, "batch_size": 8, "learning_rate": 0.3})
+    failed = deme.run("run", spoilt, "--set", "merge.on_bad_expert=fail")
+    assert failed.returncode == 1
+    assert "merge.on_bad_expert" in failed.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in failed.stderr
+
+    report = deme.report("run", spoilt)
+    assert [expert["merged"] for expert in report["experts"]] == [False, False]
+    assert report["rows"]["merged"] == report["rows"]["pretrained"] == first_report["rows"]["pretrained"]
+    assert Path(report["page"]["path"]).is_file()

@@ -38,10 +38,10 @@ def test_what_the_disk_cannot_hold_is_not_begun(tmp_path: Path) -> None:
 def test_extractor_weights_are_fetched_if_the_disk_can_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "weights").write_bytes(b"12345")
-    uri = (tmp_path / "weights").as_uri()
+    (tmp_path / "my weights").write_bytes(b"12345")
+    uri = (tmp_path / "my weights").as_uri()
     assert local_file(uri, tmp_path / "cache", "mend").read_bytes() == b"12345"
-    os.truncate(tmp_path / "weights", 10**12)  # A hole, which takes no space.
+    os.truncate(tmp_path / "my weights", 10**12)  # A hole, which takes no space.
     assert local_file(uri, tmp_path / "cache", "mend").read_bytes() == b"12345"
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**11))
     with pytest.raises(ExtractorUnavailableError, match=r"1000\.0 GB are needed.*; mend"):

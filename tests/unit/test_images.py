@@ -1,6 +1,7 @@
 import io
 import itertools
 import os
+import re
 import shutil
 import tarfile
 import zipfile
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageOps
 
 from deme_core.errors import DatasetError
@@ -22,6 +24,7 @@ from deme_core.images import (
     normalize,
     source,
 )
+from deme_core.images.preview import preview_images
 from deme_core.images.remote import FileKind, fetch_images
 from deme_core.recipe import DatasetSpec
 
@@ -268,9 +271,9 @@ def test_a_store_prefix_and_its_zip_hold_the_same_images(folder: Path, tmp_path:
     store = tmp_path / "store"
     shutil.copytree(folder, store / "set one")
     shutil.copytree(folder / "a", store / "set one too")
-    zipped(folder, store / "images.zip")
+    zipped(folder, store / "all images.zip")
     expected = load(folder, tmp_path).fingerprint
-    for name in ("set one", "images.zip"):
+    for name in ("set one", "all images.zip"):
         uri = (store / name).as_uri()
         assert load(uri, tmp_path).fingerprint == expected
         local = fetch_images(uri, tmp_path / "cache")
@@ -313,6 +316,34 @@ def test_a_hub_data_set_holds_the_same_images_as_the_folder(folder: Path, parque
     assert dataset.fingerprint == load(folder, tmp_path).fingerprint
     part = load(parquet, tmp_path, source="hub", image_column="picture", split="train[2:4]")
     assert torch.equal(pixels_of(part), pixels_of(dataset)[2:4])
+
+
+@pytest.fixture
+def described(parquet: Path) -> Path:
+    """The same as two splits, with what the hub says of a data set."""
+    shutil.copy(parquet / "train.parquet", parquet / "test.parquet")
+    count = {"num_bytes": 1, "num_examples": len(SIZES)}
+    info = {"splits": [{"name": name, **count} for name in ("train", "test")]}
+    (parquet / "README.md").write_text(f"---\n{yaml.safe_dump({'dataset_info': info})}---\n")
+    return parquet
+
+
+@pytest.mark.parametrize(
+    "split",
+    ["train", "train[:3]", "train[-2:]", "train[:50%]", "train[5:3]", "train+test", "train[:2]+test[1:]", "all"],
+)
+def test_a_preview_counts_the_rows_that_a_split_has(described: Path, tmp_path: Path, split: str) -> None:
+    import datasets
+
+    spec = DatasetSpec(source="hub", path=str(described), image_column="picture", resolution=16, split=split)
+    assert preview_images(spec, tmp_path / "cache") == len(datasets.load_dataset(str(described), split=split))
+
+
+@pytest.mark.parametrize("split", ["dev", "dev[:2]", "train+dev", "train + test", "train["])
+def test_a_preview_names_the_splits_that_there_are(described: Path, tmp_path: Path, split: str) -> None:
+    spec = DatasetSpec(source="hub", path=str(described), image_column="picture", resolution=16, split=split)
+    with pytest.raises(DatasetError, match=rf"has the splits train, test, and no '{re.escape(split)}'; set"):
+        preview_images(spec, tmp_path / "cache")
 
 
 def test_rows_without_an_image_are_skipped_and_remembered(

@@ -63,6 +63,13 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     assert len({first, *others}) == 5
 
 
+def test_a_file_uri_may_have_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "my prompts.tsv"
+    path.parent.mkdir()
+    write(path, "Prompt\tCategory\na\tX\n")
+    assert load_prompts(path.as_uri(), tmp_path / "cache") == load_prompts(str(path), tmp_path / "cache")
+
+
 def test_prompts_of_an_object_store_are_read_anew_when_they_change(tmp_path: Path) -> None:
     path = tmp_path / "store" / "lists" / "p.txt"
     path.parent.mkdir(parents=True)

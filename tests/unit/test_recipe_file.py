@@ -117,6 +117,13 @@ def test_a_recipe_file_is_found_from_anywhere(file: str, monkeypatch: pytest.Mon
     assert load_recipe("~/tiny.yaml") == load_recipe(file)
 
 
+def test_a_file_uri_may_have_spaces(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "my récipe.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(CONTENT))
+    assert load_recipe(path.as_uri()) == load_recipe(str(path))
+
+
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
     assert message("digit") == (
         f"There is no recipe 'digit'; there are {', '.join(recipe_names())}, or give a .yaml file."

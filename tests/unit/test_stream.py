@@ -24,6 +24,7 @@ from deme_core.file_store import FileStore
 from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
 from deme_core.images.draws import ShardWindows
 from deme_core.images.inspection import verdict
+from deme_core.images.preview import preview_images
 from deme_core.images.shard_cache import ShardCache
 from deme_core.recipe import DatasetSpec
 
@@ -53,12 +54,15 @@ def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _load(tars: Path, tmp_path: Path, **settings: object) -> ImageDataset:
+def _spec(tars: Path, **settings: object) -> DatasetSpec:
     spec = {"source": "webdataset", "path": tars.as_uri(), "resolution": 8, "caption_column": "txt"}
     spec |= {"stream": True, "stream_window": WINDOW, "cache_gb": 3 * TAR_BYTES / 1e9, **settings}
-    return load_images(
-        DatasetSpec.model_validate(spec), cache=tmp_path / "cache", index_store=FileStore(tmp_path / "index")
-    )
+    return DatasetSpec.model_validate(spec)
+
+
+def _load(tars: Path, tmp_path: Path, **settings: object) -> ImageDataset:
+    spec = _spec(tars, **settings)
+    return load_images(spec, cache=tmp_path / "cache", index_store=FileStore(tmp_path / "index"))
 
 
 def _batches(dataset: ImageDataset, start: int, stop: int) -> list[tuple[torch.Tensor, tuple[str, ...] | None]]:
@@ -146,6 +150,47 @@ def test_the_index_is_made_once_for_all_machines(tars: Path, tmp_path: Path, mon
     monkeypatch.setattr(FileStore, "get_file", lambda *_, **__: pytest.fail("a tar was read"))
     spec_of_other = _load(tars, tmp_path, cache_gb=1)
     assert spec_of_other.fingerprint == first.fingerprint
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the objects that are read, in whole or in part."""
+    names: list[str] = []
+    for method in ("get_file", "get_range"):
+        original = getattr(FileStore, method)
+
+        def note(store: FileStore, key: str, *args: Any, _original: Any = original, **bound: int) -> Any:
+            names.append(key)
+            return _original(store, key, *args, **bound)
+
+        monkeypatch.setattr(FileStore, method, note)
+    return names
+
+
+@pytest.mark.parametrize(("num_images", "known"), [(None, None), (PER_TAR, PER_TAR), (PER_TAR + 1, None)])
+def test_a_preview_reads_the_first_tar_only(
+    tars: Path, tmp_path: Path, read: list[str], num_images: int | None, known: int | None
+) -> None:
+    assert preview_images(_spec(tars, num_images=num_images), tmp_path / "cache") == known
+    assert read == ["000.tar"]
+    _load(tars, tmp_path, cache_gb=1)
+    assert read.count("000.tar") == 1, "a run finds the copy"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_column": "jpg"}, r"no images in the tar 000\.tar"),
+        ({"caption_column": "title"}, r"'title' is not in the tar 000\.tar, which has txt"),
+        ({"cache_gb": 1.5 * TAR_BYTES / 1e9}, "cache_gb must hold the 2 tars"),
+    ],
+)
+def test_a_preview_of_what_cannot_be_used_reads_no_more(
+    tars: Path, tmp_path: Path, read: list[str], settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DatasetError, match=message):
+        preview_images(_spec(tars, **settings), tmp_path / "cache")
+    assert set(read) <= {"000.tar"}
 
 
 def test_an_order_is_a_permutation_that_reads_few_shards_at_a_time() -> None:

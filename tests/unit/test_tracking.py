@@ -2,6 +2,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,9 @@ import pytest
 from deme_core.errors import InputError, TrackingUnavailableError
 from deme_core.settings import Settings
 from tasks import training_log
-from tasks.mlflow_client import check_address, mlflow_client
-from tasks.patient_client import OrderlyClient
+from tasks.databases import start_from_copy
+from tasks.mlflow_client import check_address, is_database, mlflow_client
+from tasks.patient_client import OrderlyClient, PatientClient, patient_client
 from tasks.tracking import Tracker
 from tasks.training_log import TrainingLog
 
@@ -179,3 +181,56 @@ def test_an_address_that_would_be_repeated_with_its_password_is_refused(uri: str
 )
 def test_an_address_that_mlflow_knows_is_taken(uri: str) -> None:
     check_address(Settings.model_validate({"MLFLOW_TRACKING_URI": uri}))
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("postgresql://user:pass@host/db", True),
+        ("mysql+pymysql://user:pass@host/db", True),
+        ("mssql+pyodbc://user:pass@host/db", True),
+        ("sqlite:///mlflow.db", True),
+        ("sqlite+pysqlite:///mlflow.db", True),
+        ("http://127.0.0.1:5000", False),
+        ("file:///data/mlruns", False),
+        ("sqlite_runs", False),
+    ],
+)
+def test_a_database_is_told_from_a_server_or_folder(uri: str, expected: bool) -> None:
+    assert is_database(uri) is expected
+
+
+@pytest.fixture
+def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Settings for a database that is no default one, in an empty working folder."""
+    start_from_copy("mlflow", tmp_path / "runs.db")
+    monkeypatch.chdir(tmp_path)
+    uri = f"sqlite+pysqlite:///{tmp_path / 'runs.db'}"
+    return {"DEME_HOME": str(tmp_path / "my home"), "MLFLOW_TRACKING_URI": uri}
+
+
+def test_files_of_a_run_last_whatever_database_is_read(database: dict[str, str], tmp_path: Path) -> None:
+    tracker = Tracker(Settings.model_validate(database), experiment="race", run_name="race")
+    tracker.log_text(tracker.run_id, "scores", "report.txt")
+    (found,) = tmp_path.rglob("report.txt")
+    assert found.is_relative_to(tmp_path / "my home" / "mlartifacts")
+
+
+UI = "https://mlflow.example.org/"
+
+
+def test_what_browsers_open_decides_nothing_but_links(database: dict[str, str]) -> None:
+    settings = Settings.model_validate({**database, "DEME_MLFLOW_UI_URL": UI})
+    assert settings.mlflow_ui_url == UI.rstrip("/")
+    assert type(patient_client(settings)) is OrderlyClient
+    server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
+    for ui in ({}, {"DEME_MLFLOW_UI_URL": UI}, {"DEME_MLFLOW_UI_URL": ""}):
+        assert type(patient_client(Settings.model_validate(server | ui))) is PatientClient
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:///mlflow.db"])
+@pytest.mark.parametrize("ui", ["mlflow.example.org", "127.0.0.1:5000", "httpd", "ftp://host"])
+def test_an_address_that_no_browser_opens_is_refused(uri: str, ui: str) -> None:
+    settings = Settings.model_validate({"MLFLOW_TRACKING_URI": uri, "DEME_MLFLOW_UI_URL": ui})
+    with pytest.raises(InputError, match=r"^DEME_MLFLOW_UI_URL must .*\.$"):
+        check_address(settings)
