@@ -26,7 +26,7 @@ def pretrain(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[s
         return {
             "recipe": runtime.recipe.name,
             "mlflow_run_id": runtime.tracker.run_id,
-            "uri": result.ref.uri,
+            "uri": runtime.artifacts.folder_uri(result.ref),
             "digest": result.ref.digest,
             "num_parameters": result.metrics["num_parameters"],
             "cached": result.cached,

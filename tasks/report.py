@@ -39,12 +39,12 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
     report = {
         **_evaluation(runtime, results.rows, flow_run_id),
         **_comparison(deciding, scores_by_row(results.rows), _primary(runtime), "merged"),
-        **_models(results),
+        **_models(runtime, results),
         "heldout_loss": {row: result.metrics["mean"] for row, result in results.losses.items()},
     }
     if distilled := results.models.get("distilled"):
         report["distilled"] = {
-            "uri": distilled.ref.uri,
+            "uri": runtime.artifacts.folder_uri(distilled.ref),
             "digest": distilled.ref.digest,
             "weights_digest": distilled.metrics["weights_digest"],
             **_comparison(deciding, scores_by_row(results.rows), _primary(runtime), "distilled"),
@@ -119,12 +119,12 @@ def _comparison(
     }
 
 
-def _models(results: RunResults) -> dict[str, Any]:
+def _models(runtime: Runtime, results: RunResults) -> dict[str, Any]:
     """Returns the merged model, what it was made of, and how its weights were found."""
     merged = results.models["merged"]
     return {
         "merged": {
-            "uri": merged.ref.uri,
+            "uri": runtime.artifacts.folder_uri(merged.ref),
             "digest": merged.ref.digest,
             "weights": spread_weights(results.experts, merged.metrics["weights"]),
             "weights_digest": merged.metrics["weights_digest"],
