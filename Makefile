@@ -43,6 +43,7 @@ test: install
 # kill -9 of every service in the middle of a run and more, some twenty minutes; and new random examples of the property tests.
 test-faults: install
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/cluster -m long
 	$(BIN)/python -m pytest $$(grep -l hypothesis tests/unit/*.py) -n 2 --hypothesis-profile exploring
 
 # The paper's six recipes on tiny stand-ins; some five minutes.
@@ -53,9 +54,9 @@ test-recipes: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
-# Two Ray nodes, and two workers of a work pool, on loopback, of which one is killed; some ten minutes on two cores.
+# Two Ray nodes on loopback, one of which is killed, and a worker of a work pool; some five minutes on two cores.
 test-cluster: install
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster -m "not long"
 
 lint: install
 	$(BIN)/ruff check .

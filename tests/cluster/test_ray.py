@@ -16,7 +16,7 @@ from tests.cluster.conftest import RayCluster
 from tests.cluster.trainings import CHECKPOINT_EVERY, NUM_STEPS, Trained, train, training_recipe
 from tests.integration.conftest import S3Server
 
-pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.usefixtures("prefect_server"), pytest.mark.timeout(600)]
 
 
 class Watcher:

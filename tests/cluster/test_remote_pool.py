@@ -43,24 +43,9 @@ def deployments(prefect_server: None) -> None:
 def worker(home: Path, core: int, **environment: str) -> Iterator[psutil.Process]:
     """A machine that serves deme-gpu, with a disk of its own, and one core, as the local runner's workers have."""
     home.mkdir()
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "worker",
-        "start",
-        "--pool",
-        "deme-gpu",
-        "--type",
-        "process",
-        "--limit",
-        "1",
-    ]
-    variables = {
-        "PREFECT_API_URL": PREFECT_API_URL.value(),
-        "PREFECT_WORKER_QUERY_SECONDS": "1",
-        "DEME_HOME": str(home),
-    }
+    served = ["--pool", "deme-gpu", "--type", "process", "--limit", "1"]
+    command = [sys.executable, "-m", "prefect", "worker", "start", *served]
+    variables = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_WORKER_QUERY_SECONDS": "1"}
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
             command,
@@ -87,6 +72,7 @@ def _kill_a_job(machine: psutil.Process) -> None:
             process.kill()
 
 
+@pytest.mark.long
 def test_two_workers_give_the_weights_of_the_local_runner_though_a_job_is_killed(
     deployments: None, flow_machine: S3Server, expected: Trained, tmp_path: Path
 ) -> None:
@@ -124,7 +110,9 @@ def _states_of_jobs() -> set[str]:
         return {run.state.name for run in client.read_flow_runs(flow_filter=jobs) if run.state and run.state.name}
 
 
-def test_a_worker_with_another_store_is_told(deployments: None, flow_machine: S3Server, tmp_path: Path) -> None:
+def test_a_worker_does_a_job_and_one_with_another_store_refuses(
+    deployments: None, flow_machine: S3Server, expected: Trained, tmp_path: Path
+) -> None:
     recipe = training_recipe(runner="prefect")
     assert recipe.pretrained.training is not None
     job = PretrainJob(
@@ -139,5 +127,7 @@ def test_a_worker_with_another_store_is_told(deployments: None, flow_machine: S3
     core = min(os.sched_getaffinity(0))
     with worker(tmp_path / "home", core, **elsewhere), pytest.raises(DemeError, match="DEME_STORE_URI"):
         pool.run(job, lambda _: None)
+    with worker(tmp_path / "other", core):
+        assert pool.run(job, lambda _: None).ref.digest == expected.digests["pretrained"]
     pool.close()
     assert not (tmp_path / "elsewhere" / "pretrained").exists()
