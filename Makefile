@@ -54,7 +54,7 @@ test-recipes: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
-# Two Ray nodes on loopback, one of which is killed, and a worker of a work pool; some five minutes on two cores.
+# Two Ray nodes on loopback, one of which is killed, and a worker of a work pool; several minutes on two cores.
 test-cluster: install
 	$(BIN)/python -m pytest tests/cluster -m "not long"
 

@@ -29,16 +29,16 @@ def follow_run(run: str | None, console: Console) -> dict[str, Any]:
 
     Raises:
         InputError: there is no such run.
-        DemeError: the run failed, with the reason; or the server stopped answering.
+        DemeError: the run failed, with the reason; or the server does not answer.
     """
     with get_client(sync_client=True) as client:
-        found = _find(client, run)
-        with console.status(f"flow run {found.name} ({str(found.id)[:8]})"):
-            try:
+        try:
+            found = _find(client, run)
+            with console.status(f"flow run {found.name} ({str(found.id)[:8]})"):
                 state = _wait(client, found, console)
-            except httpx.HTTPError as error:
-                again = f"the run may well go on: `deme follow {found.id}`"
-                raise DemeError(f"Prefect's server {client.api_url} stopped answering ({error}); {again}.") from error
+        except httpx.HTTPError as error:
+            again = "the run may well go on: `deme follow` again"
+            raise DemeError(f"Prefect's server {client.api_url} does not answer ({error}); {again}.") from error
     if not state.is_completed():
         raise DemeError(f"Flow run {found.name} is {state.name}: {state.message or 'without a reason'}")
     return find_report(Settings(), flow_run=str(found.id))

@@ -15,7 +15,6 @@ from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
@@ -119,21 +118,19 @@ class RemotePool:
                 started = True
                 on_start()
             if state is not None and state.is_final():
-                return self._outcome(str(flow_run_id), state)
+                return self._outcome(str(flow_run_id), f"{state.name}: {state.message or 'no reason given'}")
             time.sleep(_POLL_SECONDS)
 
-    def _outcome(self, flow_run_id: str, state: State[Any]) -> JobResult:
+    def _outcome(self, flow_run_id: str, state: str) -> JobResult:
         try:
             outcome: dict[str, Any] = json.loads(self._store.get_bytes(outcome_key(flow_run_id)))
         except ArtifactNotFoundError as error:
             if self._closed:  # It did not die, it was cancelled: nobody shall try again.
                 raise DemeError("The flow run ended before the job did.") from error
-            reason = state.message or "no reason given"
-            if state.is_failed():  # It ended in an error that it could not leave here.
-                raise DemeError(f"Flow run {flow_run_id} of a job failed: {reason}") from error
+            # Also where it failed: with the store away for a while it could not leave its outcome, and may try again.
             raise WorkerDiedError(
-                f"Flow run {flow_run_id} of a job ended before the job was done ({state.name}: {reason}); run again to "
-                "go on from the last checkpoint."
+                f"Flow run {flow_run_id} of a job ended before the job was done ({state}); run again to go on from "
+                "the last checkpoint."
             ) from error
         self._store.delete(outcome_key(flow_run_id))
         if "result" in outcome:

@@ -42,6 +42,13 @@ def test_a_node_gets_the_flows_store_and_keys_but_nothing_that_names_its_files(s
     assert "AWS_PROFILE" not in os.environ
 
 
+def test_ray_that_ends_with_the_run_keeps_to_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.model_validate({"DEME_HOME": str(tmp_path)})
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name != "DEME_HOME"})
+    pickle.loads(pickle.dumps(SentEnvironment.of(settings, is_here=True))).apply()
+    assert os.environ["DEME_HOME"] == str(tmp_path)
+
+
 def test_keys_of_a_node_are_not_mixed_with_those_of_the_flow(sent: SentEnvironment) -> None:
     os.environ |= {"AWS_ACCESS_KEY_ID": "own", "AWS_SECRET_ACCESS_KEY": "own", "DEME_HOME": "/disk"}
     sent.apply()
