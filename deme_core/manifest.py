@@ -37,6 +37,17 @@ class ArtifactRef:
             raise ValueError(f"{self.uri} is no URI of an artifact.")
         return match[1]
 
+    @property
+    def store_uri(self) -> str:
+        """The store it is in."""
+        return self.uri.removesuffix(f"/{self.stage}/{self.digest}")
+
+    @classmethod
+    def of_folder(cls, uri: str) -> "ArtifactRef":
+        """The artifact with the files of `ArtifactStore.folder_uri`; its own URI, which old runs have, does too."""
+        artifact = re.sub(rf"/upload-{_HEX}{{32}}\Z", "", uri)
+        return cls(artifact, artifact.rpartition("/")[2])
+
 
 @dataclass(frozen=True)
 class StoredFile:

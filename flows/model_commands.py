@@ -58,10 +58,8 @@ def _find_model(run: str | None, row: str) -> tuple[ArtifactStore, ArtifactRef]:
     from tasks.tracked_runs import find_tag
 
     settings = Settings()
-    uri = find_tag(settings, f"deme.{row}.uri", run)
-    prefix, digest = uri.rsplit("/", 1)
-    store_uri = prefix.rsplit("/", 1)[0]
-    return ArtifactStore(open_store(store_uri), settings.cache_folder), ArtifactRef(uri, digest)
+    ref = ArtifactRef.of_folder(find_tag(settings, f"deme.{row}.uri", run))
+    return ArtifactStore(open_store(ref.store_uri), settings.cache_folder), ref
 
 
 def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out: Path, **method: Any) -> Path:

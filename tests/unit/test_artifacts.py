@@ -8,6 +8,7 @@ from deme_core.artifacts import ArtifactStore
 from deme_core.errors import ChecksumMismatchError
 from deme_core.file_store import FileStore
 from deme_core.manifest import ArtifactRef, Manifest, StoredFile
+from deme_core.store import open_store
 from tests.store_contract import ANY_AGE, DIGEST, ArtifactContract
 
 UPLOAD = f"merge/{DIGEST}/upload-{'0' * 32}"
@@ -99,7 +100,19 @@ def test_names_must_be_told_apart(tmp_path: Path, stage: str, digest: str) -> No
 @pytest.mark.parametrize("stage", ["merge", f"checkpoints/{DIGEST}"])
 @pytest.mark.parametrize("store", ["s3://bucket", "s3://bucket/team/prefix", f"s3://bucket/{'e' * 64}", "file:///a/b"])
 def test_a_reference_knows_its_stage(store: str, stage: str) -> None:
-    assert ArtifactRef(f"{store}/{stage}/step-00000200", "step-00000200").stage == stage
+    ref = ArtifactRef(f"{store}/{stage}/step-00000200", "step-00000200")
+    assert (ref.stage, ref.store_uri) == (stage, store)
+
+
+def test_the_folder_of_an_artifact_names_it(tmp_path: Path) -> None:
+    artifacts, made = ArtifactStore(FileStore(tmp_path / "store"), tmp_path / "cache"), tmp_path / "made"
+    for name in ("unet/config.json", "model_index.json"):
+        made.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
+        made.joinpath(name).write_text("{}")
+    ref = artifacts.publish("merged", DIGEST, made, settings={}, inputs={})
+    folder = artifacts.folder_uri(ref)
+    assert ArtifactRef.of_folder(folder) == ArtifactRef.of_folder(ref.uri) == ref
+    assert open_store(folder).get_bytes("unet/config.json") == b"{}"
 
 
 def test_a_killed_download_is_swept(tmp_path: Path) -> None:
