@@ -26,6 +26,11 @@ def outcome_key(flow_run_id: str) -> str:
     return f"jobs/{flow_run_id}.json"
 
 
+def is_outcome(key: str) -> bool:
+    """Tells outcomes from the other objects of a store."""
+    return key.startswith("jobs/") and key.endswith(".json")
+
+
 def _signature_key(flow_run_id: str) -> str:
     return f"jobs/sender-{flow_run_id}"
 
@@ -48,6 +53,7 @@ def check_sender(store: ObjectStore, flow_run_id: str) -> None:
         DemeError: it has ended.
     """
     if _has_ended(flow_run_id):
+        unsign(store, flow_run_id)  # If it was killed it has not done that itself.
         raise DemeError("The run which sent this job has ended.")
     try:
         expected = store.get_bytes(_signature_key(flow_run_id)).decode()

@@ -102,6 +102,7 @@ def test_a_job_ends_with_the_run_that_sent_it(
             assert stopped.wait(30)
     with pytest.raises(DemeError, match="has ended"):
         remote_sender.check_sender(store, str(sender.id))
+    assert not list(store.list("jobs/"))
 
 
 def _states_of_jobs() -> set[str]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft.utils.merge_utils import ties as peft_ties
 from torch import nn
 
 from deme_core.errors import InputError
@@ -124,6 +125,14 @@ def test_ties_by_hand() -> None:
     )
     merged = Ties((0.5, 0.5, 0.5), 0.6)(NAME, pretrained, list(pretrained + task_vectors))
     torch.testing.assert_close(merged, pretrained + 0.5 * torch.tensor([4.0, -4.0, 6.0, -7.0, 0.0]))
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.95])
+def test_ties_is_that_of_peft(density: float) -> None:
+    # Its disjoint mean divides by the number of experts that agree, which is ours while all weights are one.
+    pretrained, experts = random_tensors(3)
+    expected = pretrained + peft_ties([expert - pretrained for expert in experts], torch.ones(3), density)
+    torch.testing.assert_close(Ties((1.0,) * 3, density)(NAME, pretrained, experts), expected)
 
 
 def test_ties_weighs_votes_and_values() -> None:

@@ -19,6 +19,10 @@ def test_what_killed_processes_left_is_freed_and_nothing_else(tmp_path: Path, mo
     ref = artifacts.publish("merged", "whole", tmp_path / "made", settings={}, inputs={})
     half = f"merged/killed/upload-{'0' * 32}/a"
     artifacts.store.put_bytes(half, b"half")
+    # The second is of a run that may go on for weeks.
+    outcome, signature = "jobs/5e2a.json", "jobs/sender-5e2b"
+    for key in (outcome, signature):
+        artifacts.store.put_bytes(key, b"{}")
     for name in ("old", "busy"):
         (tmp_path / "scratch" / name / "out").mkdir(parents=True)
         (tmp_path / "scratch" / name / "out" / "weights").write_text("")
@@ -29,9 +33,9 @@ def test_what_killed_processes_left_is_freed_and_nothing_else(tmp_path: Path, mo
     for path in (tmp_path / "scratch").rglob("*"):
         os.utime(path, (0, 0))
     os.utime(tmp_path / "scratch" / "busy" / "out" / "weights")
-    assert sweep(timedelta(hours=1)) == (1, 1)
-    assert not artifacts.store.exists(half)
-    assert len(keys(artifacts.store)) == 2 and artifacts.fetch(ref).is_dir()
+    assert sweep(timedelta(hours=1)) == (2, 1)
+    assert not artifacts.store.exists(half) and not artifacts.store.exists(outcome)
+    assert len(keys(artifacts.store)) == 3 and artifacts.store.exists(signature) and artifacts.fetch(ref).is_dir()
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["busy"]
 
 
