@@ -53,6 +53,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     """The picture of DESIGN.md: decouple, judge, search, merge, evaluate, report."""
     pretrained = obtain_pretrained()
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
+    recipe.check_search(pretrained.metrics.get("num_blocks", 1))  # Old artifacts do not say.
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 

@@ -14,6 +14,7 @@ from deme_core.families import Adapter, Unconditional, check_conditioned
 from deme_core.families.deepfloyd_if import DeepFloydIF
 from deme_core.generate import Sampling
 from deme_core.images.preview import preview_images
+from deme_core.merge_methods.block_weights import block_names
 from deme_core.metrics import needs_prompts
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.model_source import fetch_source
@@ -90,6 +91,7 @@ class RecipeChecks:
         """Raises an InputError if the recipe asks for what the model cannot do."""
         dataset, evaluate = self.recipe.dataset, self.recipe.evaluate
         recipe_segments(self.recipe.segments, folder.num_train_timesteps)
+        self.recipe.check_search(len(block_names(folder.checkpoint().infos)))
         Sampling(evaluate.sampler, evaluate.num_inference_steps).build_scheduler(adapter)
         captions = dataset.caption_column or dataset.caption_template
         check_conditioned(adapter, captions=captions, labels=dataset.label_column)

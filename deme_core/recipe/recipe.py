@@ -5,6 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from deme_core.errors import InputError
 from deme_core.metrics import metric_names
 from deme_core.recipe.base import Spec
 from deme_core.recipe.dataset import DatasetSpec
@@ -53,7 +54,7 @@ class Recipe(Spec):
                 )
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
-        # Of block weights there are more, which only the model tells; the search looks again.
+        # Of block weights there are more, which only the model tells: `check_search`.
         if self.merge.search and (shortcoming := self.merge.search.shortcoming(num_segments)):
             raise ValueError(f"merge.search: {shortcoming}")
         if self.merge.search and (unknown := set(self.merge.search.guards) - set(self.evaluate.score_names[1:])):
@@ -66,6 +67,13 @@ class Recipe(Spec):
         if few and few >= full:
             raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")
         return self
+
+    def check_search(self, num_blocks: int) -> None:
+        """Raises an InputError if the search's budget or grid does not suit a model of so many blocks."""
+        if self.merge.search is None or self.merge.method != "block_weights":
+            return
+        if shortcoming := self.merge.search.shortcoming(self.segments.num_segments * num_blocks):
+            raise InputError(f"merge.search: {shortcoming}.")
 
     @property
     def reference_dataset(self) -> DatasetSpec:

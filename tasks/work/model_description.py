@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deme_core.families import Adapter
+from deme_core.merge_methods.block_weights import block_names
 from deme_core.model_digest import tensors_digest
 from deme_core.model_folder import open_model_folder
 
@@ -14,6 +15,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     tensors = model.checkpoint().tensors()
     return {
         "caches": _caches(model.adapter()),
+        "num_blocks": len(block_names(tensors)),
         "num_train_timesteps": model.num_train_timesteps,
         "num_parameters": sum(tensor.numel() for tensor in tensors.values()),
         "weights_digest": tensors_digest(tensors),

@@ -104,6 +104,14 @@ def _write_model(folder: Path, model: torch.nn.Module) -> str:
     return str(write_tiny_folder(folder, model, **blocks))
 
 
+def test_too_few_candidates_for_all_blocks_are_told_before_copies_are_trained(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe
+) -> None:
+    merge = {"method": "block_weights", "search": {"max_candidates": 8, "num_images": 8}}
+    _refused(fresh_deme.run("run", write_recipe(merge=merge)), "max_candidates 8 is too small for 8 weights")
+    assert {folder.parent.name for folder in fresh_deme.home.glob("store/*/*")} == {"pretrained"}
+
+
 def test_a_model_that_diverged_is_named_and_so_is_a_reference_too_small(
     fresh_deme: CommandLine, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:

@@ -105,6 +105,7 @@ def test_the_doctor_says_in_one_line_each_what_is_missing(stand_ins: Path) -> No
         ("segments={edges: [0, 10, 20, 30, 40]}", "must start at 0 and end at 1000"),
         ("evaluate.sampler=flow_match_euler", "does not fit a StableDiffusionPipeline"),
         ("dataset={source: imagefolder, path: x, resolution: 16}", "images with captions"),
+        ("merge={method: block_weights, search: {max_candidates: 9}}", "max_candidates 9 is too small for"),
         ("execution.device=cuda", "this machine shows no GPU"),
     ],
 )
