@@ -27,6 +27,7 @@ from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
 from deme_core.store import ObjectStore
 
 DIGITS_RESOLUTION = 8
+FetchPrefix = Callable[[str, Path, FileKind, int | None], Path]
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +183,7 @@ def load_images(
     spec: DatasetSpec,
     *,
     cache: Path,
-    fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images,
+    fetch_prefix: FetchPrefix = fetch_images,
     index_store: ObjectStore | None = None,
 ) -> ImageDataset:
     """Open a data set and verify that each of its images can be decoded.
@@ -190,7 +191,7 @@ def load_images(
     Args:
         spec: which images.
         cache: folder for downloads and for the results of the verification; may be deleted at any time.
-        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
+        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``, see `fetch_images`.
         index_store: where the index of a data set that is streamed is kept, for other machines too.
 
     Raises:
@@ -215,7 +216,7 @@ def load_images(
 def open_source(
     spec: DatasetSpec,
     cache: Path,
-    fetch_prefix: Callable[[str, Path, FileKind], Path] = fetch_images,
+    fetch_prefix: FetchPrefix = fetch_images,
     index_store: ObjectStore | None = None,
 ) -> ImageSource:
     """Open where encoded images lie, without reading them; see `load_images`.
@@ -223,7 +224,7 @@ def open_source(
     Args:
         spec: which images.
         cache: folder for downloads.
-        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``.
+        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``, see `fetch_images`.
         index_store: where the index of a data set that is streamed is kept; default in the cache.
 
     Raises:
@@ -237,15 +238,24 @@ def open_source(
     if spec.stream:
         return open_stream(spec, cache, index_store or FileStore(cache), spec.num_images)
     if spec.source == "webdataset":
-        return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS)))
-    path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES))
+        return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS, None)))
+    path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES, _num_needed(spec)))
     if path.is_dir():
         return FolderSource(path)
     if path.suffix.lower() == ".zip" and path.is_file():
         return ZipSource(path)
     if path.exists():
         raise DatasetError(f"{path} is neither a folder nor a zip; unpack it, and set dataset.path to the folder.")
-    raise DatasetError(f"There is no folder or zip {path}; check dataset.path.")
+    raise DatasetError(f"There is no folder or zip {path.absolute()}; check dataset.path.")
+
+
+def _num_needed(spec: DatasetSpec) -> int | None:
+    """Returns how many files, from the first, are all that is looked at; None: perhaps all.
+
+    Another one takes the place of a broken one that is skipped; classes are numbered, and metadata is checked, by all.
+    """
+    needs_all = spec.skip_broken or spec.caption_column or spec.caption_template or spec.label_column
+    return None if needs_all else spec.num_images
 
 
 def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_images: int | None) -> StreamedTars:
@@ -277,7 +287,7 @@ def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_im
 
 def _open_tars(spec: DatasetSpec, path: Path) -> ImageSource:
     if not path.exists():
-        raise DatasetError(f"There is no folder or tar {path}; check dataset.path.")
+        raise DatasetError(f"There is no folder or tar {path.absolute()}; check dataset.path.")
     tars, root = find_tars(path)
     return TarSource(tars, root, None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column)
 

@@ -1,6 +1,7 @@
 """A data set of the Hugging Face hub, or a local folder that ``datasets.load_dataset`` understands."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
@@ -71,11 +72,8 @@ def count_rows(spec: DatasetSpec) -> int | None:
     Raises:
         DatasetError: the data set cannot be reached, or is known not to have the split or one of the columns.
     """
-    import datasets
-
-    folder = Path(str(spec.path)).expanduser()
     try:
-        info = datasets.load_dataset_builder(str(folder) if folder.is_dir() else str(spec.path), name=spec.name).info
+        info = _builder(spec).info
     except Exception as error:  # As below.
         raise _cannot_load(spec, error) from error
     num_rows = _count(info.splits, spec) if info.splits else None
@@ -120,12 +118,77 @@ def _own_folders(spec: DatasetSpec) -> Iterator[Path]:
 def _load(spec: DatasetSpec) -> Any:
     import datasets
 
-    path = str(spec.path)
-    folder = Path(path).expanduser()
     try:
-        return datasets.load_dataset(str(folder) if folder.is_dir() else path, name=spec.name, split=spec.split)
+        builder = _builder(spec)
+        if not _restrict(builder, spec):
+            return datasets.load_dataset(_location(spec), name=spec.name, split=spec.split)
+        builder.download_and_prepare()
+        return builder.as_dataset(spec.split)
     except Exception as error:  # Builders, file systems and HTTP clients each raise their own.
         raise _cannot_load(spec, error) from error
+
+
+def _builder(spec: DatasetSpec) -> Any:
+    """Return what ``datasets`` makes of a data set, in the cache of the wanted split where it can be prepared alone.
+
+    Without the hub that is what was cached, of the split or of the whole.
+    """
+    import datasets
+
+    cache = _split_cache(spec)
+    try:
+        return datasets.load_dataset_builder(_location(spec), name=spec.name, cache_dir=cache)
+    except Exception:
+        if cache is None:
+            raise
+        whole = datasets.load_dataset_builder(_location(spec), name=spec.name)
+        if whole.name != "cache":  # The hub answers again: to fail is better than to bring all splits.
+            raise
+        return whole
+
+
+def _restrict(builder: Any, spec: DatasetSpec) -> bool:
+    """Make a builder prepare the wanted split alone, and say whether that can be done.
+
+    Left to itself it downloads and prepares every split: 150 GB for the 50,000 validation images of ImageNet-1K. Only
+    files of parquet stand for themselves; a folder of images, for one, has its classes from all splits.
+    """
+    cache, prepared = _split_cache(spec), Path(builder.cache_dir)
+    if cache is None or not prepared.is_relative_to(cache):
+        return False
+    if prepared.exists():
+        return True
+    split, files = cache.name, builder.config.data_files or {}
+    whole = _cache() / prepared.relative_to(cache)
+    if builder.name != "parquet" or split not in files or len(files) == 1 or whole.exists():
+        return False
+    if builder.info.features is None:
+        builder.as_streaming_dataset(split)  # This takes the columns from the first file of all splits, as ever.
+    builder.config.data_files = {split: files[split]}
+    for other in set(builder.info.splits or ()) - {split}:  # Else they would be missed.
+        del builder.info.splits[other]
+    builder.info.size_in_bytes = None  # Room for all of it is not needed.
+    return True
+
+
+def _split_cache(spec: DatasetSpec) -> Path | None:
+    """Return the cache of a split that is prepared alone; None for a sum of splits.
+
+    In that of the whole, ``datasets`` would take the one for the other where it cannot reach the hub.
+    """
+    split = re.fullmatch(r"(\w+(?:\.\w+)*)(?:\[[^+]*\])?", spec.split)
+    return None if split is None or split[1] == "all" else _cache() / "one-split" / split[1]
+
+
+def _cache() -> Path:
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE).expanduser()
+
+
+def _location(spec: DatasetSpec) -> str:
+    folder = Path(str(spec.path)).expanduser()
+    return str(folder) if folder.is_dir() else str(spec.path)
 
 
 def _cannot_load(spec: DatasetSpec, error: Exception) -> DatasetError:

@@ -33,15 +33,17 @@ IMAGES = FileKind("image", ".zip", lambda key: is_image_name(key) or is_metadata
 TARS = FileKind("tar", TAR_SUFFIX, is_tar_name, is_tar_name)
 
 
-def fetch_images(uri: str, cache: Path, kind: FileKind = IMAGES) -> Path:
+def fetch_images(uri: str, cache: Path, kind: FileKind = IMAGES, num_files: int | None = None) -> Path:
     """Download the images below an object-store prefix, or one file that holds them all.
 
-    What an earlier call has already brought is kept, whole files only, also when that call was killed.
+    What an earlier call has already brought is kept, whole files only, also when that call was killed; so the folder
+    may hold more than ``num_files``.
 
     Args:
         uri: ``s3://bucket/prefix``, or ``s3://bucket/name.zip`` or ``.tar``.
         cache: where downloads are kept, each version of the prefix in a folder of its own.
         kind: image files and their metadata, or tars.
+        num_files: bring only the first so many below a prefix, in the order of a folder, and no metadata; None: all.
 
     Returns:
         The local folder, or the local zip or tar.
@@ -57,7 +59,10 @@ def fetch_images(uri: str, cache: Path, kind: FileKind = IMAGES) -> Path:
     if not any(is_packed or kind.is_enough(o.key) for o in objects):
         what = f"such {kind.packed_suffix[1:]}" if is_packed else kind.what
         raise DatasetError(f"There is no {what} at {uri}; check dataset.path.")
-    return download_once(store, objects, cache / "downloads" / listing_version(uri, objects)) / name
+    folder = cache / "downloads" / listing_version(uri, objects)
+    if num_files is not None and not is_packed:
+        objects = sorted((o for o in objects if kind.is_enough(o.key)), key=lambda o: o.key)[:num_files]
+    return download_once(store, objects, folder) / name
 
 
 def list_tars(uri: str) -> tuple[ObjectStore, list[StoredObject]]:

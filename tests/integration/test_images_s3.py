@@ -60,7 +60,7 @@ Load = Callable[..., ImageDataset]
 
 @pytest.fixture
 def load(tmp_path: Path) -> Load:
-    def load(path: str | Path, source: str = "imagefolder", **settings: str) -> ImageDataset:
+    def load(path: str | Path, source: str = "imagefolder", **settings: object) -> ImageDataset:
         spec = {"source": source, "path": str(path), "resolution": 8, **settings}
         return load_images(DatasetSpec.model_validate(spec), cache=tmp_path / "cache")
 
@@ -87,6 +87,11 @@ def test_images_are_downloaded_once_and_again_when_they_change(uri: str, tmp_pat
     changed = load(f"{uri}/faces")
     assert len(changed) == NUM_IMAGES - 1
     assert changed.fingerprint not in fingerprints
+
+
+def test_no_more_images_are_downloaded_than_are_used(folder: Path, uri: str, tmp_path: Path, load: Load) -> None:
+    assert load(f"{uri}/faces", num_images=7).fingerprint == load(folder, num_images=7).fingerprint
+    assert len(list((tmp_path / "cache").rglob("*.png"))) == 7
 
 
 def test_a_bucket_holds_the_same_captions_as_the_folder(folder: Path, uri: str, load: Load) -> None:
@@ -135,6 +140,28 @@ def test_what_is_missing_is_named(uri: str, load: Load) -> None:
         load("s3:///prefix")
     with pytest.raises(StoreUnavailableError, match="s3://no-such-bucket/prefix"):
         load("s3://no-such-bucket/prefix")
+
+
+@pytest.mark.timeout(90)
+def test_large_tars_are_brought_by_processes_that_decode(s3_server: S3Server, tmp_path: Path) -> None:
+    prefix = f"s3://{s3_server.make_bucket(f'stream-{uuid4().hex}')}/tars"
+    pack_tars(folder := tmp_path / "tars")
+    for number in range(2):  # Too large for one request.
+        with tarfile.open(folder / f"{number:03d}.tar", "a") as archive:
+            padding = tarfile.TarInfo("padding.bin")
+            padding.size = 17 * 2**20
+            archive.addfile(padding, io.BytesIO(bytes(padding.size)))
+        open_store(prefix).put_file(f"{number}.tar", folder / f"{number:03d}.tar")
+    spec = DatasetSpec.model_validate(
+        {"source": "webdataset", "path": prefix, "resolution": 8, "stream": True, "stream_window": 1, "cache_gb": 0.02}
+    )
+    images = load_images(spec, cache=tmp_path / "cache", index_store=open_store(f"{prefix}-index"))
+    decoded, expected = (
+        TrainingBatches(images, batch_size=4, seed=0, random_crop=False, random_flip=True, num_workers=num_workers)
+        for num_workers in (1, 0)
+    )
+    for batch, expected_batch in itertools.islice(zip(decoded, expected, strict=True), 6):
+        assert torch.equal(batch.clean_images, expected_batch.clean_images)
 
 
 def test_tars_larger_than_the_cache_are_streamed(s3_server: S3Server, tmp_path: Path) -> None:

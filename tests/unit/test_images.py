@@ -288,12 +288,66 @@ def test_an_object_store_uri_is_fetched(folder: Path, tmp_path: Path) -> None:
     spec = DatasetSpec(source="imagefolder", path="s3://bucket/images", resolution=16)
     asked = []
 
-    def fetch(uri: str, cache: Path, kind: FileKind) -> Path:
+    def fetch(uri: str, cache: Path, kind: FileKind, num_files: int | None) -> Path:
         asked.append(uri)
         return folder
 
     assert len(load_images(spec, cache=tmp_path / "cache", fetch_prefix=fetch)) == len(SIZES)
     assert asked == ["s3://bucket/images"]
+
+
+def load_from_store(folder: Path, tmp_path: Path, **settings: object) -> ImageDataset:
+    """What a prefix that holds the files of a folder gives."""
+
+    def fetch(uri: str, cache: Path, kind: FileKind, num_files: int | None) -> Path:
+        return fetch_images(folder.as_uri(), cache, kind, num_files)
+
+    given = {"source": "imagefolder", "resolution": 16, "path": "s3://bucket/images", **settings}
+    return load_images(DatasetSpec.model_validate(given), cache=tmp_path / "downloaded", fetch_prefix=fetch)
+
+
+def downloaded(tmp_path: Path) -> list[str]:
+    """The files that were brought, of whichever version."""
+    files = (tmp_path / "downloaded" / "images" / "downloads").glob("*/**/[!.]*.*")
+    return sorted("/".join(path.parts[-2:]) for path in files)
+
+
+def test_only_the_images_that_are_used_are_fetched(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "a", folder / "a-")  # Which comes before a.
+    (folder / "metadata.jsonl").write_bytes(b"no metadata, which nobody reads")
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("[!.]*.*") if path.suffix != ".jsonl"]
+    for num_images, num_files in [(2, 2), (6, 6), (3, 6), (len(names), len(names)), (2, len(names))]:
+        stored, local = (load_(folder, tmp_path, num_images=num_images) for load_ in (load_from_store, load))
+        assert stored.fingerprint == local.fingerprint
+        assert torch.equal(pixels_of(stored), pixels_of(local))
+        assert downloaded(tmp_path) == sorted(names)[:num_files]
+    with pytest.raises(DatasetError, match=rf"has {len(names)}; lower it"):
+        load_from_store(folder, tmp_path, num_images=len(names) + 1)
+
+
+@pytest.mark.parametrize("settings", [{"label_column": "label"}, {"caption_template": "a {label}"}])
+def test_all_are_fetched_where_they_decide_the_classes(
+    folder: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    (folder / "a").rename(folder / "c")
+    stored, local = (load_(folder, tmp_path, num_images=2, **settings) for load_ in (load_from_store, load))
+    assert stored.fingerprint == local.fingerprint
+    assert (stored.captions, stored.labels, stored.label_names) == (local.captions, local.labels, local.label_names)
+    assert len(downloaded(tmp_path)) == len(SIZES)
+
+
+def test_all_are_fetched_where_broken_images_are_skipped(folder: Path, tmp_path: Path) -> None:
+    (folder / "a" / "0.png").write_bytes(b"text")
+    stored, local = (load_(folder, tmp_path, num_images=2, skip_broken=True) for load_ in (load_from_store, load))
+    assert (stored.fingerprint, stored.num_skipped) == (local.fingerprint, 1)
+    assert len(downloaded(tmp_path)) == len(SIZES)
+
+
+def test_a_broken_image_among_those_fetched_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "a" / "0.png").write_bytes(b"text")
+    for load_ in (load_from_store, load):
+        with pytest.raises(DatasetError, match=r"^a/0.png \(not an image\) in .* cannot be decoded"):
+            load_(folder, tmp_path, num_images=2)
 
 
 @pytest.fixture
@@ -440,6 +494,16 @@ def test_a_missing_or_unsuitable_path_is_named(folder: Path, tmp_path: Path) -> 
     ]:
         with pytest.raises(DatasetError, match=message):
             load(path, tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "what"), [("imagefolder", "zip"), ("webdataset", "tar")])
+def test_a_relative_path_that_is_missing_is_named_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DatasetError) as caught:
+        load("coco/train2014", tmp_path, source=kind)
+    assert str(caught.value) == f"There is no folder or {what} {tmp_path}/coco/train2014; check dataset.path."
 
 
 def test_too_few_images_are_an_error(folder: Path, tmp_path: Path) -> None:
