@@ -16,6 +16,8 @@ _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _FORWARD_AND_BACKWARD, _FROZEN_FORWARD_AND_BACKWARD = 3, 2
 _ROWS = 4
 _SEARCHES = 2  # The merge weights, and the control's scale.
+# Two of each training are kept (`tasks.work.training_run`), and the older one goes once a third is stored.
+NUM_CHECKPOINTS_STORED = 3
 
 # Dense peaks of NVIDIA's data sheet for the H100 SXM, in operations per second.
 H100_PEAK = {"fp32": 67e12, "bf16": 989e12, "fp16": 989e12}
@@ -32,7 +34,8 @@ class CostEstimate:
         evaluation_flops: of the images of all rows and seeds.
         memory_bytes: of one training: weights, gradients, moments, moving average and frozen model; with LoRA, the
             control's, whose adapter is the largest.
-        checkpoint_bytes: of one training while it runs.
+        num_trainings: copies and control that are trained at once.
+        checkpoint_bytes: of one checkpoint of each of these.
         model_bytes: of all models: pretrained, copies, control, scaled control and merged.
         feature_bytes: of generated images.
         encoding_bytes: of latents and captions, if every image has a caption of its own.
@@ -42,6 +45,7 @@ class CostEstimate:
     search_flops: float
     evaluation_flops: float
     memory_bytes: int
+    num_trainings: int
     checkpoint_bytes: int
     model_bytes: int
     feature_bytes: int
@@ -49,8 +53,20 @@ class CostEstimate:
 
     @property
     def storage_bytes(self) -> int:
-        """All that lies in the store at once, checkpoints of one training included."""
-        return self.checkpoint_bytes + self.model_bytes + self.feature_bytes + self.encoding_bytes
+        """At most in the store at once: what stays there, and the checkpoints of trainings, which go when they end."""
+        return self._lasting_bytes + NUM_CHECKPOINTS_STORED * self.checkpoint_bytes
+
+    @property
+    def local_bytes(self) -> int:
+        """At most in cache and scratch of a machine that does everything, its object store apart.
+
+        A copy of what stays, and of each training the checkpoint that it writes and the one that it resumed from.
+        """
+        return self._lasting_bytes + 2 * self.checkpoint_bytes
+
+    @property
+    def _lasting_bytes(self) -> int:
+        return self.model_bytes + self.feature_bytes + self.encoding_bytes
 
     def seconds(self, *, training_rate: float, image_rate: float) -> float:
         """Returns how long one device takes.
@@ -63,7 +79,13 @@ class CostEstimate:
 
 
 def estimate_cost(
-    recipe: Recipe, size: DenoiserSize, *, num_images: int, num_features: int, frozen_bytes: int = 0
+    recipe: Recipe,
+    size: DenoiserSize,
+    *,
+    num_images: int,
+    num_features: int,
+    frozen_bytes: int = 0,
+    num_workers: int | None = None,
 ) -> CostEstimate:
     """Returns what a run of ``recipe`` will take.
 
@@ -73,18 +95,22 @@ def estimate_cost(
         num_images: images of the data set.
         num_features: of the extractor.
         frozen_bytes: of the frozen parts, which pretrained, scaled and merged model all hold.
+        num_workers: trainings that there is room for at once; None if that is not known, and all may be.
     """
     num_segments, finetune, evaluate = recipe.segments.num_segments, recipe.finetune, recipe.evaluate
     trained, stock = _FP32 * size.num_trained, _FP32 * size.num_parameters
     # The control's adapter has the summed rank of all.
     control = trained * (num_segments if finetune.lora else 1)
     rows = _ROWS + (recipe.distill is not None)
+    num_trainings = min(num_segments + 1, num_workers or num_segments + 1)
     return CostEstimate(
         training_flops=_training_flops(recipe, size),
         search_flops=_search_flops(recipe.merge.search, num_segments, evaluate, size),
         evaluation_flops=rows * len(evaluate.seeds) * evaluate.num_images * _image_flops(evaluate, size),
         memory_bytes=_training_memory(finetune, control, stock),
-        checkpoint_bytes=2 * control + _moment_bytes(finetune, control),
+        num_trainings=num_trainings,
+        # The control is first, and the longest.
+        checkpoint_bytes=_checkpoint(finetune, control) + (num_trainings - 1) * _checkpoint(finetune, trained),
         model_bytes=num_segments * trained + control + (rows - 1) * (stock + frozen_bytes),
         feature_bytes=rows * len(evaluate.seeds) * evaluate.num_images * num_features * _FP32,
         encoding_bytes=_encoding_bytes(recipe, size, num_images),
@@ -131,6 +157,11 @@ def _training_memory(finetune: FinetuneSpec, trained: int, stock: int) -> int:
         return stock + 3 * trained + _moment_bytes(finetune, trained)
     frozen = stock if finetune.has_teacher else 0
     return 3 * trained + _moment_bytes(finetune, trained) + frozen
+
+
+def _checkpoint(training: TrainingSpec, trained: int) -> int:
+    """Weights, moving average and moments."""
+    return 2 * trained + _moment_bytes(training, trained)
 
 
 def _moment_bytes(training: TrainingSpec, trained: int) -> int:

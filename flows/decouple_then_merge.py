@@ -51,6 +51,9 @@ def deme(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, 
 
 def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     """The picture of DESIGN.md: decouple, judge, search, merge, evaluate, report."""
+    # Before the model: on one GPU what is wrong with them, or with the prompts, would else be told after all trainings.
+    for_report = first_real_features(recipe, "report")
+    for_search = first_real_features(recipe, "search") if recipe.merge.search else None
     pretrained = obtain_pretrained()
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
     recipe.check_search(pretrained.metrics.get("num_blocks", 1))  # Old artifacts do not say.
@@ -60,21 +63,18 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     trainings = Trainings(recipe, pretrained.ref, encode_dataset(recipe, pretrained), segments)
     control, copies = trainings.control(), trainings.copies()
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
-    for_report = first_real_features(recipe, "report")
-    for_search = first_real_features(recipe, "search") if recipe.merge.search else None
 
     import_matplotlib()  # For the report, beside which nothing else goes on.
-    # Too few real images, say, are told now and not after the trainings, which go on meanwhile.
     _results([real for real in (for_report, for_search) if real is not None])
-    control_result, *copy_results = _results([control, *copies])
+    search_reference = submit_reference(recipe, "search", for_search.result()) if for_search else None
+    reference = submit_reference(recipe, "report", for_report.result()).result().ref
+    rows = {"pretrained": submit_row(recipe, "pretrained", (pretrained.ref,), None, reference)}
+
+    # The control takes as long as all copies together: what needs them alone does not wait for it.
+    copy_results = _results(copies, others=[control])
     copy_refs = tuple(copy.ref for copy in copy_results)
     copy_losses = [heldout_loss.submit(ref, bins, f"segment {i}") for i, ref in enumerate(copy_refs)]
-    reference = submit_reference(recipe, "report", for_report.result()).result().ref
-    search_reference = submit_reference(recipe, "search", for_search.result()) if for_search else None
-    rows = {
-        "pretrained": submit_row(recipe, "pretrained", (pretrained.ref,), None, reference),
-        "ensemble": submit_row(recipe, "ensemble", copy_refs, edges, reference),
-    }
+    rows["ensemble"] = submit_row(recipe, "ensemble", copy_refs, edges, reference)
     experts = judge_experts(segments, copy_refs, _results(copy_losses), losses["pretrained"].result())
 
     plan = MergePlan(recipe, pretrained.ref, edges, search_reference.result().ref if search_reference else None)
@@ -83,6 +83,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     if recipe.merge.method == "regmean":
         refs = confined_copies(recipe, pretrained.ref, chosen)
     weights = plan.find_weights(refs, "merge weights")
+    (control_result,) = _results([control])
     scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
     merged = plan.merge(refs, weights, experts, "experts")
     scaled = plan.merge((control_result.ref,), scale, None, "control")
@@ -108,8 +109,15 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     return write_report(results, flow_run_id=str(flow_run.id))
 
 
-def _results(futures: Sequence[PrefectFuture[JobResult]]) -> list[JobResult]:
-    """Waits for all, so that what can be finished is, and then raises the first failure if there is one."""
+def _results(
+    futures: Sequence[PrefectFuture[JobResult]], others: Sequence[PrefectFuture[JobResult]] = ()
+) -> list[JobResult]:
+    """Waits for all, and for the others if one fails: what can be finished is, before the first failure is raised."""
     for future in futures:
         future.wait()
-    return [future.result() for future in futures]
+    try:
+        return [future.result() for future in futures]
+    except Exception:
+        for other in others:
+            other.wait()
+        raise

@@ -61,6 +61,8 @@ def deploy(pool_type: PoolType = "process") -> list[str]:
 
 def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type: PoolType) -> None:
     template = json.loads((DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json").read_text())
+    if name == "deme-gpu" and pool_type == "kubernetes":
+        template["variables"]["properties"]["gpu_limit"]["default"] = 1
     wanted = WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
     # First, since a worker that is starting makes its pool too, if it finds none.
     with contextlib.suppress(ObjectAlreadyExists):

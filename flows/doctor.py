@@ -5,6 +5,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
+from pathlib import Path
 
 from rich.console import Console
 
@@ -69,10 +70,15 @@ def _devices() -> str:
 
 def _home(settings: Settings) -> str:
     folder = settings.state_folder
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = existing_part(folder)
     if not os.access(existing, os.W_OK):
         raise InputError(f"{folder} cannot be written; point DEME_HOME elsewhere.")
     return f"{folder}, {shutil.disk_usage(existing).free / _GB:.0f} GB free"
+
+
+def existing_part(folder: Path) -> Path:
+    """Returns the folder, or, where it is still to be made, the nearest one above it."""
+    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _store(settings: Settings) -> str:

@@ -52,7 +52,7 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         pool = RayPool(recipe.execution, settings, store)
     else:
         pool = WorkerPool(
-            plan_slots(recipe.execution, num_processes=recipe.num_processes),
+            plan_slots(recipe.execution, *recipe.process_counts),
             log=lambda line: logger.info("worker: %s", line),
         )
     try:

@@ -1,17 +1,22 @@
 """What a recipe needs, looked for piece by piece, and what it will take: the second half of ``deme doctor RECIPE``."""
 
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from deme_core.cost_estimate import H100_PEAK, UTILIZATION, CostEstimate, estimate_cost
+from deme_core.cost_estimate import H100_PEAK, NUM_CHECKPOINTS_STORED, UTILIZATION, CostEstimate, estimate_cost
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.errors import InputError
 from deme_core.extractors import load_extractors
 from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, Unconditional, check_conditioned
 from deme_core.families.deepfloyd_if import DeepFloydIF
+from deme_core.file_store import FileStore
 from deme_core.generate import Sampling
 from deme_core.images.preview import preview_images
 from deme_core.merge_methods.block_weights import block_names
@@ -23,8 +28,10 @@ from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from deme_core.untrained_text_model import untrained_text_unet
+from flows.doctor import existing_part
+from flows.stack.stack import Stack
 from tasks.ray_pool import cluster_address
-from tasks.worker_pool import plan_slots
+from tasks.worker_pool import Slot, plan_slots
 
 Check = tuple[str, Callable[[], str]]
 _GB = 10**9
@@ -40,7 +47,7 @@ class RecipeChecks:
     """
 
     def __init__(self, recipe: Recipe, settings: Settings) -> None:
-        self.recipe, self.cache = recipe, settings.cache_folder
+        self.recipe, self.settings, self.cache = recipe, settings, settings.cache_folder
         self._adapter: Adapter | None = None
         self._frozen_bytes = 0
         self._num_images: int | None = None
@@ -64,14 +71,33 @@ class RecipeChecks:
             yield "time", self._time
             yield "memory", self._memory
             yield "storage", self._storage
+            if self.recipe.execution.runner == "local":
+                yield "disk", self._disk
 
     def _workers(self) -> str:
         if self.recipe.execution.runner == "prefect":
             return "other machines, by Prefect's work pools; what follows is looked for on this one"
         if self.recipe.execution.runner == "ray":
             return f"{cluster_address(self.recipe.execution)}; what follows is looked for on this machine"
-        slots = plan_slots(self.recipe.execution, num_processes=self.recipe.num_processes)
-        return f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
+        slots, num_processes = self._slots(1), max(self.recipe.process_counts)
+        found = f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
+        if num_processes > 1 and slots[0].device == "cuda":
+            found += f", or {len(self._slots(num_processes))} trainings of {num_processes} GPUs"
+        return found
+
+    def _slots(self, num_processes: int) -> list[Slot]:
+        """Returns the places that this machine has for jobs of so many processes."""
+        slots = plan_slots(self.recipe.execution, num_processes)
+        return [slot for slot in slots if slot.gpu is None or slot.gpu.count(",") + 1 == num_processes]
+
+    @property
+    def _num_workers(self) -> int | None:
+        """How many trainings there is room for at once; None where other machines decide, or this one is not fit."""
+        execution = self.recipe.execution
+        if execution.runner == "local":
+            with suppress(InputError):  # Which `workers` has said.
+                return len(self._slots(self.recipe.finetune.num_processes))
+        return execution.num_workers if execution.runner == "prefect" else None
 
     def _model(self) -> str:
         source = self.recipe.pretrained
@@ -150,6 +176,7 @@ class RecipeChecks:
             num_images=self._num_images or 0,
             num_features=self._num_features,
             frozen_bytes=self._frozen_bytes,
+            num_workers=self._num_workers,
         )
 
     def _time(self) -> str:
@@ -162,7 +189,7 @@ class RecipeChecks:
             f"{cost.training_flops:.2g} operations of training in {precision}, and in {sampling} "
             f"{cost.search_flops:.2g} of searches and {cost.evaluation_flops:.2g} of the report's images"
         )
-        if self.recipe.execution.runner == "local" and plan_slots(self.recipe.execution)[0].device == "cpu":
+        if self.recipe.execution.runner == "local" and self._slots(1)[0].device == "cpu":
             rate = measure_cpu()
             seconds = cost.seconds(training_rate=rate, image_rate=rate)
             done += f"; {seconds / 3600:,.2f} hours at the {rate:.3g} that this CPU multiplies matrices with"
@@ -173,11 +200,37 @@ class RecipeChecks:
 
     def _storage(self) -> str:
         cost = self._cost
+        checkpoints = NUM_CHECKPOINTS_STORED * cost.checkpoint_bytes
         return (
-            f"estimate: {_gigabytes(cost.storage_bytes)}: {_gigabytes(cost.model_bytes)} of models, "
-            f"{_gigabytes(cost.checkpoint_bytes)} of checkpoints for each training that runs, "
+            f"estimate: at its peak {_gigabytes(cost.storage_bytes)} in the object store: "
+            f"{_gigabytes(cost.model_bytes)} of models, {_gigabytes(checkpoints)} of checkpoints "
+            f"({NUM_CHECKPOINTS_STORED} of each training, {cost.num_trainings} at once), "
             f"{_gigabytes(cost.feature_bytes)} of features, {_gigabytes(cost.encoding_bytes)} of latents and embeddings"
         )
+
+    def _disk(self) -> str:
+        home = existing_part(self.settings.state_folder)
+        needed, what = self._cost.local_bytes, "cache and scratch"
+        store = self._store_folder()
+        if store is not None and existing_part(store).stat().st_dev == home.stat().st_dev:
+            needed, what = needed + self._cost.storage_bytes, "cache, scratch and object store"
+        free = shutil.disk_usage(home).free
+        if needed > free:
+            raise InputError(
+                f"A run from nothing needs up to {_gigabytes(needed)} for {what}, and the disk of "
+                f"{self.settings.state_folder} has {_gigabytes(free)} free; free space or point DEME_HOME elsewhere."
+            )
+        return f"estimate: up to {_gigabytes(needed)} for {what}, of {_gigabytes(free)} free"
+
+    def _store_folder(self) -> Path | None:
+        """Returns the folder of this machine that holds all objects; None where they lie elsewhere."""
+        home, uri = self.settings.state_folder, self.settings.store_uri
+        if uri.startswith("file://"):
+            return FileStore(uri).folder
+        with suppress(InputError):  # `deme up` was never called.
+            if os.environ.get("AWS_ENDPOINT_URL") == Stack(home).layout().url("s3"):
+                return home / "stack" / "s3"
+        return None
 
     @property
     def _num_timesteps(self) -> int:

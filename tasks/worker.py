@@ -12,17 +12,12 @@ import argparse
 import json
 import os
 import queue
-import re
 import signal
 import sys
-import tempfile
 import threading
 import traceback
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
-
-from filelock import FileLock
 
 _CUT_OFF = 70  # Exit status when the parent process is gone.
 _STOPPED = 75  # Exit status when it was told to leave.
@@ -47,7 +42,7 @@ def main() -> None:
 
     import torch  # Heavy; done while the parent is still busy.
 
-    from deme_core.errors import DemeError
+    from deme_core.errors import DemeError, GpuMemoryError
     from deme_core.settings import Settings
     from tasks.error_messages import error_message
     from tasks.jobs import JOBS, Job
@@ -74,23 +69,18 @@ def main() -> None:
         torch.set_num_threads(request["num_threads"])
         try:
             job = current = JOBS[request["job"]].model_validate(request["content"])
-            with _lock(request["gpu"]):
-                result = execute(job, context, lambda record: send(record=record))
+            result = execute(job, context, lambda record: send(record=record))
+            if device == "cuda":
+                torch.cuda.empty_cache()  # Another run may be next on this GPU.
             send(result=result.to_dict())
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            reason = str(error).partition(". ")[0]
+            mended = GpuMemoryError(getattr(job, "label", job.stage), reason, job.memory_mend)
+            send(**error_message(mended), traceback=traceback.format_exc())
         except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
             send(**error_message(error), traceback=traceback.format_exc())
     os._exit(_STOPPED)
-
-
-def _lock(gpu: str | None) -> AbstractContextManager[Any]:
-    """Returns what keeps other flow runs of this machine off GPUs; the system frees them when this process dies."""
-    if gpu is None:
-        return nullcontext()
-    locks = ExitStack()
-    for each in sorted(gpu.split(",")):  # In one order, so that no two wait for each other.
-        name = re.sub(r"[^A-Za-z0-9]+", "-", each)
-        locks.enter_context(FileLock(Path(tempfile.gettempdir()) / f"deme-{os.getuid()}-gpu-{name}.lock"))
-    return locks
 
 
 def _read_requests(requests: "queue.Queue[dict[str, Any]]") -> None:

@@ -4,9 +4,9 @@ A process serves one job at a time and many in turn, since importing torch takes
 out of memory, only its job fails; the next job gets a fresh process.
 """
 
+import itertools
 import json
 import os
-import queue
 import shutil
 import signal
 import subprocess
@@ -21,11 +21,13 @@ from typing import Any
 from deme_core.errors import DemeError, InputError, WorkerDiedError, WorkerStoppedError
 from deme_core.recipe import ExecutionSpec
 from tasks.error_messages import job_error
+from tasks.gpu_lock import GpuLock
 from tasks.jobs import Job, JobResult
 
 _SECONDS_TO_LEAVE = 10.0
 # A little longer than a worker gives itself for its checkpoint.
 _SECONDS_TO_STOP = 27.0
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -45,12 +47,13 @@ class Slot:
     num_threads: int
 
 
-def plan_slots(execution: ExecutionSpec, *, num_processes: int = 1) -> list[Slot]:
+def plan_slots(execution: ExecutionSpec, *num_processes: int) -> list[Slot]:
     """Returns the slots of this machine: one per GPU, or ``num_workers`` on CPU that share its cores.
 
     Args:
         execution: how many, and where.
-        num_processes: processes of a data-parallel training, which takes one slot with so many GPUs.
+        num_processes: processes of data-parallel trainings. There are slots with so many GPUs, too, of the same GPUs:
+            what runs in one keeps the others from theirs.
 
     Raises:
         InputError: CUDA is asked for on a machine that shows no GPU, or too few for one training.
@@ -58,15 +61,20 @@ def plan_slots(execution: ExecutionSpec, *, num_processes: int = 1) -> list[Slot
     num_cores = len(os.sched_getaffinity(0))
     gpus = visible_gpus() if execution.device != "cpu" else []
     if execution.device == "cuda" and not gpus:
-        raise InputError("execution.device is cuda, but this machine shows no GPU; set it to auto or cpu.")
-    if gpus:
-        if len(gpus) < num_processes:
-            raise InputError(f"num_processes is {num_processes}, but this machine shows {len(gpus)} GPUs; lower it.")
-        groups = [gpus[low : low + num_processes] for low in range(0, len(gpus) - num_processes + 1, num_processes)]
-        groups = groups[: execution.num_workers]
-        return [Slot("cuda", ",".join(group), max(num_cores // len(groups), 1)) for group in groups]
-    num_workers = execution.num_workers or 1
-    return [Slot("cpu", None, max(num_cores // num_workers, 1)) for _ in range(num_workers)]
+        raise InputError(
+            "execution.device is cuda, but this machine shows no GPU; run on one that does, let execution.runner "
+            "prefect or ray find one, or set execution.device to auto or cpu."
+        )
+    if not gpus:
+        num_workers = execution.num_workers or 1
+        return [Slot("cpu", None, max(num_cores // num_workers, 1)) for _ in range(num_workers)]
+    if len(gpus) < (most := max(num_processes, default=1)):
+        raise InputError(f"num_processes is {most}, but this machine shows {len(gpus)} GPUs; lower it.")
+    slots = []
+    for size in sorted({1, *num_processes}):
+        groups = [gpus[low : low + size] for low in range(0, len(gpus) - size + 1, size)][: execution.num_workers]
+        slots += [Slot("cuda", ",".join(group), max(num_cores // len(groups), 1)) for group in groups]
+    return slots
 
 
 def visible_gpus() -> list[str]:
@@ -84,32 +92,30 @@ def visible_gpus() -> list[str]:
 class WorkerPool:
     """Runs jobs in worker processes; safe to use from many threads.
 
+    Jobs begin in the order in which they come, those that others wait for first. While a job has a GPU no other process
+    of this machine's pools does.
+
     Args:
         slots: where processes may run.
         log: takes what the processes write to stderr, line by line.
     """
 
     def __init__(self, slots: list[Slot], log: Callable[[str], None] = lambda _: None) -> None:
-        self._closed = self._all_started = False
-        self._starting = threading.Lock()
+        self._closed = self._starts_ahead = False
         self._workers = [_Worker(slot, log) for slot in slots]
-        self._free: queue.LifoQueue[_Worker] = queue.LifoQueue()
-        for worker in self._workers:
-            self._free.put(worker)
+        self._free = list(self._workers)  # The one that was used last is last: it has models in its memory.
+        self._waiting: set[tuple[int, int]] = set()
+        self._num_came = itertools.count()
+        self._changed = threading.Condition()
 
     def start(self) -> None:
         """Starts the process of the first job, so that its imports overlap with what the caller does next.
 
-        The others start beside that job: before it, they would compete with its process and the caller for the cores.
+        Others of its kind start beside that job: before it, they would compete with its process and the caller for the
+        cores.
         """
-        self._workers[-1].start()
-
-    def _start_all(self) -> None:
-        with self._starting:
-            if not self._all_started:
-                for worker in self._workers:
-                    worker.start()
-                self._all_started = True
+        self._starts_ahead = True
+        self._suitable(1)[-1].start()
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Does ``job`` in the next free process and returns its result.
@@ -123,11 +129,15 @@ class WorkerPool:
             DemeError: the job failed; of the class it failed with, where DeMe foresaw it.
             WorkerDiedError: the process ended before the job did.
         """
-        worker = self._free.get()
+        worker, idle = self._take(job)
         try:
-            if self._closed:
-                raise DemeError("The flow run is ending.")
-            self._start_all()
+            for other in idle:
+                other.close(time.monotonic())
+            if self._starts_ahead:
+                self._starts_ahead = False
+                for other in self._workers:
+                    if other.num_gpus == worker.num_gpus:
+                        other.start()
             on_start()
             return worker.run(job, report)
         except WorkerDiedError as error:
@@ -135,11 +145,55 @@ class WorkerPool:
                 raise DemeError("The flow run ended before the job did.") from error
             raise
         finally:
-            self._free.put(worker)
+            with self._changed:
+                worker.gpu_lock.release()
+                self._free.append(worker)
+                self._changed.notify_all()
+
+    def _take(self, job: Job) -> tuple["_Worker", list["_Worker"]]:
+        """Waits for its turn and a process whose GPUs are free, and takes both away from others.
+
+        Returns:
+            It, and idle ones that keep memory on its GPUs, which nobody else can take now.
+        """
+        suitable = self._suitable(job.num_processes)
+        ticket = (int(job.can_wait), next(self._num_came))
+        with self._changed:
+            self._waiting.add(ticket)
+            try:
+                worker = self._first_free(suitable, ticket)
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+            return worker, [other for other in self._free if other.shares_gpus(worker)]
+
+    def _first_free(self, suitable: list["_Worker"], ticket: tuple[int, int]) -> "_Worker":
+        while not self._closed:
+            is_next = min(self._waiting) == ticket
+            for worker in reversed(self._free) if is_next else ():
+                if worker in suitable and worker.gpu_lock.try_acquire():
+                    self._free.remove(worker)
+                    return worker
+            # Other programs give GPUs back without a word.
+            self._changed.wait(_SECONDS_BETWEEN_LOOKS if is_next else None)
+        raise DemeError("The flow run is ending.")
+
+    def _suitable(self, num_processes: int) -> list["_Worker"]:
+        """Returns the workers with as many GPUs as a job needs; all of them on CPU.
+
+        Raises:
+            InputError: there are none.
+        """
+        sizes = [worker.num_gpus for worker in self._workers if worker.num_gpus in (0, num_processes)]
+        if not sizes:
+            raise InputError(f"num_processes is {num_processes}, but no worker here has so many GPUs; lower it.")
+        return [worker for worker in self._workers if worker.num_gpus == sizes[0]]
 
     def close(self) -> None:
         """Ends every process and starts no more; a training that is under way leaves a checkpoint first."""
         self._closed = True
+        with self._changed:
+            self._changed.notify_all()
         for worker in self._workers:  # All at once: together they have the time that one has.
             worker.stop()
         deadline = time.monotonic() + _SECONDS_TO_STOP
@@ -152,10 +206,27 @@ class _Worker:
 
     def __init__(self, slot: Slot, log: Callable[[str], None]) -> None:
         self._slot, self._log = slot, log
+        self._gpus = set(slot.gpu.split(",")) if slot.gpu is not None else set()
+        self.gpu_lock = GpuLock(self._gpus)
         self._process: subprocess.Popen[str] | None = None
-        self._is_busy = False
+        self._is_busy = self._is_dismissed = False
+        self._lock = threading.Lock()
+
+    @property
+    def num_gpus(self) -> int:
+        """0 on CPU."""
+        return len(self._gpus)
+
+    def shares_gpus(self, other: "_Worker") -> bool:
+        return not self._gpus.isdisjoint(other._gpus)
 
     def start(self) -> None:
+        with self._lock:
+            self._start()
+
+    def _start(self) -> None:
+        if self._is_dismissed:  # Nobody would end what started now.
+            raise DemeError("The flow run is ending.")
         if self._process is not None and self._process.poll() is None:
             return
         # Else Python would import what lies in the folder where `deme` was called, in this process and its children.
@@ -176,15 +247,15 @@ class _Worker:
         threading.Thread(target=self._forward, args=(self._process,), daemon=True).start()
 
     def run(self, job: Job, report: Report) -> JobResult:
-        self.start()
+        with self._lock:
+            self._start()
+            self._is_busy, answered = True, False
         assert self._process is not None and self._process.stdin is not None and self._process.stdout is not None
         request = {
             "job": type(job).__name__,
             "content": job.model_dump(mode="json"),
             "num_threads": self._slot.num_threads,
-            "gpu": self._slot.gpu,
         }
-        self._is_busy, answered = True, False
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -225,9 +296,11 @@ class _Worker:
         raise error
 
     def stop(self) -> None:
-        """Asks a process in the middle of its job to leave."""
-        if self._process is not None and self._is_busy:
-            self._process.terminate()
+        """Asks a process in the middle of its job to leave, and starts no other."""
+        with self._lock:
+            self._is_dismissed = True
+            if self._process is not None and self._is_busy:
+                self._process.terminate()
 
     def close(self, deadline: float) -> None:
         """Ends the process, by force at ``deadline`` (monotonic seconds)."""

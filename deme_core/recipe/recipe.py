@@ -35,10 +35,10 @@ class Recipe(Spec):
     execution: ExecutionSpec = ExecutionSpec()
 
     @property
-    def num_processes(self) -> int:
-        """Processes of the training that takes most."""
+    def process_counts(self) -> tuple[int, ...]:
+        """Processes of each training."""
         trainings = (self.finetune, self.pretrained.training, self.distill)
-        return max(training.num_processes for training in trainings if training)
+        return tuple(training.num_processes for training in trainings if training)
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:

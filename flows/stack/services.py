@@ -197,6 +197,8 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         pool: the work pool it serves.
         since: when it was started (epoch seconds): a heartbeat before that is another worker's.
     """
+    from tasks.worker_pool import visible_gpus
+
     name = f"local-{pool}"
     return Service(
         name="worker" if pool == CPU_POOL else "worker-gpu",
@@ -204,8 +206,8 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         command=(
             _binary("prefect", layout),
             *("worker", "start", "--name", name, "--pool", pool, "--type", "process"),
-            # A flow holds its place on the other pool while its jobs wait for theirs; here one job has the GPU.
-            *(("--limit", "1") if pool == GPU_POOL else ()),
+            # A flow holds its place on the other pool while its jobs wait for theirs; here a job has a GPU.
+            *(("--limit", str(len(visible_gpus()) or 1)) if pool == GPU_POOL else ()),
         ),
         # The default of ten seconds is felt at every start of a run.
         environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict
 
 from deme_core.manifest import ArtifactRef
 
+# Of jobs that generate images, which are the same in batches of any size.
+IMAGES_MEND = "lower evaluate.batch_size"
+
 
 class Job(BaseModel):
     """The work of one stage.
@@ -15,6 +18,8 @@ class Job(BaseModel):
         stage: first part of the artifact's key.
         work: module of `tasks.work` that does the job.
         version: part of the digest; raised when the work starts to give another result.
+        can_wait: whether nothing but the report needs it, so that all other jobs go first.
+        memory_mend: what to do where a GPU has too little memory.
         leaves_checkpoints: whether the work can be resumed, and so leaves checkpoints in the store until it is done.
     """
 
@@ -23,6 +28,8 @@ class Job(BaseModel):
     stage: ClassVar[str]
     work: ClassVar[str]
     version: ClassVar[int] = 1
+    can_wait: ClassVar[bool] = False
+    memory_mend: ClassVar[str] = "use one with more"
     leaves_checkpoints: ClassVar[bool] = False
 
     @property

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec
-from tasks.jobs.base import Job
+from tasks.jobs.base import IMAGES_MEND, Job
 
 
 class RealFeaturesJob(Job):
@@ -88,6 +88,8 @@ class GeneratedFeaturesJob(Job):
 
     stage: ClassVar[str] = "features"
     work: ClassVar[str] = "generated_features"
+    can_wait: ClassVar[bool] = True
+    memory_mend: ClassVar[str] = IMAGES_MEND
     label: str
     images: GeneratedImages
     evaluate: EvaluateSpec
@@ -110,6 +112,7 @@ class EvaluateJob(Job):
 
     stage: ClassVar[str] = "evaluate"
     work: ClassVar[str] = "evaluate"
+    can_wait: ClassVar[bool] = True
     version: ClassVar[int] = 2
     images: GeneratedImages
     features: tuple[ArtifactRef, ...]

@@ -9,6 +9,13 @@ from tasks.jobs.base import Job
 PRETRAINED_STAGE = "pretrained"
 
 
+def _less_memory(section: str) -> str:
+    return (
+        f"lower {section}.batch_size, and raise gradient_accumulation_steps by as much, or set gradient_checkpointing "
+        "where there is one"
+    )
+
+
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes.
 
@@ -19,6 +26,7 @@ class PretrainJob(Job):
     stage: ClassVar[str] = PRETRAINED_STAGE
     work: ClassVar[str] = "pretrain"
     leaves_checkpoints: ClassVar[bool] = True
+    memory_mend: ClassVar[str] = _less_memory("pretrained.training")
     dataset: DatasetSpec
     unet: dict[str, Any]
     noise_scheduler: dict[str, Any]
@@ -88,6 +96,7 @@ class FinetuneJob(Job):
     stage: ClassVar[str] = "finetune"
     work: ClassVar[str] = "finetune"
     leaves_checkpoints: ClassVar[bool] = True
+    memory_mend: ClassVar[str] = _less_memory("finetune")
     label: str
     pretrained: ArtifactRef
     dataset: DatasetSpec
@@ -120,6 +129,7 @@ class DistillJob(Job):
     stage: ClassVar[str] = "distilled"
     work: ClassVar[str] = "distill"
     leaves_checkpoints: ClassVar[bool] = True
+    memory_mend: ClassVar[str] = _less_memory("distill")
     label: str
     pretrained: ArtifactRef
     merged: ArtifactRef

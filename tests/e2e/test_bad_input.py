@@ -109,7 +109,8 @@ def test_too_few_candidates_for_all_blocks_are_told_before_copies_are_trained(
 ) -> None:
     merge = {"method": "block_weights", "search": {"max_candidates": 8, "num_images": 8}}
     _refused(fresh_deme.run("run", write_recipe(merge=merge)), "max_candidates 8 is too small for 8 weights")
-    assert {folder.parent.name for folder in fresh_deme.home.glob("store/*/*")} == {"pretrained"}
+    made = {folder.parent.name for folder in fresh_deme.home.glob("store/*/*")}
+    assert "pretrained" in made and "finetune" not in made
 
 
 def test_a_model_that_diverged_is_named_and_so_is_a_reference_too_small(

@@ -2,13 +2,19 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from rich.console import Console
 
+from deme_core.cost_estimate import H100_PEAK, UTILIZATION, estimate_cost
+from deme_core.denoiser_size import measure_denoiser
+from deme_core.families import Unconditional
+from deme_core.families.stable_diffusion import StableDiffusion
 from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
 from flows import evaluation
@@ -20,7 +26,32 @@ from tests.tiny_pipelines import save_pipeline
 
 PIXELS = ("ddpm_cifar10", "ddpm_lsun_church", "ddpm_lsun_bedroom")
 TEXT = ("sd14_coco30k", "sd14_imagenet1k", "sd14_partiprompts")
-DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs" / "recipes.md"
+# Of the recipes' own models what their configs say beside diffusers' defaults, as far as it is counted.
+DDPM = {
+    "_class_name": "UNet2DModel",
+    "in_channels": 3,
+    "block_out_channels": [128, 256, 256, 256],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", *["DownBlock2D"] * 2],
+    "up_block_types": [*["UpBlock2D"] * 2, "AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": None,
+}
+LARGE_DDPM = {
+    **DDPM,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+}
+SD14 = {
+    "_class_name": "UNet2DConditionModel",
+    "sample_size": 64,
+    "in_channels": 4,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+SD14_FROZEN_BYTES = 4 * (83_653_863 + 123_060_480)  # Autoencoder and text encoder.
+NUM_COCO_IMAGES = 82_783
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +90,14 @@ def overrides(name: str, folder: Path) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DEME_HOME", str(tmp_path / "home"))
+    leave_free(10**12, monkeypatch)
+    return tmp_path / "home"
+
+
+def leave_free(num_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=num_bytes))
 
 
 def doctor(name: str, *settings: str) -> tuple[int, str]:
@@ -77,7 +114,8 @@ def test_the_doctor_finds_all_that_a_recipe_needs(name: str, stand_ins: Path) ->
     assert "24 images" in said
     found = [line.split(maxsplit=1)[1] for line in said.splitlines()]
     assert [line for line in found if line.startswith("time") and "GPU-hours at 40% of an H100" in line]
-    assert [line for line in found if line.startswith("storage") and " of models" in line]
+    assert [line for line in found if line.startswith("storage") and " of models" in line and ", 1 at once)" in line]
+    assert [line for line in found if line.startswith("disk") and "cache, scratch and object store" in line]
     if name in TEXT:
         assert "a photo of a tench" in said or "2 for" in said
 
@@ -116,6 +154,95 @@ def test_the_doctor_finds_what_does_not_fit(
     code, said = doctor("sd14_coco30k", *overrides("sd14_coco30k", stand_ins), setting)
     assert code == 2
     assert message in said
+
+
+def _disk_line(said: str) -> tuple[str, ...]:
+    return next((tuple(line.split(maxsplit=2)[::2]) for line in said.splitlines() if line.split()[1] == "disk"), ())
+
+
+def test_the_doctor_compares_the_disk_with_what_a_run_needs(
+    stand_ins: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Features of 4 rows, 3 seeds and 50,000 images, 1,280 numbers each: 3.07 GB in the cache, and in the store.
+    settings = overrides("ddpm_cifar10", stand_ins)
+    leave_free(10**9, monkeypatch)
+    code, said = doctor("ddpm_cifar10", *settings)
+    assert code == 2
+    needs = "A run from nothing needs up to {} for {}, and the disk of {} has 1 GB free; free space or point DEME_HOME"
+    failed = ("FAIL", needs.format("6.15 GB", "cache, scratch and object store", home) + " elsewhere.")
+    assert _disk_line(said) == failed
+
+    monkeypatch.setenv("DEME_STORE_URI", "s3://deme/store")
+    assert _disk_line(doctor("ddpm_cifar10", *settings)[1])[1].startswith(
+        needs.format("3.07 GB", "cache and scratch", home)
+    )
+    # The store of `deme up` is a folder there, too.
+    (home / "stack").mkdir(parents=True)
+    (home / "stack" / "state.json").write_text('{"ports": {"s3": 8333}}')
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:8333")
+    assert _disk_line(doctor("ddpm_cifar10", *settings)[1]) == failed
+
+
+def test_data_of_remote_runners_are_on_other_disks(stand_ins: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_free(0, monkeypatch)
+    settings = overrides("ddpm_cifar10", stand_ins)
+    for runner, num_trainings in (("prefect", 9), ("prefect, num_workers: 2", 2), ("ray", 9)):
+        execution = f"execution={{runner: {runner}}}"
+        code, said = doctor("ddpm_cifar10", *settings, execution)
+        assert (code, _disk_line(said)) == (0, ())
+        assert f", {num_trainings} at once)" in said
+
+
+def test_the_doctor_counts_the_trainings_that_gpus_have_room_for(
+    stand_ins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    settings = overrides("ddpm_cifar10", stand_ins)
+    for more, num_trainings in (([], 5), (["execution.num_workers=3"], 3), (["finetune.num_processes=2"], 2)):
+        code, said = doctor("ddpm_cifar10", *settings, "execution.device=cuda", *more)
+        assert code == 0, said
+        assert f", {num_trainings} at once)" in said
+    assert "or 2 trainings of 2 GPUs" in said
+
+
+@pytest.mark.parametrize("name", [*PIXELS, *TEXT])
+def test_docs_and_headers_quote_the_estimate(name: str) -> None:
+    recipe, is_text = load_recipe(name), name in TEXT
+    if is_text:
+        adapter = StableDiffusion(denoiser_config=SD14, scheduler_config={})
+    else:
+        config = DDPM if name == "ddpm_cifar10" else LARGE_DDPM
+        sample_size = {"sample_size": recipe.dataset.resolution}
+        adapter = Unconditional(denoiser_config=config | sample_size, scheduler_config={})
+    size = measure_denoiser(adapter, channel_projection=True)
+    one, many = (
+        estimate_cost(
+            recipe,
+            size,
+            num_images=NUM_COCO_IMAGES if is_text else 0,
+            num_features=512 if name == "sd14_partiprompts" else 2048,
+            frozen_bytes=SD14_FROZEN_BYTES if is_text else 0,
+            num_workers=num_workers,
+        )
+        for num_workers in (1, None)
+    )
+    hour = {precision: UTILIZATION * peak * 3600 for precision, peak in H100_PEAK.items()}
+    estimated = [one.training_flops / hour["bf16"], one.search_flops / hour["fp32"]]
+    estimated.append(one.evaluation_flops / hour["fp32"])
+    sizes = [one.memory_bytes, one.storage_bytes, many.storage_bytes, one.local_bytes, many.local_bytes]
+    estimated += [num_bytes / 1e9 for num_bytes in sizes]
+
+    rows = [line.strip("| ").split(" | ") for line in DOCS.read_text().splitlines() if line.startswith(f"| `{name}`")]
+    quoted = [cell.removesuffix(" GB") for cell in rows[-1][1:]]
+    for number, text in zip(estimated, quoted, strict=True):
+        assert abs(float(text) - number) <= 0.06 * 10 ** (1 - len(text.partition(".")[2])), (text, number)
+
+    header = " ".join(re.findall(r"^# (.*)", (ROOT / "recipes" / f"{name}.yaml").read_text(), re.MULTILINE))
+    training, searches, images, memory, store, store_of_many, cache, cache_of_many = quoted
+    assert f" {training} of them for training, {searches} for searches and {images} for the report's images" in header
+    assert f"; {memory} GB of GPU memory" in header
+    assert f"the peak {store} GB in the object store and {cache} GB of cache and scratch with one GPU, " in header
+    assert f", {store_of_many} GB and {cache_of_many} GB with " in header
 
 
 def test_the_commands_of_the_docs_write_captions_and_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from deme_core.cost_estimate import estimate_cost
+from deme_core.cost_estimate import NUM_CHECKPOINTS_STORED, estimate_cost
 from deme_core.denoiser_size import DenoiserSize, measure_denoiser
 from deme_core.errors import InputError
 from deme_core.families import Unconditional
@@ -12,6 +12,7 @@ from deme_core.families.stable_diffusion import StableDiffusion
 from deme_core.model_folder import build_denoiser, open_model_folder
 from deme_core.projection import attach_projections
 from deme_core.recipe import LoraSpec, Recipe
+from tasks.work import training_run
 from tests.tiny_pipelines import save_pipeline
 
 SIZE = DenoiserSize(100, 1000, num_trained=110, trained_forward_flops=1100, latent_size=8, caption_size=20)
@@ -81,12 +82,22 @@ def test_memory_is_weights_gradients_moments_average_and_the_frozen_model() -> N
 def test_storage_is_models_checkpoints_features_and_encodings() -> None:
     found = cost()
     assert found.model_bytes == 4 * 4 * 110 + 3 * (4 * 100 + 1000)
-    assert found.checkpoint_bytes == 4 * 4 * 110
     assert found.feature_bytes == 4 * 3 * 50 * 16 * 4
     assert found.encoding_bytes == 7 * (8 + 20) * 4
-    assert found.storage_bytes == sum([found.model_bytes, found.checkpoint_bytes, 9600 * 4, 784])
+    lasting = found.model_bytes + 9600 * 4 + 784
+    assert found.storage_bytes == lasting + 3 * found.checkpoint_bytes
+    assert found.local_bytes == lasting + 2 * found.checkpoint_bytes
     assert cost(dataset={"random_flip": True, "cache_precision": "bf16"}).encoding_bytes == 7 * (16 + 20) * 2
     assert cost(dataset={"crop": "random"}).encoding_bytes == 0
+
+
+@pytest.mark.parametrize(("num_workers", "num_trainings"), [(1, 1), (3, 3), (8, 4), (None, 4)])
+def test_every_training_that_runs_has_checkpoints(num_workers: int | None, num_trainings: int) -> None:
+    # 3 copies and the control: weights, average and two moments of each.
+    found = estimate_cost(recipe(), SIZE, num_images=7, num_features=16, num_workers=num_workers)
+    assert found.num_trainings == num_trainings
+    assert found.checkpoint_bytes == num_trainings * 4 * 4 * 110
+    assert NUM_CHECKPOINTS_STORED == training_run._NUM_CHECKPOINTS_KEPT + 1
 
 
 def test_time_is_operations_over_rates() -> None:
@@ -150,7 +161,8 @@ def test_a_lora_trains_two_passes_on_one_model_whose_control_is_as_large_as_all(
     found = estimate_cost(recipe(finetune=lora), size, num_images=7, num_features=16, frozen_bytes=1000)
     assert found.training_flops == 60 * 8 * (2 * 1020 + 1000)
     assert found.memory_bytes == 4 * (100 + 3 * 10 * (3 + 2))
-    assert found.checkpoint_bytes == 4 * 3 * 10 * (2 + 2)
+    # The control's, and three of a third of its size.
+    assert found.checkpoint_bytes == 4 * (3 * 10 + 3 * 10) * (2 + 2)
     assert found.model_bytes == 4 * (3 * 10 + 3 * 10) + 3 * (400 + 1000)
 
 

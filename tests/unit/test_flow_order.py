@@ -45,6 +45,19 @@ def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(monkeypatch
     assert asked == ["report", "search"]
 
 
+def test_a_copy_that_failed_ends_a_run_when_the_control_is_done() -> None:
+    asked: list[str] = []
+    copies: list[Any] = [Future("copy", asked), Future("other", asked, InputError("not finite"))]
+    control: Any = Future("control", asked)
+    with pytest.raises(InputError, match="not finite"):
+        decouple_then_merge._results(copies, others=[control])
+    assert asked == ["copy", "other", "control"]
+
+    asked.clear()
+    assert len(decouple_then_merge._results(copies[:1], others=[control])) == 1
+    assert asked == ["copy"], "what needs the copies alone does not wait for the control"
+
+
 def test_what_is_said_of_the_model_that_is_scored_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[Any] = []
 

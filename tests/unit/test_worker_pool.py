@@ -1,11 +1,89 @@
-"""The worker pool: which processes it starts, and when."""
+"""The worker pool: which processes it starts, and when, and who gets which GPU."""
 
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tasks.worker_pool import Slot, WorkerPool, _Worker
+from deme_core.errors import DemeError, GpuMemoryError, InputError
+from deme_core.recipe import ExecutionSpec
+from tasks.jobs import ImportJob
+from tasks.worker_pool import Slot, WorkerPool, _Worker, plan_slots
+
+
+@dataclass(frozen=True)
+class FakeJob:
+    name: str
+    num_processes: int = 1
+    can_wait: bool = False
+
+
+class Bench:
+    """A pool whose workers only note who began what, and end their jobs when they are told."""
+
+    def __init__(self, gpus: str, num_processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began: list[tuple[str, str]] = []
+        self.dismissed: list[str] = []
+        self.ends: dict[str, threading.Event] = {}
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+        self.pool = WorkerPool(plan_slots(ExecutionSpec(), num_processes))
+        for worker in self.pool._workers:
+            monkeypatch.setattr(worker, "run", partial(self._run, worker))
+            monkeypatch.setattr(worker, "close", lambda _, gpus=worker._slot.gpu: self.dismissed.append(gpus))
+        self._threads = ThreadPoolExecutor(16)
+
+    def _run(self, worker: _Worker, job: FakeJob, _: Any) -> None:
+        self.began.append((job.name, str(worker._slot.gpu)))
+        assert self.ends[job.name].wait(30)
+
+    def send(self, name: str, **settings: Any) -> Future[Any]:
+        """Sends a job, and waits until it has begun or waits for others."""
+        job: Any = FakeJob(name, **settings)
+        self.ends[name] = threading.Event()
+        before = len(self.began) + len(self.pool._waiting)
+        sent = self._threads.submit(self.pool.run, job, lambda _: None)
+        until(lambda: len(self.began) + len(self.pool._waiting) > before)
+        return sent
+
+    def end(self, name: str) -> None:
+        self.ends[name].set()
+
+    def close(self) -> None:
+        for end in self.ends.values():
+            end.set()
+        self.pool.close()
+        self._threads.shutdown()
+
+
+BenchMaker = Callable[..., Bench]
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    benches: list[Bench] = []
+
+    def make(gpus: str, num_processes: int = 1) -> Bench:
+        benches.append(Bench(gpus, num_processes, monkeypatch))
+        return benches[-1]
+
+    yield make
+    for made in benches:
+        made.close()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_the_first_job_finds_its_process_started_and_the_others_start_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -14,7 +92,7 @@ def test_the_first_job_finds_its_process_started_and_the_others_start_with_it(mo
     monkeypatch.setattr(_Worker, "start", lambda worker: started.append(worker))
     monkeypatch.setattr(_Worker, "run", lambda worker, *_: used.append(worker))
     pool = WorkerPool([Slot("cpu", None, 1)] * 3)
-    job: Any = "a job"
+    job: Any = FakeJob("a job")
 
     pool.start()
     (first,) = started
@@ -39,3 +117,102 @@ def test_a_process_imports_nothing_from_the_folder_it_is_started_in(
     pool.start()
     pool.close()
     assert (said, (tmp_path / "ran").exists()) == ([], False)
+
+
+def test_a_gpu_with_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch, tasks.work.base\n"
+        "def execute(*_):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')\n"
+        "tasks.work.base.execute = execute\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    pool = WorkerPool([Slot("cpu", None, 1)])
+    try:
+        with pytest.raises(GpuMemoryError) as caught:
+            pool.run(ImportJob(source="model"), lambda _: None)
+    finally:
+        pool.close()
+    assert str(caught.value) == (
+        "The GPU has too little memory for pretrained (CUDA out of memory); use one with more."
+    )
+
+
+def test_there_is_a_slot_for_each_gpu_and_for_each_group_that_a_training_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4")
+    singles = ["0", "1", "2", "3", "4"]
+    assert [slot.gpu for slot in plan_slots(ExecutionSpec())] == singles
+    assert [slot.gpu for slot in plan_slots(ExecutionSpec(), 2, 1)] == [*singles, "0,1", "2,3"]
+    assert [slot.gpu for slot in plan_slots(ExecutionSpec(), 4, 2)] == [*singles, "0,1", "2,3", "0,1,2,3"]
+    assert [slot.gpu for slot in plan_slots(ExecutionSpec(num_workers=2))] == ["0", "1"]
+    with pytest.raises(InputError, match="num_processes is 6, but this machine shows 5 GPUs"):
+        plan_slots(ExecutionSpec(), 6)
+    assert [slot.device for slot in plan_slots(ExecutionSpec(device="cpu", num_workers=2))] == ["cpu", "cpu"]
+
+
+def test_what_others_wait_for_goes_before_images_for_the_report(bench: BenchMaker) -> None:
+    here = bench("0")
+    sent = [here.send("first")]
+    sent += [here.send("image", can_wait=True), here.send("images", can_wait=True), here.send("candidate")]
+    for name in ("first", "candidate", "image", "images"):
+        until(lambda name=name: here.began[-1][0] == name)
+        here.end(name)
+    for future in sent:
+        future.result(30)
+
+
+def test_two_runs_take_different_gpus_and_wait_for_one_another(bench: BenchMaker) -> None:
+    ours, theirs = bench("0,1"), bench("0,1")
+    ours.send("a")
+    theirs.send("b")
+    until(lambda: bool(ours.began and theirs.began))
+    assert {ours.began[0][1], theirs.began[0][1]} == {"0", "1"}
+    waiting = ours.send("c")
+    assert len(ours.began) == 1
+    theirs.end("b")
+    until(lambda: len(ours.began) == 2)
+    assert ours.began[1] == ("c", theirs.began[0][1])
+    ours.end("c")
+    waiting.result(30)
+
+
+def test_a_training_on_many_gpus_waits_for_all_of_them_and_is_not_passed(bench: BenchMaker) -> None:
+    here = bench("0,1", num_processes=2)
+    here.send("candidate")
+    until(lambda: bool(here.began))
+    here.send("training", num_processes=2)
+    here.send("later")
+    assert [name for name, _ in here.began] == ["candidate"], "the other GPU is kept for the training"
+    here.end("candidate")
+    until(lambda: len(here.began) == 2)
+    assert here.began[1] == ("training", "0,1")
+    assert {"0", "1"} <= set(here.dismissed), "idle processes would keep memory on its GPUs"
+    here.dismissed.clear()
+    here.end("training")
+    until(lambda: len(here.began) == 3)
+    assert here.dismissed == ["0,1"]
+
+
+def test_no_process_starts_after_the_pool_has_closed() -> None:
+    pool = WorkerPool([Slot("cpu", None, 1)])
+    job: Any = FakeJob("late")
+    with pytest.raises(DemeError, match="flow run is ending"):
+        pool.run(job, lambda _: None, on_start=pool.close)
+    assert pool._workers[0]._process is None
+
+
+def test_who_waits_when_the_pool_closes_is_told(bench: BenchMaker) -> None:
+    here = bench("0")
+    here.send("first")
+    waiting = here.send("second")
+    here.pool.close()
+    with pytest.raises(DemeError, match="flow run is ending"):
+        waiting.result(30)
+
+
+def test_a_job_for_more_gpus_than_any_worker_has_is_refused(bench: BenchMaker) -> None:
+    with pytest.raises(InputError, match="num_processes is 4, but no worker here has so many"):
+        bench("0,1").pool.run(FakeJob("wide", num_processes=4), lambda _: None)  # type: ignore[arg-type]
