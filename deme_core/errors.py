@@ -58,8 +58,24 @@ class StoreUnavailableError(InputError):
     """The object store cannot be reached, refuses the credentials, or has no space left."""
 
 
+class NoAnswerError(StoreUnavailableError):
+    """No answer of the object store: another attempt may succeed, unlike after a refusal."""
+
+
 class ObjectTooLargeError(InputError):
     """An object is larger than what is read of its kind, or than its manifest promises."""
+
+
+class GpuMemoryError(InputError):
+    """A GPU has too little memory for a job.
+
+    Attributes:
+        job: what was being done.
+    """
+
+    def __init__(self, job: str, reason: str, mend: str) -> None:
+        self.job = job
+        super().__init__(f"The GPU has too little memory for {job} ({reason}); {mend}.")
 
 
 class TrackingUnavailableError(InputError):

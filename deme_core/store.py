@@ -17,7 +17,13 @@ from typing import Protocol
 from urllib.parse import unquote
 from uuid import uuid4
 
-from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
+from deme_core.errors import (
+    ArtifactNotFoundError,
+    InputError,
+    NoAnswerError,
+    ObjectTooLargeError,
+    StoreUnavailableError,
+)
 from deme_core.local_files import TEMPORARY_PREFIX
 
 _ACCESS_DEADLINE_SEC = 25.0
@@ -97,10 +103,6 @@ class ObjectStore(Protocol):
 
     def discard_unfinished(self, before: datetime) -> None:
         """Free what writers that died before that time left behind: not objects, but they take space."""
-
-
-class NoAnswerError(StoreUnavailableError):
-    """No answer: another attempt may succeed, unlike after a refusal."""
 
 
 def open_store(uri: str) -> ObjectStore:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from deme_core.store import NoAnswerError
+from deme_core.errors import NoAnswerError
 
 T = TypeVar("T")
 

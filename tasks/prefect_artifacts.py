@@ -1,11 +1,12 @@
 """What a person sees in the Prefect UI: progress bars, the table of the rows, the pictures, the verdict."""
 
+import contextlib
 import logging
 import re
-import time
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import copy_context
 from typing import Any
-from uuid import UUID
 
 import httpx
 from prefect.artifacts import (
@@ -20,28 +21,53 @@ from deme_core.metrics import direction
 from tasks.tracking import Tracker
 
 _SECONDS_BETWEEN_UPDATES = 3.0
+_SECONDS_TO_END = 10.0
 _logger = logging.getLogger(__name__)
 
 
-def progress_artifact(name: str) -> Callable[[float], None]:
-    """Makes a progress bar of the current task run; returns what moves it to a fraction in [0, 1].
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[float], None]]:
+    """Makes a progress bar of the current task run; gives what moves it to a fraction in [0, 1].
 
-    While the server does not answer the bar stands still: the work must not stop for it.
+    It has a thread of its own: while the server is away, or silent, the bar stands still, and the work goes on.
     """
-    artifact = create_progress_artifact(0.0, key=_key(name), description=name)
-    assert isinstance(artifact, UUID)
-    told = time.monotonic()
+    bar = _Bar(name)
+    # Prefect finds the task run in the context.
+    thread = threading.Thread(target=copy_context().run, args=(bar.follow,), name=f"bar of {name}", daemon=True)
+    thread.start()
+    try:
+        yield bar.move
+    finally:
+        bar.end()
+        thread.join(_SECONDS_TO_END)
 
-    def move(fraction: float) -> None:
-        nonlocal told
-        if fraction >= 1.0 or time.monotonic() - told >= _SECONDS_BETWEEN_UPDATES:
-            told = time.monotonic()
+
+class _Bar:
+    """What a bar should show, and the loop that shows it."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._fraction, self._ended = name, 0.0, threading.Event()
+
+    def move(self, fraction: float) -> None:
+        self._fraction = fraction
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def follow(self) -> None:
+        artifact: Any = None
+        shown, is_last = 0.0, False
+        while not is_last:
             try:
-                update_progress_artifact(artifact, progress=100.0 * fraction)
+                if artifact is None:
+                    artifact = create_progress_artifact(0.0, key=_key(self._name), description=self._name)
+                is_last = self._ended.wait(_SECONDS_BETWEEN_UPDATES)
+                if (fraction := self._fraction) != shown:
+                    update_progress_artifact(artifact, progress=100.0 * fraction)
+                    shown = fraction
             except httpx.HTTPError as error:
-                _logger.warning("The progress bar of %s could not be moved (%s).", name, type(error).__name__)
-
-    return move
+                _logger.warning("The progress bar of %s could not be moved (%s).", self._name, type(error).__name__)
+                is_last = is_last or self._ended.wait(_SECONDS_BETWEEN_UPDATES)
 
 
 def show_report(report: Mapping[str, Any], tracker: Tracker) -> None:

@@ -10,8 +10,8 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
-from uuid import UUID
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -26,6 +26,8 @@ from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
 from tasks.remote_sender import outcome_key, sign, unsign
 from tasks.worker_pool import Report
+
+T = TypeVar("T")
 
 _POLL_SECONDS = 2.0
 # How long a server may be away; jobs go on meanwhile. Each poll has a minute of the client's own attempts.
@@ -43,6 +45,7 @@ class RemotePool:
 
     def __init__(self, execution: ExecutionSpec, store: ObjectStore, flow_run_id: str) -> None:
         self._gpu_stages, self._store, self._flow_run_id = set(execution.gpu_stages), store, flow_run_id
+        self._device = execution.device
         bound = execution.num_workers
         self._places = threading.BoundedSemaphore(bound) if bound else contextlib.nullcontext()
         self._running: set[UUID] = set()
@@ -81,44 +84,62 @@ class RemotePool:
             DemeError: the job failed; of the class it failed with, where DeMe foresaw it.
             WorkerDiedError: its flow run ended without an outcome.
         """
-        name = "deme-job/gpu" if job.stage in self._gpu_stages else "deme-job/cpu"
         with self._places, get_client(sync_client=True) as client:
-            flow_run_id = self._submit(client, name, job, report)
+            flow_run_id = self._submit(client, job, report)
             try:
                 return self._wait(client, flow_run_id, on_start)
             finally:
                 with self._lock:
                     self._running.discard(flow_run_id)
 
-    def _submit(self, client: SyncPrefectClient, name: str, job: Job, report: Report) -> UUID:
-        content = {"kind": type(job).__name__, "content": job.model_dump(mode="json")}
-        deployment = client.read_deployment_by_name(name)
-        # Not between the end of this pool and the look at what runs: nobody would cancel it.
+    def _submit(self, client: SyncPrefectClient, job: Job, report: Report) -> UUID:
+        is_for_gpu = job.stage in self._gpu_stages
+        name = "deme-job/gpu" if is_for_gpu else "deme-job/cpu"
+        device = "auto" if self._device == "cuda" and not is_for_gpu else self._device
+        content = {"kind": type(job).__name__, "content": job.model_dump(mode="json"), "device": device}
+        # For pools that start pods; workers of the others show all GPUs that they have.
+        num_gpus = job.num_processes if is_for_gpu and device != "cpu" else 0
+        deployment = self._patiently(client, lambda: client.read_deployment_by_name(name))
+        key = uuid4().hex  # The client asks again where an answer was lost: that must not start a second one.
+        flow_run = self._patiently(
+            client,
+            lambda: client.create_flow_run_from_deployment(
+                deployment.id,
+                parameters=content | {"sender": self._flow_run_id},
+                job_variables={"gpu_limit": num_gpus},
+                idempotency_key=key,
+            ),
+        )
         with self._lock:
-            if self._closed:
-                raise DemeError("The flow run is ending.")
-            flow_run = client.create_flow_run_from_deployment(
-                deployment.id, parameters=content | {"sender": self._flow_run_id}
-            )
             self._running.add(flow_run.id)
+            is_late = self._closed
+        if is_late:  # `close` did not see it.
+            _cancel(client, flow_run.id)
+            raise DemeError("The flow run is ending.")
         report({"message": f"flow run {flow_run.name} of {name}"})
         return flow_run.id
 
     def _wait(self, client: SyncPrefectClient, flow_run_id: UUID, on_start: Callable[[], None]) -> JobResult:
-        started, last_answer = False, time.monotonic()
+        started = False
         while True:
-            try:
-                state = client.read_flow_run(flow_run_id).state
-                last_answer = time.monotonic()
-            except httpx.HTTPError as error:
-                if self._closed or time.monotonic() - last_answer > _PATIENCE_SECONDS:
-                    raise DemeError(f"Prefect's server {client.api_url} does not answer ({error}).") from error
-                state = None
+            state = self._patiently(client, lambda: client.read_flow_run(flow_run_id)).state
             if state is not None and state.is_running() and not started:
                 started = True
                 on_start()
             if state is not None and state.is_final():
                 return self._outcome(str(flow_run_id), f"{state.name}: {state.message or 'no reason given'}")
+            time.sleep(_POLL_SECONDS)
+
+    def _patiently(self, client: SyncPrefectClient, ask: Callable[[], T]) -> T:
+        """Returns what the server answers; while it is away it is asked again."""
+        asked_first = time.monotonic()
+        while True:
+            try:
+                return ask()
+            except httpx.HTTPError as error:
+                late = self._closed or time.monotonic() - asked_first > _PATIENCE_SECONDS
+                if late or not _is_passing(error):
+                    raise DemeError(f"Prefect's server {client.api_url} does not answer ({error}).") from error
             time.sleep(_POLL_SECONDS)
 
     def _outcome(self, flow_run_id: str, state: str) -> JobResult:
@@ -148,5 +169,14 @@ class RemotePool:
             # Of a server that is away nothing can be asked; the workers see for themselves that this run has ended.
             with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:
                 for flow_run_id in running:
-                    with contextlib.suppress(DemeError, ObjectNotFound):
-                        client.set_flow_run_state(flow_run_id, Cancelling())
+                    _cancel(client, flow_run_id)
+
+
+def _is_passing(error: httpx.HTTPError) -> bool:
+    """Whether the server is away or overloaded, and does not refuse."""
+    return not isinstance(error, httpx.HTTPStatusError) or error.response.status_code in (429, 500, 502, 503, 504)
+
+
+def _cancel(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    with contextlib.suppress(DemeError, ObjectNotFound):
+        client.set_flow_run_state(flow_run_id, Cancelling())

@@ -30,7 +30,7 @@ from tasks.jobs import (
     ReferenceJob,
     SearchJob,
 )
-from tasks.prefect_artifacts import progress_artifact
+from tasks.prefect_artifacts import progress_bar
 from tasks.progress import Event, tell
 from tasks.runtime import Record, current_runtime
 from tasks.training_log import TrainingLog
@@ -107,10 +107,18 @@ def distill(job: DistillJob) -> JobResult:
 
 
 def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child_name: str) -> JobResult:
+    with progress_bar(task_name) as move_bar:
+        result = _follow_training(job, task_name, child_name, move_bar)
+        move_bar(1.0)
+    return result
+
+
+def _follow_training(
+    job: PretrainJob | FinetuneJob | DistillJob, task_name: str, child_name: str, move_bar: Callable[[float], None]
+) -> JobResult:
     runtime = current_runtime()
     # MLflow may still be starting the run of the flow.
     training_log = TrainingLog(lambda: (runtime.tracker, runtime.tracker.child(child_name)))
-    move_bar = progress_artifact(task_name)
 
     def on_record(record: Record) -> None:
         if "global_step" in record:
@@ -127,7 +135,6 @@ def _train(job: PretrainJob | FinetuneJob | DistillJob, *, task_name: str, child
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
     tracker.finish(child)
-    move_bar(1.0)
     return result
 
 

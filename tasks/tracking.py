@@ -52,7 +52,15 @@ class Tracker:
         # A server or a folder has a place for files; with a database alone they would go to ./mlruns, wherever that is.
         lasting = (settings.state_folder / "mlartifacts").as_uri()
         location = lasting if is_database(settings.tracking_uri) else None
-        return str(self._client.create_experiment(name, artifact_location=location))
+        from mlflow.exceptions import MlflowException
+
+        try:
+            return str(self._client.create_experiment(name, artifact_location=location))
+        except MlflowException:
+            # Another run of the recipe may have made it in between.
+            if found := self._client.get_experiment_by_name(name):
+                return str(found.experiment_id)
+            raise
 
     def _create_run(self, name: str, tags: Mapping[str, str]) -> str:
         named = {"mlflow.runName": name, "mlflow.source.name": "deme", **tags}

@@ -33,6 +33,8 @@ from deme_core.store import open_store
 
 NAME = "clip_vit_b_32"
 _HUB_ID = "openai/clip-vit-base-patch32"
+# As far as we know its main branch has pickles alone, and this one the same weights as safetensors.
+_HUB_REVISIONS = ("main", "refs/pr/15")
 _RESOLUTION = 224
 # What makes a CLIP model ViT-B/32.
 _VISION_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "image_size": _RESOLUTION}
@@ -232,7 +234,7 @@ def _unit_rows(rows: FeatureArray) -> FeatureArray:
 def _source_folder(weights: str | None, folder: Path, names: Sequence[str], mend: str) -> Path:
     """A folder as it is, what an object-store prefix names, or the hub's; it holds all these files."""
     if weights is None:
-        return hub_folder(_HUB_ID, names, mend)
+        return hub_folder(_HUB_ID, names, mend, _HUB_REVISIONS)
     source = _fetched(weights, folder, names, mend) if "://" in weights else Path(weights)
     if missing := [name for name in names if not (source / name).is_file()]:
         raise unavailable(f"There is no {' and no '.join(missing)} in {weights}; pickles are not read", mend)

@@ -15,13 +15,11 @@ from deme_core.recipe import EvaluateSpec
 from tasks.jobs import EvaluateJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.generated_features import SAMPLES, image_inputs, image_settings
+from tasks.work.prompted import check_prompts, prompt_settings, prompts_of
 from tasks.work.scoring import (
     check_extractor,
-    check_prompts,
     evaluation_settings,
     load_reference,
-    prompt_settings,
-    prompts_of,
 )
 
 

@@ -16,8 +16,9 @@ from deme_core.segments import TimestepSegment
 from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.naming import naming
+from tasks.work.prompted import prompt_settings
 from tasks.work.real_features import extractor_of
-from tasks.work.scoring import build_source, prompt_settings
+from tasks.work.scoring import build_source
 
 NUM_SAMPLES_SHOWN = 64
 SAMPLES = "samples.png"

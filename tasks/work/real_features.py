@@ -16,10 +16,14 @@ from deme_core.slices import REAL_BATCH_SIZE
 from tasks.jobs import RealFeaturesJob, ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.naming import naming
+from tasks.work.prompted import prompt_settings
 
 
 def identity(job: RealFeaturesJob, context: JobContext) -> Identity:
     """The real images of the slice, and the extractor."""
+    if job.low == 0:
+        # Of no use here; but what cannot be had is told now, beside the trainings, and not after them.
+        prompt_settings(job.evaluate, context)
     indices = real_indices(job, context)[job.low : job.high]
     return Identity(
         settings={"indices": indices_digest(indices), "extractor": extractor_of(job.evaluate, context).digest},

@@ -1,13 +1,18 @@
 """Errors that cross from a worker to the flow as JSON."""
 
 import json
+import pkgutil
+from importlib import import_module
 
 import pytest
 
+import deme_core
 from deme_core.errors import (
     BadExpertError,
     DemeError,
+    GpuMemoryError,
     IncompatibleCheckpointsError,
+    NoAnswerError,
     NonFiniteLossError,
     StoreUnavailableError,
 )
@@ -21,6 +26,8 @@ from tasks.error_messages import error_message, job_error
         IncompatibleCheckpointsError("a", reference="b", missing=["c", "d"]),
         StoreUnavailableError("no answer"),
         BadExpertError("worse"),
+        NoAnswerError("away"),
+        GpuMemoryError("segment 0", "CUDA out of memory", "lower it"),
         DemeError("something"),
     ],
 )
@@ -46,3 +53,14 @@ def test_what_nobody_foresaw_is_named_by_its_class() -> None:
 def test_a_name_that_is_no_error_class_is_not_looked_up() -> None:
     arrived = job_error({"error": "Any", "message": "x", "attributes": {}})
     assert type(arrived) is DemeError
+
+
+def test_every_error_of_deme_has_its_class_where_it_is_looked_up() -> None:
+    # Whatever lay elsewhere would arrive as another, and a store that is away would not be tried again.
+    for module in pkgutil.walk_packages(deme_core.__path__, "deme_core."):
+        import_module(module.name)
+    assert {kind.__module__ for kind in _children(DemeError)} == {"deme_core.errors"}
+
+
+def _children(kind: type[DemeError]) -> set[type[DemeError]]:
+    return {kind, *(each for child in kind.__subclasses__() for each in _children(child))}

@@ -1,11 +1,13 @@
+import hashlib
 import json
 import re
 import socket
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from deme_core.errors import ExtractorUnavailableError
 from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, load_extractor
 from deme_core.extractors.clip import clip_score_digest, load_clip_score, load_images
 from deme_core.extractors.dinov2 import load_vit
+from tests.http_server import serving, url_of
 from tests.tiny_clip import TINY_VISION, randomized, write_tiny_clip
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
+CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
 CPU = torch.device("cpu")
 # The code of dinov2_vitl14 on the smallest network of its kind: layer scale, patches of 14 pixels.
 TINY_VIT: dict[str, Any] = {
@@ -415,13 +419,17 @@ def test_a_hub_that_does_not_answer_is_one_sentence(name: str, silent_hub: None,
     assert "\n" not in str(error.value)
 
 
-def test_what_the_hubs_client_has_cached_needs_no_hub(silent_hub: None, clip_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("revision", ["main", "refs/pr/15"])
+def test_what_the_hubs_client_has_cached_needs_no_hub(
+    revision: str, silent_hub: None, clip_folder: Path, tmp_path: Path
+) -> None:
     repository = tmp_path / "hub" / "models--openai--clip-vit-base-patch32"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    for name in ("config.json", "model.safetensors", "vocab.json", "merges.txt"):
+    reference = repository / "refs" / revision
+    reference.parent.mkdir(parents=True)
+    reference.write_text("0" * 40)
+    for name in CLIP_FILES:
         (snapshot / name).write_bytes((clip_folder / name).read_bytes())
     cached = load_clip_score(cache=tmp_path, device="cpu")
     assert cached.digest == load_clip_score(weights=str(clip_folder), cache=tmp_path, device="cpu").digest
@@ -430,6 +438,53 @@ def test_what_the_hubs_client_has_cached_needs_no_hub(silent_hub: None, clip_fol
         == clip_score_digest(cache=tmp_path)
         == clip_score_digest(weights=str(clip_folder), cache=tmp_path)
     )
+
+
+def test_weights_that_the_main_branch_has_as_a_pickle_alone_come_from_another(
+    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    HubHandler.files = {
+        f"/openai/clip-vit-base-patch32/resolve/{revision}/{name}": (clip_folder / name).read_bytes()
+        for revision, names in (("main", set(CLIP_FILES) - {"model.safetensors"}), ("refs%2Fpr%2F15", CLIP_FILES))
+        for name in names
+    }
+    with serving(HubHandler) as server:
+        template = f"{url_of(server)}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url_of(server))
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        digest = clip_score_digest(cache=tmp_path)
+        assert digest == clip_score_digest(weights=str(clip_folder), cache=tmp_path)
+        HubHandler.files = {}
+        assert digest == clip_score_digest(cache=tmp_path), "nothing is asked for twice"
+
+
+class HubHandler(BaseHTTPRequestHandler):
+    """Answers as the hub does for files of a repository, whatever lies there."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_HEAD(self) -> None:
+        self._answer()
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        content = self.files.get(self.path)
+        self.send_response(200 if content is not None else 404)
+        if content is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", hashlib.sha1(self.path.rsplit("/", 1)[0].encode()).hexdigest())
+        self.send_header("ETag", f'"{hashlib.sha1(content or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.end_headers()
+        if self.command == "GET" and content:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
 
 
 def test_clip_computes_what_transformers_does(clip: FeatureExtractor, clip_folder: Path) -> None:

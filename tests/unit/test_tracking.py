@@ -219,6 +219,18 @@ def test_files_of_a_run_last_whatever_database_is_read(database: dict[str, str],
 UI = "https://mlflow.example.org/"
 
 
+def test_an_experiment_that_another_run_makes_in_between_is_taken(
+    database: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings.model_validate(database)
+    tracker = Tracker(settings, experiment="new", run_name="first")
+    looks, find = [None], tracker._client.get_experiment_by_name
+    late = lambda name: looks.pop() if looks else find(name)  # noqa: E731
+    monkeypatch.setattr(tracker._client, "get_experiment_by_name", late, raising=False)
+    assert tracker._find_experiment(settings, "new") == tracker._experiment_id
+    assert not looks
+
+
 def test_what_browsers_open_decides_nothing_but_links(database: dict[str, str]) -> None:
     settings = Settings.model_validate({**database, "DEME_MLFLOW_UI_URL": UI})
     assert settings.mlflow_ui_url == UI.rstrip("/")
