@@ -18,9 +18,10 @@ from typing import Any
 
 from benchmarks.claim_cell import ABLATIONS, MERGES, Cell, ablation_overrides, run_cell
 from benchmarks.measurement import QUICK_OVERRIDES, print_result, print_table
+from deme_core import verdict
 from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe_file import load_recipe
-from deme_core.verdict import Interval, RowScores, image_difference, interval
+from deme_core.verdict import Interval, RowScores, interval
 
 BASELINES = ("pretrained", "finetuned")
 
@@ -52,8 +53,8 @@ def differences(cells: Sequence[Cell], row: str, baseline: str) -> dict[str, Int
     """Returns row minus baseline, the mean over all cells, with the interval over each thing that was drawn.
 
     ``training seeds`` are the cells; without a second one there is no such interval. ``sampling seeds`` are those that
-    all cells share, and ``images`` theirs: what the baseline's images have of luck is in both, and in the first only
-    if each training seed has a baseline of its own.
+    all cells share, and ``images`` theirs, if they were resampled: what the baseline's images have of luck is in both,
+    and in the first only if each training seed has a baseline of its own.
     """
     rows, baselines = ([cell.scores[name] for cell in cells] for name in (row, baseline))
     by_seed = [
@@ -62,9 +63,8 @@ def differences(cells: Sequence[Cell], row: str, baseline: str) -> dict[str, Int
     ]
     found = {"training seeds": interval([fmean(cell) for cell in by_seed])} if len(cells) > 1 else {}
     found["sampling seeds"] = interval([fmean(seed) for seed in zip(*by_seed, strict=True)])
-    if all(scores.replicates for scores in (*rows, *baselines)):
-        found["images"] = image_difference(_together(rows), _together(baselines))
-    return found
+    together = verdict.differences(_together(rows), _together(baselines))
+    return found | ({"images": together["images"]} if "images" in together else {})
 
 
 def _together(rows: Sequence[RowScores]) -> RowScores:

@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.laboratory import Laboratory
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import MethodSpec, Recipe, SearchSpec
+from deme_core.search import from_natural_weights
 from deme_core.verdict import RowScores
 
 # Ways to merge, by row. Each is what it changes in the recipe's search, and its method; None is fixed natural weights,
@@ -21,11 +22,10 @@ MERGES: dict[str, tuple[dict[str, Any] | None, MethodSpec]] = {
     "gp": ({"strategy": "gp"}, MethodSpec()),
     "cma_es, narrow": ({"strategy": "cma_es"}, MethodSpec()),
     "block_weights": ({}, MethodSpec(method="block_weights")),
-    # Weights in the paper's scale: about N times those of task arithmetic.
-    "ties": ({"initial_weight": 1.0}, MethodSpec(method="ties")),
+    "ties": ({}, MethodSpec(method="ties")),
     "dare": ({}, MethodSpec(method="dare")),
     "regmean": (None, MethodSpec(method="regmean")),
-    "regmean, searched": ({"initial_weight": 1.0}, MethodSpec(method="regmean")),
+    "regmean, searched": ({}, MethodSpec(method="regmean")),
 }
 # Around 1/N, as RegMean's search is around 1.
 _NARROW = {"cma_es, narrow"}
@@ -123,18 +123,18 @@ def _models(laboratory: Laboratory, merges: Sequence[str]) -> tuple[dict[str, Ar
     search = recipe.merge.search
     if search is None:
         raise ValueError("the claim is about searched weights: give merge.search")
-    scale = laboratory.found_weights((control,), search, MethodSpec())["weights"]
+    scale = laboratory.found_weights((control,), search, MethodSpec(), is_control=True)["weights"]
     weights: dict[str, list[float]] = {"finetuned": scale}
     rows = {"pretrained": laboratory.pretrained.ref, "finetuned": laboratory.merged((control,), scale)}
     for name in merges:
         changed, method = MERGES[name]
+        among = from_natural_weights(_shared_range(search, len(experts)) if name in _NARROW else search, method)
         row, merged, natural = f"merged, {name}", experts, 1.0 / len(experts)
         if method.method == "regmean":  # What is merged then, by task arithmetic, is confined copies.
             merged, natural, method = laboratory.confined(experts, method.regmean), 1.0, MethodSpec()
         if changed is None:
             weights[row] = [natural] * len(experts)
         else:
-            among = _shared_range(search, len(merged)) if name in _NARROW else search
             weights[row] = laboratory.found_weights(merged, among.model_copy(update=changed), method)["weights"]
         rows[row] = laboratory.merged(merged, weights[row], method)
     if recipe.distill is not None:

@@ -173,9 +173,11 @@ class Laboratory:
         resampled = [metrics["replicates"] for metrics in found]
         return by_metric | {names[0]: RowScores(by_metric[names[0]].by_seed, resampled)}
 
-    def found_weights(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> dict[str, Any]:
+    def found_weights(
+        self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec, *, is_control: bool = False
+    ) -> dict[str, Any]:
         """Returns what a search found, candidate by candidate from the store where they are there."""
-        job = self.search_job(experts, search, method)
+        job = self.search_job(experts, search, method, is_control=is_control)
         return search_artifact(job, self.context.artifacts, lambda jobs: map(self.do, jobs), lambda _: None).metrics
 
     def confined(self, experts: tuple[ArtifactRef, ...], spec: RegMeanSpec) -> tuple[ArtifactRef, ...]:
@@ -201,14 +203,16 @@ class Laboratory:
         )
         return self.do(job).ref
 
-    def search_job(self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec) -> SearchJob:
-        """Returns the search for the weights of experts, or for the scale of the control if it is the only one."""
+    def search_job(
+        self, experts: tuple[ArtifactRef, ...], search: SearchSpec, method: MethodSpec, *, is_control: bool = False
+    ) -> SearchJob:
+        """Returns the search for the weights of experts, or for the scale of the control, which is the only one."""
         return SearchJob(
             pretrained=self.pretrained.ref,
             experts=experts,
             method=method,
             segment_edges=self.edges,
-            is_control=len(experts) == 1,
+            is_control=is_control,
             search=search,
             evaluate=self.recipe.evaluate_for("search"),
             dataset=self.recipe.dataset,

@@ -20,6 +20,7 @@ from typing import Any
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import print_result, print_table
 from deme_core.manifest import ArtifactRef
+from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe import MethodSpec
 from deme_core.recipe_file import load_recipe
 from tasks.jobs import Job, JobResult
@@ -90,9 +91,10 @@ def search_anew(laboratory: Laboratory, settings: dict[str, Any]) -> tuple[dict[
     return exhaust(find_weights(job, laboratory.do(job).metrics["num_weights"], measure), note), steps
 
 
-def cost_to_reach(steps: Sequence[Step], score: float) -> Step | None:
-    """Returns the first step with so low a full score, or None."""
-    return next((step for step in steps if step.score is not None and step.score <= score), None)
+def cost_to_reach(steps: Sequence[Step], score: float, *, metric: str) -> Step | None:
+    """Returns the first step with so good a full score, or None."""
+    sign = -1 if higher_is_better(metric) else 1
+    return next((step for step in steps if step.score is not None and sign * step.score <= sign * score), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -114,9 +116,10 @@ def _measure(laboratory: Laboratory) -> None:
         for name, (result, _) in found.items()
     }
     target, grid_cost = found["grid"][0]["score"], found["grid"][1][-1]
+    metric = laboratory.recipe.evaluate.score_names[0]
     rows, ratios, spent = [], {}, {}
     for name, (result, steps) in found.items():
-        reached = grid_cost if name == "grid" else cost_to_reach(steps, target)
+        reached = grid_cost if name == "grid" else cost_to_reach(steps, target, metric=metric)
         ratios[name] = reached.images / grid_cost.images if reached else None
         spent[name] = steps[-1].images / grid_cost.images
         rows.append(
@@ -143,7 +146,8 @@ def _measure(laboratory: Laboratory) -> None:
         "weights",
         "rank ρ",
     )
-    print_table(f"{laboratory.recipe.name}: finding {len(experts)} merge weights", columns, rows)
+    title = f"{laboratory.recipe.name}: finding {len(experts)} merge weights by {metric}, {direction([metric])}"
+    print_table(title, columns, rows)
     best = min((ratio for name, ratio in ratios.items() if ratio is not None and name != "grid"), default=1.0)
     print_result(
         "search",

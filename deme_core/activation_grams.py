@@ -13,6 +13,7 @@ from deme_core.heldout_loss import draw_in_bin, encode_images
 from deme_core.images import ImageDataset
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
+from deme_core.tf32 import without_tf32
 
 Grams = dict[str, torch.Tensor]
 LinearMap = nn.Linear | nn.Conv2d
@@ -36,6 +37,7 @@ def num_features(layer: LinearMap) -> int:
 
 
 @torch.inference_mode()
+@without_tf32()
 def input_grams(
     model: nn.Module,
     adapter: Adapter,

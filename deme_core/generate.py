@@ -15,6 +15,7 @@ from deme_core.prompts import Prompts
 from deme_core.recipe import Precision, Sampler
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
+from deme_core.tf32 import without_tf32
 
 _AUTOCAST: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCHEDULERS: dict[Sampler, str] = {
@@ -95,6 +96,10 @@ class Sampling:
         if self.sampler == "flow_match_euler" and self.timestep_spacing:
             raise InputError("The sampler flow_match_euler has one spacing only; leave evaluate.timestep_spacing out.")
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
+        is_learned = adapter.scheduler_config.get("variance_type") in ("learned", "learned_range")
+        if self.sampler == "ddpm" and is_learned and not adapter.predicts_variance:
+            # DDPM's posterior variance and diffusers' default; DDIM, which takes no learned one, has it at eta 1.
+            overrides["variance_type"] = "fixed_small"
         scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
         scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)
         scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings(self.num_inference_steps))
@@ -123,13 +128,8 @@ class Sampling:
 
     def convolutions(self) -> AbstractContextManager[Any]:
         """Returns what images are made under: in fp32 without TF32, as features are extracted."""
-        if self.precision != "fp32":
-            return nullcontext()
         # TF32 would let a GPU's images differ from a CPU's, under conditions that call both float32.
-        flags: AbstractContextManager[Any] = torch.backends.cudnn.flags(
-            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-        )
-        return flags
+        return without_tf32() if self.precision == "fp32" else nullcontext()
 
 
 def initial_noise(

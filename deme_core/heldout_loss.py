@@ -16,9 +16,11 @@ from deme_core.errors import NonFiniteImagesError
 from deme_core.families import Adapter, EncodedBatch, encode_batch
 from deme_core.images import ImageDataset, normalize
 from deme_core.seeds import generator
+from deme_core.tf32 import without_tf32
 
 
 @torch.inference_mode()
+@without_tf32()
 def heldout_losses(
     model: nn.Module,
     adapter: Adapter,

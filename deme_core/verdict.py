@@ -103,7 +103,8 @@ def image_difference(candidate: RowScores, baseline: RowScores, confidence: floa
 
         d̄ ± t(B - 1, (1 + confidence) / 2) · s*
 
-    A Student interval and not one of percentiles: resampling shifts all replicates of a Fréchet distance upwards.
+    A Student interval and not one of percentiles: resampling shifts all replicates of a Fréchet distance upwards. It
+    is wider than it must be where images do not far outnumber features (`deme_core.bootstrap`).
 
     Args:
         candidate: scores and replicates of one row.

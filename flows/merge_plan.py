@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from prefect.futures import PrefectFuture
 
 from deme_core.manifest import ArtifactRef
-from deme_core.recipe import MethodSpec, Recipe, SearchSpec
+from deme_core.recipe import MethodSpec, Recipe
+from deme_core.search import from_natural_weights
 from tasks.experts import Expert
 from tasks.jobs import JobResult, MergeJob, SearchJob
 from tasks.stages import merge, search
@@ -45,7 +46,7 @@ class MergePlan:
             method=_SCALE if is_control else self._method(),
             segment_edges=self.segment_edges,
             is_control=is_control,
-            search=self._search(self.recipe.merge.search),
+            search=from_natural_weights(self.recipe.merge.search, self.recipe.merge),
             evaluate=self.recipe.evaluate_for("search"),
             dataset=self.recipe.dataset,
             reference=self.reference,
@@ -70,15 +71,6 @@ class MergePlan:
             weights = tuple(w for w, expert in zip(fixed, experts, strict=False) if expert.merged)
         method = _SCALE if experts is None else self._method()
         return merge(MergeJob(pretrained=self.pretrained, experts=refs, method=method, weights=weights), what)
-
-    def _search(self, spec: SearchSpec) -> SearchSpec:
-        """Returns the search, from where the method's natural weights are 1, not 1/N.
-
-        Confined copies add up to RegMean's merge there, and TIES's weights are those of its mean.
-        """
-        if self.recipe.merge.method in ("regmean", "ties") and spec.initial_weight is None:
-            return spec.model_copy(update={"initial_weight": 1.0})
-        return spec
 
     def _method(self) -> MethodSpec:
         """Returns the method without weights and search; what RegMean does beyond task arithmetic is done before."""

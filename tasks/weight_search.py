@@ -76,7 +76,13 @@ def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, 
         raise InputError(f"merge.search: {shortcoming}.")
     measured, num_segments = _Measurements(job, num_weights, do), len(job.segment_edges) - 1
     total = max_candidates(job.search, num_weights=num_weights, num_segments=num_segments, is_control=job.is_control)
-    batches = search_weights(job.search, num_weights=num_weights, num_segments=num_segments, is_control=job.is_control)
+    batches = search_weights(
+        job.search,
+        num_weights=num_weights,
+        num_copies=len(job.experts),
+        num_segments=num_segments,
+        is_control=job.is_control,
+    )
     candidates: list[Candidate] = []
     for candidate in scored_candidates(batches, measured.scores):
         candidates.append(candidate)
@@ -190,7 +196,10 @@ class _Measurements:
 
 
 def _rank_correlations(candidates: Sequence[Candidate], measured: _Measurements | None) -> dict[str, float]:
-    """Returns Spearman's rank correlation of each proxy that was used with the full scores, if three are there."""
+    """Returns Spearman's rank correlation of each proxy that was used with the full scores, if three are there.
+
+    With few steps it is over the survivors, which are few and were chosen by the proxy: it is lower than over all.
+    """
     full = {c.weights: c.score for c in candidates if not c.rough}
     rough = {c.weights: c.score for c in candidates if c.rough}
     if len(full) < 3:

@@ -38,11 +38,12 @@ def search(
     *,
     num_weights: int,
     num_segments: int,
+    num_copies: int | None = None,
     is_control: bool = False,
     proxy: Objective | None = None,
     rough: Objective | None = None,
 ) -> Iterator[Candidate]:
-    """Runs a whole search on functions in place of models."""
+    """Runs a whole search on functions in place of models, with a copy for each weight unless told otherwise."""
     functions: dict[Kind, Objective | None] = {"full": objective, "loss": proxy, "rough": rough}
 
     def score(batch: Batch) -> Iterator[float]:
@@ -50,5 +51,11 @@ def search(
         assert function is not None
         return map(function, batch.weights)
 
-    batches = search_weights(spec, num_weights=num_weights, num_segments=num_segments, is_control=is_control)
+    batches = search_weights(
+        spec,
+        num_weights=num_weights,
+        num_copies=num_copies or num_weights,
+        num_segments=num_segments,
+        is_control=is_control,
+    )
     return scored_candidates(batches, score)

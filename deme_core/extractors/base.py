@@ -14,6 +14,7 @@ from deme_core.digests import canonical_json, sha256_bytes, sha256_file
 from deme_core.downloads import download_once
 from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError
 from deme_core.store import folder_and_key, not_found, open_store
+from deme_core.tf32 import without_tf32
 
 # A CPU is fastest where activations fit its cache (64 images at 64 pixels); a GPU wants more at once.
 _PIXELS_PER_CHUNK_CPU, _PIXELS_PER_CHUNK_GPU = 2**18, 2**21
@@ -73,7 +74,7 @@ class NetworkExtractor:
                 f"{images.dtype} {tuple(images.shape)}."
             )
         # TF32 would let a GPU's features differ from a CPU's in the third digit.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with without_tf32():
             chunks = [self.network(self.prepare(chunk)).float().cpu() for chunk in images.split(self.chunk_size)]
         return torch.cat(chunks).numpy()
 

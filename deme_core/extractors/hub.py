@@ -53,4 +53,5 @@ def _downloaded_folder(repo_id: str, names: Sequence[str], revisions: Sequence[s
                 raise
             continue
         break
-    return [Path(hf_hub_download(repo_id, name, revision=revision)) for name in names][0].parent
+    paths = [Path(hf_hub_download(repo_id, name, revision=revision)) for name in names]
+    return paths[0].parent

@@ -26,6 +26,7 @@ class Adapter:
         frozen_parts: subfolders that the pipeline cannot do without, besides denoiser and scheduler.
         conditioned_on: what the denoiser is told beside the timestep.
         scheduler_overrides: what sampling and training take otherwise than scheduler_config.json says.
+        predicts_variance: whether `predict` hands on the variance of a denoiser that learned one.
 
     Args:
         denoiser_config: config.json of the denoiser.
@@ -41,6 +42,7 @@ class Adapter:
     frozen_parts: ClassVar[tuple[str, ...]] = ()
     conditioned_on: ClassVar[Literal["nothing", "captions", "labels"]] = "nothing"
     scheduler_overrides: ClassVar[Mapping[str, Any]] = {}
+    predicts_variance: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ import torch
 from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import read_json
 from deme_core.noise_process import Diffusion, FlowMatching, NoiseProcess
+from deme_core.tf32 import without_tf32
 
 
 class LatentAdapter(FrozenPartsAdapter):
@@ -41,13 +42,16 @@ class LatentAdapter(FrozenPartsAdapter):
             InputError: the images are not of the size that the model makes.
         """
         self._check_shape(images)
-        latents = self.vae.to(self.device).encode(images.to(self.device)).latent_dist.mode()
+        with without_tf32():
+            latents = self.vae.to(self.device).encode(images.to(self.device)).latent_dist.mode()
         return (latents - self._shift) * self._scale
 
     @torch.no_grad()
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns the images that latents stand for."""
-        return self.vae.to(self.device).decode(latents / self._scale + self._shift).sample
+        with without_tf32():
+            images: torch.Tensor = self.vae.to(self.device).decode(latents / self._scale + self._shift).sample
+        return images
 
     @property
     def _scale(self) -> float:

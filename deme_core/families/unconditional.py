@@ -15,6 +15,7 @@ class Unconditional(Adapter):
     pipelines = ("DDPMPipeline", "DDIMPipeline")
     denoiser_classes = ("UNet2DModel",)
     denoiser_part = "unet"
+    predicts_variance = True
 
     @cached_property
     def noise_process(self) -> NoiseProcess:

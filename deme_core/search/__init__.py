@@ -7,7 +7,7 @@ chance.
 
 import math
 
-from deme_core.recipe import SearchSpec
+from deme_core.recipe import MethodSpec, SearchSpec
 from deme_core.search.candidates import (
     Batch,
     Candidate,
@@ -35,23 +35,37 @@ __all__ = [
     "Search",
     "Weights",
     "best_candidate",
+    "from_natural_weights",
     "max_candidates",
     "scored_candidates",
     "search_weights",
 ]
 
 
-def search_weights(spec: SearchSpec, *, num_weights: int, num_segments: int, is_control: bool = False) -> Search:
+def from_natural_weights(spec: SearchSpec, method: MethodSpec) -> SearchSpec:
+    """Returns the search, from where the method's natural weights are 1, not 1/N, unless it says itself from where.
+
+    Confined copies add up to RegMean's merge there, and TIES's weights are those of its mean.
+    """
+    if method.method in ("regmean", "ties") and spec.initial_weight is None:
+        return spec.model_copy(update={"initial_weight": 1.0})
+    return spec
+
+
+def search_weights(
+    spec: SearchSpec, *, num_weights: int, num_copies: int, num_segments: int, is_control: bool = False
+) -> Search:
     """Yields batch after batch; the candidates are what `scored_candidates` makes of them.
 
     Args:
         spec: the strategy and its settings. ``quadratic``, ``tpe`` and ``cma_es`` ask for losses first. With
             ``few_steps`` all candidates get a rough score, and the survivors alone the full one.
-        num_weights: N, or 1 for the control, whose single weight scales its task vector.
+        num_weights: one per copy, or one per copy and block; 1 for the control, whose task vector it scales.
+        num_copies: those that are merged: N, less those that the gate dropped. A search starts at the mean of them.
         num_segments: N; the control took N times the steps of a segment.
         is_control: search the control's scale, which starts at 1.
     """
-    start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_weights
+    start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_copies
     starts = [(start,) * num_weights]
     if is_control:
         spec = spec.model_copy(update={"max_weight": max(spec.max_weight, _CONTROL_REACH), "min_weight": 0.0})

@@ -24,7 +24,8 @@ def _coordinate(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
 
 
 def _quadratic(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
-    return line_search(starts[0], max_weight=spec.max_weight, max_candidates=spec.max_candidates)
+    minimum, equal = starts
+    return line_search(minimum, equal=equal, max_weight=spec.max_weight, max_candidates=spec.max_candidates)
 
 
 def _optuna(sampler: Literal["tpe", "cma_es", "gp"], spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:

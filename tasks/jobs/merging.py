@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, RegMeanSpec, SearchSpec
-from tasks.jobs.base import Job
+from tasks.jobs.base import IMAGES_MEND, Job
 
 
 class GramsJob(Job):
@@ -48,7 +48,7 @@ class SearchJob(Job):
 
     stage: ClassVar[str] = "problem"
     work: ClassVar[str] = "search"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec
@@ -87,6 +87,7 @@ class ScoreJob(CandidateJob):
     """
 
     work: ClassVar[str] = "score"
+    memory_mend: ClassVar[str] = IMAGES_MEND
     evaluate: EvaluateSpec
     seeds: tuple[int, ...]
     num_images: int

@@ -2,9 +2,11 @@
 
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from deme_core.errors import NonFiniteImagesError
 from deme_core.generate import SingleModel
+from deme_core.recipe import EvaluateSpec
 from tasks.jobs import ScoreJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.live_model import live_merge, merge_inputs
@@ -15,13 +17,20 @@ from tasks.work.scoring import build_evaluation, evaluation_settings
 def identity(job: ScoreJob, context: JobContext) -> Identity:
     """Models, weights, real images, seeds and sampling: whichever search asks, the score is the same."""
     inputs, merge = merge_inputs(job)
-    report_only = {"seeds", "num_images", "num_reference_images", "batch_size"}
     sampling = {
-        "evaluate": evaluation_settings(job.evaluate, context, exclude=report_only),
+        "evaluate": candidate_settings(job.evaluate, context),
         "seeds": list(job.seeds),
         "num_images": job.num_images,
     }
     return Identity(settings={"kind": "score"} | merge | sampling, inputs=inputs | {"reference": job.reference.digest})
+
+
+def candidate_settings(evaluate: EvaluateSpec, context: JobContext) -> dict[str, Any]:
+    """Returns what of an evaluation decides the score of a candidate, which is neither the report's nor resampled."""
+    report_only = {"seeds", "num_images", "num_reference_images", "batch_size", "num_bootstrap"}
+    settings = evaluation_settings(evaluate, context, exclude=report_only)
+    # Digests have had the default number of resamples from the start: scores that were paid for are found by it.
+    return settings | {"num_bootstrap": EvaluateSpec.model_fields["num_bootstrap"].default}
 
 
 def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:

@@ -9,18 +9,17 @@ from deme_core.merge_methods.build import num_weights
 from deme_core.model_folder import open_model_folder
 from tasks.jobs import SearchJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.scoring import evaluation_settings
+from tasks.work.score import candidate_settings
 
 
 def identity(job: SearchJob, context: JobContext) -> Identity:
     """Models, real images, strategy and sampling; the report's seeds and counts are no part of it."""
     inputs = {"pretrained": job.pretrained.digest, "reference": job.reference.digest}
     inputs |= {f"expert-{index}": expert.digest for index, expert in enumerate(job.experts)}
-    report_only = {"seeds", "num_images", "num_reference_images", "batch_size"}
     return Identity(
         settings={
             "search": job.search.model_dump(mode="json", exclude={"num_reference_images"}),
-            "evaluate": evaluation_settings(job.evaluate, context, exclude=report_only),
+            "evaluate": candidate_settings(job.evaluate, context),
             "segment_edges": list(job.segment_edges),
             "is_control": job.is_control,
             "merge": job.method.settings(),

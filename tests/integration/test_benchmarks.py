@@ -88,8 +88,10 @@ def test_the_cache_benchmark_ends_with_its_result(capsys: pytest.CaptureFixture[
 
 def test_a_search_is_done_when_a_full_score_is_as_good_as_the_grids() -> None:
     steps = [search.Step(1.0, 75.0, None), search.Step(2.0, 300.0, 5.0), search.Step(3.0, 600.0, 4.0)]
-    assert search.cost_to_reach(steps, 4.0) == steps[2]
-    assert search.cost_to_reach(steps, 3.9) is None
+    assert search.cost_to_reach(steps, 4.0, metric="fid") == steps[2]
+    assert search.cost_to_reach(steps, 3.9, metric="fid") is None
+    assert search.cost_to_reach(steps, 4.5, metric="clip_score") == steps[1]
+    assert search.cost_to_reach(steps, 5.1, metric="clip_score") is None
 
 
 def test_both_contestants_of_the_merging_benchmark_write_the_same_merge(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """The jobs of a search on real models: scores in the store outlive a killed search, and are shared by searches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from deme_core.errors import InputError, NonFiniteImagesError
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
 from deme_core.settings import Settings
-from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, RealFeaturesJob, ReferenceJob, SearchJob
+from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, RealFeaturesJob, ReferenceJob, ScoreJob, SearchJob
 from tasks.weight_search import search_artifact
 from tasks.work.base import JobContext, execute
+from tasks.work.score import candidate_settings
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
@@ -49,7 +51,7 @@ class Laboratory:
                 self.measured.append(job)
             yield result
 
-    def search(self, *experts: int, **settings: Any) -> JobResult:
+    def search(self, *experts: int, evaluate: Mapping[str, Any] = MappingProxyType({}), **settings: Any) -> JobResult:
         job = SearchJob(
             pretrained=self.models[0],
             experts=tuple(self.models[expert] for expert in experts),
@@ -57,7 +59,7 @@ class Laboratory:
             segment_edges=(0, 500, 1000),
             is_control=len(experts) == 1,
             search=SearchSpec.model_validate({"num_images": 4} | settings),
-            evaluate=EVALUATE,
+            evaluate=EVALUATE.model_copy(update=evaluate),
             dataset=DATASET,
             reference=self.reference,
         )
@@ -90,6 +92,20 @@ def test_a_finished_search_asks_for_nothing(laboratory: Laboratory) -> None:
     assert (again.cached, again.ref) == (True, first.ref)
     assert again.metrics["weights"] == list(first.metrics["weights"])
     assert not laboratory.measured
+
+
+@pytest.mark.parametrize("num_bootstrap", [0, 200])
+def test_candidates_are_not_resampled_so_that_resamples_change_no_search(
+    num_bootstrap: int, laboratory: Laboratory
+) -> None:
+    first = laboratory.search(1, 2, max_candidates=3)
+    laboratory.measured.clear()
+    again = laboratory.search(1, 2, max_candidates=3, evaluate={"num_bootstrap": num_bootstrap})
+    assert (again.cached, again.ref) == (True, first.ref)
+    laboratory.search(1, 2, max_candidates=3, few_steps=1, evaluate={"num_bootstrap": num_bootstrap})
+    assert {job.evaluate.num_inference_steps for job in laboratory.measured if isinstance(job, ScoreJob)} == {1}
+    # What the digests of the default were before.
+    assert candidate_settings(EVALUATE, laboratory.context)["num_bootstrap"] == 100
 
 
 def test_what_one_search_scored_another_does_not(laboratory: Laboratory) -> None:

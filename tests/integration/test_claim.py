@@ -1,6 +1,7 @@
 """The laboratory of the claim: what its verdict is made of, and that it does nothing twice."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from benchmarks.measurement import QUICK_OVERRIDES
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import SearchSpec
 from deme_core.recipe_file import load_recipe
+from deme_core.settings import Settings
 from deme_core.verdict import Interval, RowScores, image_difference, interval
 from tasks.jobs import (
     ConfineJob,
@@ -21,7 +23,9 @@ from tasks.jobs import (
     Job,
     JobResult,
     MergeJob,
+    SearchJob,
 )
+from tasks.work.base import JobContext
 from tests.integration.test_benchmarks import last_line
 
 BASELINE = [[10.0, 11.0, 12.5], [20.0, 19.0, 21.0], [15.0, 14.0, 15.5]]  # training seeds x sampling seeds
@@ -90,6 +94,21 @@ def test_resampled_images_of_all_training_seeds_are_one_interval() -> None:
     assert (images.mean, images.low) == pytest.approx((-1.0, alone.low)), "the resamples are common: no more of them"
 
 
+def test_a_claim_without_resamples_rests_on_the_other_intervals() -> None:
+    """With `evaluate.num_bootstrap=0` each seed has an empty list of resamples."""
+
+    def scores(by_seed: list[float]) -> RowScores:
+        return RowScores(by_seed, [[]] * 3)
+
+    rows = {row: scores([10.0, 10.1, 10.2]) for row in ("pretrained", "finetuned")}
+    cells = [
+        claim_cell.Cell("fid", rows | {"merged, cma_es": scores(merged)}, weights={}, heldout={})
+        for merged in ([9.0, 9.1, 9.2], [9.0, 9.1, 9.3])
+    ]
+    assert set(claim.differences(cells, "merged, cma_es", "finetuned")) == {"training seeds", "sampling seeds"}
+    assert claim.outcome(cells)["holds"]
+
+
 def test_a_cell_does_nothing_twice_and_a_second_way_to_merge_only_what_is_new(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +162,31 @@ def test_the_deciding_metric_is_the_recipes_first_whatever_order_a_manifest_has(
         ("fd_efficientnet_lite0", RowScores([5.0] * 3)),
     ]
     assert Laboratory().scores((ref,)) == [0.1] * 3  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(("asked", "natural"), [(None, 1.0), (0.4, 0.4)])
+def test_searches_start_where_the_flow_has_them_start_and_only_the_control_is_one(
+    asked: float | None, natural: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("digits", ["segments.count=1", f"merge.search.initial_weight={asked or 'null'}"])
+    done = JobResult(ArtifactRef("file:///any/any/" + "0" * 64, "0" * 64), {"weights": [0.5]}, True, 0.0, 0.0)
+    searches = list[SearchJob]()
+
+    def build(self: Laboratory) -> None:
+        self.recipe, self.pretrained, self.edges = recipe, done, (0, 1000)
+        self.context = JobContext(Settings(), "cpu")
+
+    def search(job: SearchJob, *_: Any) -> JobResult:
+        searches.append(job)
+        return done
+
+    monkeypatch.setattr(Laboratory, "__init__", build)
+    monkeypatch.setattr(Laboratory, "do", lambda _self, _job: done)
+    monkeypatch.setattr("benchmarks.laboratory.search_artifact", search)
+    claim_cell._models(Laboratory(), ["cma_es", "ties", "regmean, searched"])  # type: ignore[call-arg]
+    # One segment has one copy, as the control is one.
+    assert [job.is_control for job in searches] == [True, False, False, False]
+    assert [job.search.initial_weight for job in searches] == [asked, asked, natural, natural]
 
 
 def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deme_core.generate import Sampling, SingleModel, generate, initial_noise
 from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from deme_core.projection import attach_projections, fold_projections, is_projection
 from deme_core.prompts import Prompts
+from deme_core.recipe import Sampler
 from deme_core.seeds import generator
 from tests.tiny_models import one_level_unet, randomize_projections, tiny_images, write_tiny_folder
 from tests.tiny_pipelines import PIPELINES, flux, save_pipeline
@@ -41,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def sampling_for(adapter: Adapter, **settings: Any) -> Sampling:
-    return Sampling(adapter.noise_process.samplers[0], **{"num_inference_steps": 3, **settings})
+    return Sampling(**{"sampler": adapter.noise_process.samplers[0], "num_inference_steps": 3, **settings})
 
 
 def images_of(folder: ModelFolder, **settings: Any) -> torch.Tensor:
@@ -258,6 +260,36 @@ def test_text_to_image_needs_prompts(folders: Folders) -> None:
 def test_a_sampler_must_fit_the_model(name: str, sampler: Any, known: str, folders: Folders) -> None:
     with pytest.raises(InputError, match=rf"The sampler {sampler} does not fit a {name}; .* to {known}"):
         Sampling(sampler).build_scheduler(folders(name).adapter())
+
+
+@pytest.mark.parametrize("name", ["IFPipeline", "DiTPipeline", "PixArtAlphaPipeline"])
+@pytest.mark.parametrize("variance_type", ["learned", "learned_range"])
+def test_ddpm_takes_a_fixed_variance_where_a_learned_one_is_left_out(
+    name: str, variance_type: str, folders: Folders
+) -> None:
+    def with_variance(variance_type: str) -> ModelFolder:
+        folder = folders(name)
+        return replace(folder, scheduler_config={**folder.scheduler_config, "variance_type": variance_type})
+
+    def recorded(variance_type: str, sampler: Sampler) -> Any:
+        scheduler = Sampling(sampler).build_scheduler(with_variance(variance_type).adapter())
+        return scheduler.config["variance_type"]
+
+    assert recorded(variance_type, "ddpm") == "fixed_small"
+    assert recorded("fixed_large", "ddpm") == "fixed_large"
+    assert recorded(variance_type, "ddim") == variance_type, "DDIM has no use for it, and conditions are what they were"
+    images, fixed = (images_of(with_variance(each), sampler="ddpm") for each in (variance_type, "fixed_small"))
+    assert images.equal(fixed)
+
+
+def test_an_autoencoder_works_without_tf32(folders: Folders) -> None:
+    adapter, seen = folders("StableDiffusionPipeline").adapter(), list[bool]()
+    for part in (adapter.vae.encoder, adapter.vae.decoder):
+        part.conv_in.register_forward_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        adapter.decode_latents(adapter.encode_images(tiny_images(1, size=16, channels=3)))
+        assert torch.backends.cudnn.allow_tf32, "what is trained has its own setting"
+    assert seen == [False, False]
 
 
 def test_flow_matching_has_no_choice_of_spacing(folders: Folders) -> None:

@@ -94,3 +94,22 @@ def test_the_spread_of_replicates_is_that_of_fresh_image_sets() -> None:
     counts = resample(400, num_replicates=200, seed=1)
     spreads = [replicates("fid", draw(400, 4, seed=s, shift=0.2), reference, counts).std() for s in range(300, 310)]
     assert np.mean(spreads) == pytest.approx(np.std(fresh), rel=0.2)
+
+
+def test_of_fewer_images_than_features_the_bootstrap_is_too_wide_and_never_too_narrow() -> None:
+    """Else a verdict would not be safe with the few images that a small machine can make."""
+    reference = Reference(draw(500, 64, seed=0), "inception")
+
+    def other_row(features: np.ndarray) -> np.ndarray:
+        return (np.tanh(features) * 1.1 + 0.05).astype(np.float32)
+
+    sets = [draw(40, 64, seed=seed, shift=0.2) for seed in range(1, 200)]
+    fresh = np.array([[frechet_distance_to(reference, f) for f in (one, other_row(one))] for one in sets])
+    spreads = []
+    for seed in range(300, 310):
+        features, counts = draw(40, 64, seed=seed, shift=0.2), resample(40, num_replicates=100, seed=seed)
+        row, other = (replicates("fid", f, reference, counts) for f in (features, other_row(features)))
+        spreads.append((row.std(), (row - other).std()))
+    of_row, of_difference = np.min(spreads, axis=0)
+    assert of_row > fresh[:, 0].std()
+    assert of_difference > (fresh[:, 0] - fresh[:, 1]).std()

@@ -74,6 +74,15 @@ def test_the_batch_size_changes_nothing(digits: ImageDataset) -> None:
     np.testing.assert_allclose(small, large, rtol=1e-4)
 
 
+def test_tf32_is_off_while_losses_are_measured(digits: ImageDataset) -> None:
+    model, seen = tiny_unet().eval(), set()
+    model.conv_in.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.allow_tf32))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        heldout_losses(model, tiny_adapter(), digits, edges=(0, 1000))
+        assert torch.backends.cudnn.allow_tf32, "what is trained has its own setting"
+    assert seen == {False}
+
+
 def test_models_see_the_same_noise_and_another_seed_other_noise(digits: ImageDataset) -> None:
     adapter = tiny_adapter()
     first, second = (heldout_losses(Constant(value), adapter, digits, edges=(0, 1000)) for value in (0.0, 1e-9))

@@ -93,6 +93,14 @@ def test_inputs_differ_between_segments_and_repeat(grams_of: GramsOf) -> None:
     assert not torch.allclose(low["time_embedding.linear_1"], high["time_embedding.linear_1"])
 
 
+def test_tf32_is_off_while_inputs_are_measured(grams_of: GramsOf) -> None:
+    model, seen = tiny_unet(), set()
+    model.conv_in.register_forward_hook(lambda *_: seen.add(torch.backends.cudnn.allow_tf32))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        grams_of(model, SEGMENTS[0])
+    assert seen == {False}
+
+
 def test_equal_experts_are_kept_as_one_is(grams_of: GramsOf) -> None:
     pretrained, expert = tiny_unet(), randomize(tiny_unet(), seed=1, scale=0.02)
     grams = [grams_of(expert, segment) for segment in SEGMENTS]

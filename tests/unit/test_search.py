@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deme_core.recipe import SearchSpec
-from deme_core.search import Candidate, Weights, best_candidate, max_candidates, search_weights
+from deme_core.recipe import MethodSpec, SearchSpec
+from deme_core.search import (
+    Candidate,
+    Weights,
+    best_candidate,
+    from_natural_weights,
+    max_candidates,
+    search_weights,
+)
 from deme_core.search.coordinate import coordinate_search
 from deme_core.search.grid import control_values, grid_search
 from tests.counted import candidates_of, quadratic, search
@@ -177,6 +184,24 @@ def test_a_single_segment_starts_where_the_recipe_says_too() -> None:
     assert [next(found).weights for _ in range(2)] == [(0.0,), (0.7,)]
 
 
+@pytest.mark.parametrize("num_copies", [1, 2])
+def test_a_weight_per_block_starts_where_one_per_copy_does(num_copies: int) -> None:
+    # Of two segments: with one copy the gate has dropped the other. A copy has three blocks.
+    num_weights, start = 3 * num_copies, (1 / num_copies,) * (3 * num_copies)
+    counts = {"num_weights": num_weights, "num_copies": num_copies, "num_segments": 2}
+    coordinate = search(quadratic((0.5,) * num_weights), SearchSpec(), **counts)
+    assert [next(coordinate).weights for _ in range(2)] == [(0.0,) * num_weights, start]
+    fit = next(search_weights(SearchSpec(strategy="quadratic"), **counts))
+    assert max(fit.weights[1]) == start[0], "the step of the fit"
+
+
+def test_weights_start_at_one_where_that_is_natural_and_nothing_else_was_asked_for() -> None:
+    for method, start in [("regmean", 1.0), ("ties", 1.0), ("task_arithmetic", None), ("block_weights", None)]:
+        spec = MethodSpec.model_validate({"method": method})
+        assert from_natural_weights(SearchSpec(), spec).initial_weight == start
+        assert from_natural_weights(SearchSpec(initial_weight=0.3), spec).initial_weight == 0.3
+
+
 def test_the_best_candidate_is_the_earliest_of_the_lowest() -> None:
     candidates = [Candidate((0.0,), 2.0), Candidate((0.5,), 1.0), Candidate((1.0,), 1.0)]
     assert best_candidate(candidates) is candidates[1]
@@ -185,7 +210,7 @@ def test_the_best_candidate_is_the_earliest_of_the_lowest() -> None:
 @pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"])
 def test_every_strategy_proposes_several_candidates_at_once(strategy: str) -> None:
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 12})
-    batches = search_weights(spec, num_weights=2, num_segments=2)
+    batches = search_weights(spec, num_weights=2, num_copies=2, num_segments=2)
     batch, sizes = next(batches), list[int]()
     with contextlib.suppress(StopIteration):
         while True:

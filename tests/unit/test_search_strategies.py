@@ -39,6 +39,30 @@ def test_a_fit_stays_within_its_bounds() -> None:
     assert found == pytest.approx((2.0, 0.0), abs=1e-3)
 
 
+@pytest.mark.parametrize("curvature", [(1e-4, 1e-4), (1e-5, 1e-4), (1e-5, 1e-2)])
+def test_a_fit_of_losses_that_hardly_differ_finds_their_minimum(curvature: Weights) -> None:
+    """Merges change a loss, relative to the pretrained model's, by a thousandth or less."""
+
+    def loss(weights: Weights) -> float:
+        return 1.0 + sum(c * (w - o) ** 2 for c, w, o in zip(curvature, weights, (0.9, 0.3), strict=True))
+
+    assert minimum_of(loss, num_weights=2, step=0.25, max_weight=2.0) == pytest.approx((0.9, 0.3), abs=2e-4)
+
+
+@pytest.mark.parametrize("ridge", [0.4, 1.6])
+def test_of_a_saddle_the_lowest_place_within_the_bounds_is_found(ridge: float) -> None:
+    # Downhill from the start is the nearer bound of the second weight; the farther one is lower.
+    def loss(weights: Weights) -> float:
+        return 1.0 + 1e-3 * ((weights[0] - 0.5) ** 2 - (weights[1] - ridge) ** 2)
+
+    found = minimum_of(loss, num_weights=2, step=0.25 if ridge < 1 else 1.75, max_weight=2.0)
+    assert found == pytest.approx((0.5, 2.0 if ridge < 1 else 0.0), abs=1e-3)
+
+
+def test_a_flat_loss_leaves_a_fit_where_it_starts() -> None:
+    assert minimum_of(lambda _: 1.0, num_weights=2, step=0.5, max_weight=2.0) == (0.5, 0.5)
+
+
 def test_the_full_score_decides_how_far_along_the_fit_to_go() -> None:
     # The proxy's minimum points the right way and goes twice too far.
     proxy, objective = bowl((0.4, 0.8), 0.0), bowl((0.2, 0.4), 0.0)
@@ -54,6 +78,8 @@ def test_a_proxy_that_rises_everywhere_leaves_the_line_of_equal_weights() -> Non
     spec = SearchSpec(strategy="quadratic", max_candidates=8)
     found = list(search(bowl((0.5, 0.5)), spec, num_weights=2, num_segments=2, proxy=bowl((-1.0, -1.0))))
     assert found[1].weights == (0.5, 0.5)
+    blocks = search(bowl((0.5,) * 4), spec, num_weights=4, num_copies=2, num_segments=2, proxy=bowl((-1.0,) * 4))
+    assert [next(blocks).weights for _ in range(2)] == [(0.0,) * 4, (0.5,) * 4]
 
 
 def test_no_way_leads_back_beyond_the_pretrained_model() -> None:

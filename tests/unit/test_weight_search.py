@@ -103,6 +103,12 @@ def test_a_rough_score_is_the_full_score_of_fewer_steps_and_of_the_deciding_metr
     assert {job.evaluate.metrics for job in scores} == {("fid",)}
 
 
+def test_weights_of_blocks_start_at_the_mean_of_the_copies() -> None:
+    workers = Workers(1)
+    exhaust(find_weights(search_job({}), 6, workers), lambda _: None)
+    assert [job.weights for job in workers.done[:2] if isinstance(job, ScoreJob)] == [(0.0,) * 6, (0.5,) * 6]
+
+
 def test_progress_comes_while_a_batch_is_measured() -> None:
     workers, records = Workers(1), find_weights(search_job({"strategy": "grid"}), 2, lambda jobs: workers(jobs))
     first = next(records)
