@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 from deme_core.errors import DemeError
 from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
-from deme_core.store import open_store
+from deme_core.store import ObjectStore, open_store
 from flows.environment import make_folders
 from tasks.error_messages import error_message
 from tasks.jobs import JOBS, Job, JobResult
@@ -43,14 +43,14 @@ def run_job(kind: str, content: dict[str, Any], sender: str, device: Literal["au
         store.put_bytes(outcome_key(str(flow_run.id)), json.dumps(outcome).encode())
 
     try:
-        result = _run(JOBS[kind].model_validate(content), sender, ExecutionSpec(device=device))
+        result = _run(JOBS[kind].model_validate(content), store, sender, ExecutionSpec(device=device))
     except DemeError as error:
         leave(error_message(error))
         raise
     leave({"result": result.to_dict()})
 
 
-def _run(job: Job, sender: str, execution: ExecutionSpec) -> JobResult:
+def _run(job: Job, store: ObjectStore, sender: str, execution: ExecutionSpec) -> JobResult:
     logger = get_run_logger()
     pool = WorkerPool(
         plan_slots(execution, job.num_processes),
@@ -63,7 +63,7 @@ def _run(job: Job, sender: str, execution: ExecutionSpec) -> JobResult:
                 move_bar(record["global_step"] / record["num_steps"])
 
         try:
-            with while_sender_runs(sender, pool.close):
+            with while_sender_runs(store, sender, pool.close):
                 result = pool.run(job, report)
         finally:
             pool.close()

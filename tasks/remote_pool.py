@@ -24,7 +24,7 @@ from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
 from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
-from tasks.remote_sender import outcome_key, sign, unsign
+from tasks.remote_sender import outcome_key, signed
 from tasks.worker_pool import Report
 
 T = TypeVar("T")
@@ -46,6 +46,7 @@ class RemotePool:
     def __init__(self, execution: ExecutionSpec, store: ObjectStore, flow_run_id: str) -> None:
         self._gpu_stages, self._store, self._flow_run_id = set(execution.gpu_stages), store, flow_run_id
         self._device = execution.device
+        self._signature = contextlib.ExitStack()
         bound = execution.num_workers
         self._places = threading.BoundedSemaphore(bound) if bound else contextlib.nullcontext()
         self._running: set[UUID] = set()
@@ -70,7 +71,7 @@ class RemotePool:
                         "registers it, or set execution.runner to local."
                     ) from error
         check_access(self._store)
-        sign(self._store, self._flow_run_id)
+        self._signature.enter_context(signed(self._store, self._flow_run_id))
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Has ``job`` done by a worker of its pool and returns its result.
@@ -163,8 +164,7 @@ class RemotePool:
         with self._lock:
             self._closed = True
             running = set(self._running)
-        with contextlib.suppress(DemeError):
-            unsign(self._store, self._flow_run_id)
+        self._signature.close()
         if running:
             # Of a server that is away nothing can be asked; the workers see for themselves that this run has ended.
             with contextlib.suppress(httpx.HTTPError), get_client(sync_client=True) as client:

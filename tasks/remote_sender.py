@@ -2,12 +2,14 @@
 
 With another store, by the same URI perhaps, a worker would train for hours and leave the outcome where nobody looks. So
 a flow signs in its store, under its own id, with its version. And a flow whose process is killed cancels nothing: its
-jobs see in Prefect, some minutes later, that it has ended, and end, too.
+jobs see in Prefect, some minutes later, that it has ended, and end, too. A server with too much to do may say that of a
+flow that lives; so it signs again and again, and has ended only when it does not.
 """
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from importlib.metadata import version
 from uuid import UUID
 
@@ -15,10 +17,12 @@ import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
-from deme_core.errors import ArtifactNotFoundError, DemeError, InputError
-from deme_core.store import ObjectStore
+from deme_core.errors import ArtifactNotFoundError, DemeError, InputError, StoreUnavailableError
+from deme_core.store import ObjectStore, store_time
 
 _LOOK_SECONDS = 20.0
+_SIGN_SECONDS = 20.0
+_LEASE = timedelta(seconds=5 * _SIGN_SECONDS)
 
 
 def outcome_key(flow_run_id: str) -> str:
@@ -40,8 +44,30 @@ def sign(store: ObjectStore, flow_run_id: str) -> None:
     store.put_bytes(_signature_key(flow_run_id), version("deme").encode())
 
 
+@contextlib.contextmanager
+def signed(store: ObjectStore, flow_run_id: str) -> Iterator[None]:
+    """Keeps this flow run's signature fresh, and takes it away in the end: it wants no more outcomes then."""
+    sign(store, flow_run_id)
+    done = threading.Event()
+
+    def renew() -> None:
+        while not done.wait(_SIGN_SECONDS):
+            with contextlib.suppress(DemeError):  # A store that is away for minutes ends jobs by itself.
+                sign(store, flow_run_id)
+
+    thread = threading.Thread(target=renew, name="signing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()  # Else it might sign once more.
+        with contextlib.suppress(DemeError):
+            unsign(store, flow_run_id)
+
+
 def unsign(store: ObjectStore, flow_run_id: str) -> None:
-    """Takes it away: this flow run wants no more outcomes."""
+    """Takes the signature away."""
     store.delete(_signature_key(flow_run_id))
 
 
@@ -52,7 +78,7 @@ def check_sender(store: ObjectStore, flow_run_id: str) -> None:
         InputError: it is of another version, or its signature is not in this store.
         DemeError: it has ended.
     """
-    if _has_ended(flow_run_id):
+    if _has_ended(store, flow_run_id):
         unsign(store, flow_run_id)  # If it was killed it has not done that itself.
         raise DemeError("The run which sent this job has ended.")
     try:
@@ -67,13 +93,13 @@ def check_sender(store: ObjectStore, flow_run_id: str) -> None:
 
 
 @contextlib.contextmanager
-def while_sender_runs(flow_run_id: str, stop: Callable[[], None]) -> Iterator[None]:
+def while_sender_runs(store: ObjectStore, flow_run_id: str, stop: Callable[[], None]) -> Iterator[None]:
     """Calls ``stop``, in another thread, if the flow run ends meanwhile."""
     done = threading.Event()
 
     def look() -> None:
         while not done.wait(_LOOK_SECONDS):
-            if _has_ended(flow_run_id):
+            if _has_ended(store, flow_run_id):
                 stop()
                 return
 
@@ -84,11 +110,17 @@ def while_sender_runs(flow_run_id: str, stop: Callable[[], None]) -> Iterator[No
         done.set()
 
 
-def _has_ended(flow_run_id: str) -> bool:
-    """Returns whether Prefect says so; a server that is away, or knows no such run, says nothing."""
+def _has_ended(store: ObjectStore, flow_run_id: str) -> bool:
+    """Returns whether Prefect says so, and no signature says otherwise; whoever is away says nothing."""
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(flow_run_id)).state
-    except (httpx.HTTPError, ObjectNotFound):
+        return state is not None and state.is_final() and not _signed_lately(store, flow_run_id)
+    except (httpx.HTTPError, ObjectNotFound, StoreUnavailableError):
         return False
-    return state is not None and state.is_final()
+
+
+def _signed_lately(store: ObjectStore, flow_run_id: str) -> bool:
+    key = _signature_key(flow_run_id)
+    found = [each for each in store.list(key) if each.key == key]
+    return bool(found) and store_time(store) - found[0].modified < _LEASE

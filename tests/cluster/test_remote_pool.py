@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
 
@@ -91,17 +92,23 @@ def test_a_job_ends_with_the_run_that_sent_it(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_sender, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(remote_sender, "_SIGN_SECONDS", 0.2)
+    monkeypatch.setattr(remote_sender, "_LEASE", timedelta(seconds=3))
     store, stopped = FileStore(tmp_path), threading.Event()
     with get_client(sync_client=True) as client:
         sender = client.create_flow_run(train, parameters={"recipe": training_recipe()}, state=Running())
-        remote_sender.sign(store, str(sender.id))
-        remote_sender.check_sender(store, str(sender.id))
-        with remote_sender.while_sender_runs(str(sender.id), stopped.set):
-            assert not stopped.wait(1)
-            client.set_flow_run_state(sender.id, Crashed())
+        sender_id = str(sender.id)
+        with remote_sender.signed(store, sender_id):
+            remote_sender.check_sender(store, sender_id)
+            with remote_sender.while_sender_runs(store, sender_id, stopped.set):
+                assert not stopped.wait(1)
+                client.set_flow_run_state(sender.id, Crashed())
+                assert not stopped.wait(4), "it lives, whatever the server thinks"
+        remote_sender.sign(store, sender_id)  # As a process leaves it that is killed.
+        with remote_sender.while_sender_runs(store, sender_id, stopped.set):
             assert stopped.wait(30)
     with pytest.raises(DemeError, match="has ended"):
-        remote_sender.check_sender(store, str(sender.id))
+        remote_sender.check_sender(store, sender_id)
     assert not list(store.list("jobs/"))
 
 
