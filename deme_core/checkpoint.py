@@ -75,8 +75,16 @@ class Checkpoint:
         return name in self._handles
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Returns the tensor, backed by the file until it is written to."""
-        return self._handles[name].get_tensor(name)
+        """Returns the tensor, backed by the file until it is written to.
+
+        Raises:
+            ModelFolderError: it is of a type that cannot be read.
+        """
+        try:
+            return self._handles[name].get_tensor(name)
+        except SafetensorError as error:
+            kind = self._handles[name].get_slice(name).get_dtype()
+            raise ModelFolderError(f"Tensor {name} is of type {kind}, which DeMe cannot read ({error}).") from error
 
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:

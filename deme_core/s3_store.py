@@ -1,11 +1,13 @@
 """The object store on an S3-compatible server: the only module that knows boto3."""
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from boto3.exceptions import Boto3Error
@@ -13,12 +15,11 @@ from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 
-from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, NoAnswerError, StoreUnavailableError
 from deme_core.local_files import local_errors, sync, temporary_beside
 from deme_core.store import (
     MAX_BYTES_AT_ONCE,
     Digest,
-    NoAnswerError,
     StoredObject,
     check_key,
     is_key,
@@ -38,19 +39,51 @@ _CONNECT_TIMEOUT_SEC, _READ_TIMEOUT_SEC = 5.0, 60.0
 _MAX_ATTEMPTS = 4
 
 
+@dataclass(frozen=True)
+class _Connections:
+    """What belongs to one process: one that is forked from it would share its sockets, and has none of its threads.
+
+    Attributes:
+        process: its id.
+        client: a boto3 client.
+        threads: what downloads parts, of all files together.
+    """
+
+    process: int
+    client: "S3Client"
+    threads: ThreadPoolExecutor
+
+
 class S3Store:
-    """Objects of a bucket whose keys start with a prefix.
+    """Objects of a bucket whose keys start with a prefix; usable in forked processes too.
 
     Args:
         bucket: its name.
         prefix: a path without outer slashes, or nothing.
-        client: a boto3 client.
+        make_client: makes a boto3 client.
     """
 
-    def __init__(self, bucket: str, prefix: str, client: "S3Client") -> None:
+    def __init__(self, bucket: str, prefix: str, make_client: Callable[[], "S3Client"]) -> None:
+        self._bucket, self._root, self._make_client = bucket, f"{prefix}/" if prefix else "", make_client
+        self._connections, self._lock = self._connect(), Lock()
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.place = f"{self.uri} at {client.meta.endpoint_url}"
-        self._bucket, self._root, self._client = bucket, f"{prefix}/" if prefix else "", client
+        self.place = f"{self.uri} at {self._client.meta.endpoint_url}"
+
+    def _connect(self) -> _Connections:
+        threads = ThreadPoolExecutor(_NUM_PARTS_AT_ONCE, thread_name_prefix="s3-part")
+        return _Connections(os.getpid(), self._make_client(), threads)
+
+    @property
+    def _own(self) -> _Connections:
+        if self._connections.process != os.getpid():
+            with self._lock:  # Taken by forked processes alone, so that none is forked while it is held.
+                if self._connections.process != os.getpid():
+                    self._connections = self._connect()
+        return self._connections
+
+    @property
+    def _client(self) -> "S3Client":
+        return self._own.client
 
     def put_file(self, key: str, path: Path) -> None:
         """Upload a file, in parts if it is large: memory stays bounded."""
@@ -86,25 +119,20 @@ class S3Store:
             temporary.replace(path)
 
     def _download(self, name: str, path: Path, digest: Digest | None, max_bytes: int) -> None:
-        try:
-            first = self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes=0-{_PART_BYTES - 1}")
-        except ClientError as error:
-            if _status(error) == 416:  # An empty object has no first byte.
-                return
-            raise
-        # Without a range the answer is the whole object. The length alone may be that of what a proxy passes on.
-        whole = "ContentRange" not in first
-        size = int(first["ContentLength"] if whole else first["ContentRange"].rpartition("/")[2])
+        first = self._begin(name, 0, _PART_BYTES)
+        if first is None:
+            return
+        size, version = _object_size(first), first["ETag"]
         if size > max_bytes:
             first["Body"].close()
             raise too_large(f"{self.uri}/{name.removeprefix(self._root)}", max_bytes)
-        version, got = first["ETag"], size if whole else min(size, _PART_BYTES)
+        got = min(size, _PART_BYTES) if "ContentRange" in first else size
         rest = [
-            self._threads.submit(self._get_part, name, path, low, min(low + _PART_BYTES, size), version)
+            self._own.threads.submit(self._get_part, name, path, low, min(low + _PART_BYTES, size), version)
             for low in range(got, size, _PART_BYTES)
         ]
         try:
-            self._get_part(name, path, 0, got, version, body=first["Body"])
+            self._get_part(name, path, 0, got, version, first)
             with path.open("rb") as written:
                 _feed(digest, written, got)
                 for part in rest:
@@ -115,35 +143,45 @@ class S3Store:
                 part.cancel()
             wait(rest)  # Before anyone removes the file.
 
-    def _get_part(self, name: str, path: Path, low: int, high: int, version: str, body: Any = None) -> None:
-        """Write the bytes [low, high) of an object into a file; where a body ends early, go on from there."""
+    def _begin(self, name: str, low: int, high: int) -> Any:
+        """Ask for the bytes [low, high) of an object; None where it ends before them."""
+        try:
+            return self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes={low}-{high - 1}")
+        except ClientError as error:
+            if _status(error) == 416:
+                return None
+            raise
+
+    def _get_part(self, name: str, path: Path, low: int, high: int, version: str, answer: Any = None) -> None:
+        """Write the bytes [low, high) of an object into a file."""
         with path.open("r+b") as file:
             file.seek(low)
-            reached, failures = low, 0
-            while True:
-                if body is None:
-                    bounds = f"bytes={file.tell()}-{high - 1}"
-                    answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=bounds, IfMatch=version)
-                    body = answer["Body"]
-                    if "ContentRange" not in answer:  # A server that knows no ranges sends everything.
-                        file.seek(0)
-                try:
-                    with body:
-                        for piece in body.iter_chunks(_PIECE_BYTES):
-                            file.write(piece[: high - file.tell()])
-                    if file.tell() < high:  # Its headers announced no more, and so nobody missed the rest.
-                        raise IncompleteReadError(actual_bytes=file.tell() - low, expected_bytes=high - low)
-                    return
-                except BotoCoreError:
-                    failures = 0 if file.tell() > reached else failures + 1
-                    if failures == _FRUITLESS_ATTEMPTS or file.tell() >= high:
-                        raise
-                    reached, body = file.tell(), None
+            for piece in self._pieces(name, low, high, version, answer):
+                file.write(piece)
 
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        """What downloads parts, of all files together."""
-        return ThreadPoolExecutor(_NUM_PARTS_AT_ONCE, thread_name_prefix="s3-part")
+    def _pieces(self, name: str, low: int, high: int, version: str, answer: Any = None) -> Iterator[bytes]:
+        """Yield the bytes [low, high) of one version of an object; where a body ends early, go on from there."""
+        position, reached, failures = low, low, 0
+        while True:
+            if answer is None:
+                bounds = f"bytes={position}-{high - 1}"
+                answer = self._client.get_object(Bucket=self._bucket, Key=name, Range=bounds, IfMatch=version)
+            # A server that knows no ranges sends everything.
+            at = position if "ContentRange" in answer else 0
+            try:
+                with answer["Body"]:
+                    for piece in answer["Body"].iter_chunks(_PIECE_BYTES):
+                        wanted = piece[max(position - at, 0) : max(high - at, 0)]
+                        at, position = at + len(piece), position + len(wanted)
+                        yield wanted
+                if position < high:  # Its headers announced no more, and so nobody missed the rest.
+                    raise IncompleteReadError(actual_bytes=position - low, expected_bytes=high - low)
+                return
+            except BotoCoreError:
+                failures = 0 if position > reached else failures + 1
+                if failures == _FRUITLESS_ATTEMPTS or position >= high:
+                    raise
+                reached, answer = position, None
 
     def get_bytes(self, key: str) -> bytes:
         """Download in one request; in some more if the connection is cut while the body comes."""
@@ -161,10 +199,13 @@ class S3Store:
             raise AssertionError
 
     def get_range(self, key: str, offset: int, size: int) -> bytes:
-        """Download a part in one request."""
-        part = f"bytes={offset}-{offset + size - 1}"
+        """Download a part, in some more requests than one if the connection is cut; less where the object ends."""
+        name = self._name(key)
         with self._errors(key):
-            return self._client.get_object(Bucket=self._bucket, Key=self._name(key), Range=part)["Body"].read()
+            if (first := self._begin(name, offset, offset + size)) is None:
+                return b""
+            high = min(offset + size, _object_size(first))
+            return b"".join(self._pieces(name, offset, high, first["ETag"], first))
 
     def exists(self, key: str) -> bool:
         """Ask for the object's head."""
@@ -270,6 +311,12 @@ def _feed(digest: Digest | None, file: BinaryIO, num_bytes: int) -> None:
         num_bytes -= len(piece)
 
 
+def _object_size(answer: Any) -> int:
+    # Without a range the answer is the whole object. The length alone may be that of what a proxy passes on.
+    whole = "ContentRange" not in answer
+    return int(answer["ContentLength"] if whole else answer["ContentRange"].rpartition("/")[2])
+
+
 def _status(error: ClientError) -> int:
     return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
@@ -282,17 +329,21 @@ def connect(bucket: str, prefix: str) -> S3Store:
         retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
         max_pool_connections=2 * _NUM_PARTS_AT_ONCE,
     )
-    try:
-        client = Session().client("s3", config=config)
-    except (BotoCoreError, ValueError) as error:
-        # Without its cause, which quotes the endpoint: it may hold a password.
-        raise StoreUnavailableError(
-            f"The AWS_* variables make no S3 client ({type(error).__name__}); AWS_ENDPOINT_URL must be a URL such as "
-            "http://127.0.0.1:8333, and AWS_PROFILE a profile that exists."
-        ) from None
-    if "@" in client.meta.endpoint_url:
-        raise StoreUnavailableError("AWS_ENDPOINT_URL must hold no password; use AWS_SECRET_ACCESS_KEY.")
-    return S3Store(bucket, prefix, client)
+
+    def make_client() -> "S3Client":
+        try:
+            client = Session().client("s3", config=config)
+        except (BotoCoreError, ValueError) as error:
+            # Without its cause, which quotes the endpoint: it may hold a password.
+            raise StoreUnavailableError(
+                f"The AWS_* variables make no S3 client ({type(error).__name__}); AWS_ENDPOINT_URL must be a URL such "
+                "as http://127.0.0.1:8333, and AWS_PROFILE a profile that exists."
+            ) from None
+        if "@" in client.meta.endpoint_url:
+            raise StoreUnavailableError("AWS_ENDPOINT_URL must hold no password; use AWS_SECRET_ACCESS_KEY.")
+        return client
+
+    return S3Store(bucket, prefix, make_client)
 
 
 def make_buckets(names: Iterable[str], *, endpoint_url: str, access_key: str, secret_key: str) -> None:

@@ -84,7 +84,7 @@ class ObjectStore(Protocol):
         """Read a small object; ArtifactNotFoundError if missing, ObjectTooLargeError beyond MAX_BYTES_AT_ONCE."""
 
     def get_range(self, key: str, offset: int, size: int) -> bytes:
-        """Read ``size`` bytes of an object, which has them; ArtifactNotFoundError if missing."""
+        """Read ``size`` bytes of an object, fewer where it ends; ArtifactNotFoundError if missing."""
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object."""

@@ -1,11 +1,14 @@
 """``deme sweep``: frees what killed processes left behind, in the object store and on this machine."""
 
 import shutil
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.file_store import FileStore
 from deme_core.local_files import local_errors
+from deme_core.scratch_folder import is_in_use
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, open_store, store_time
 from tasks.remote_sender import is_outcome
@@ -15,7 +18,7 @@ def sweep(older_than: timedelta) -> tuple[int, int]:
     """Deletes objects that no manifest names, outcomes that no run collected, and scratch folders that nobody uses.
 
     Args:
-        older_than: spare anything younger; must exceed the longest upload and the longest job without a checkpoint.
+        older_than: spare anything younger; must exceed the longest upload.
 
     Returns:
         Number of objects, and of scratch folders.
@@ -23,18 +26,28 @@ def sweep(older_than: timedelta) -> tuple[int, int]:
     settings = Settings()
     store = open_store(settings.store_uri)
     num_objects = ArtifactStore(store, settings.cache_folder).sweep(older_than) + _sweep_outcomes(store, older_than)
-    scratch, num_folders = settings.state_folder / "scratch", 0
+    scratch = settings.state_folder / "scratch"
     if not scratch.is_dir():
         return num_objects, 0
+    # By the clock that dates files, as in the store.
+    before = store_time(FileStore(settings.cache_folder)) - older_than
+    return num_objects, _sweep_scratch(scratch, before.timestamp())
+
+
+def _sweep_scratch(scratch: Path, before: float) -> int:
+    num_folders = 0
     with local_errors(scratch):
-        # By the clock that dates files, as in the store.
-        now = store_time(FileStore(settings.cache_folder)).timestamp()
-        for folder in (path for path in scratch.iterdir() if path.is_dir()):
-            newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
-            if newest < now - older_than.total_seconds():
-                shutil.rmtree(folder)
-                num_folders += 1
-    return num_objects, num_folders
+        for folder in scratch.iterdir():
+            # Those who use a folder, and other sweeps, may remove anything in it between a look and the next.
+            with suppress(FileNotFoundError):
+                if folder.is_dir() and not is_in_use(folder) and _last_change(folder) < before:
+                    shutil.rmtree(folder)
+                    num_folders += 1
+    return num_folders
+
+
+def _last_change(folder: Path) -> float:
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def _sweep_outcomes(store: ObjectStore, older_than: timedelta) -> int:

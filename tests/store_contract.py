@@ -65,6 +65,8 @@ class StoreContract:
     def test_a_part_comes_back(self, store: ObjectStore) -> None:
         store.put_bytes("key", b"0123456789")
         assert store.get_range("key", 3, 4) == b"3456"
+        assert store.get_range("key", 8, 4) == b"89"
+        assert store.get_range("key", 10, 4) == b""
         with pytest.raises(ArtifactNotFoundError, match="missing"):
             store.get_range("missing", 3, 4)
 

@@ -3,13 +3,12 @@
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 from deme_core.checkpoint_watch.candidates import Candidate
 from deme_core.checkpoint_watch.parts import UnfinishedError, frozen_parts, model_files
-from deme_core.errors import ArtifactNotFoundError, ModelFolderError, ObjectTooLargeError
-from deme_core.local_files import local_errors
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, ModelFolderError, ObjectTooLargeError
+from deme_core.scratch_folder import scratch_folder
 from deme_core.store import ObjectStore
 
 Outcome = Literal["waiting", "whole", "broken"]
@@ -43,21 +42,20 @@ def inspect(source: ObjectStore, candidate: Candidate, scratch: Path) -> Verdict
     """
     try:
         names = model_files(source, candidate)
-        with local_errors(scratch):
-            scratch.mkdir(parents=True, exist_ok=True)
-            temporary = TemporaryDirectory(dir=scratch)
-        with temporary as local:
-            _check_space(Path(local), sum(candidate.files[name].size for name in names))
+        with scratch_folder(scratch) as local:
+            _check_space(local, sum(candidate.files[name].size for name in names))
             for name in names:
-                source.get_file(candidate.key(name), Path(local, name), max_bytes=candidate.files[name].size)
+                source.get_file(candidate.key(name), local / name, max_bytes=candidate.files[name].size)
             for part in frozen_parts(candidate):
-                Path(local, part).mkdir()
+                (local / part).mkdir()
             _check_unchanged(source, candidate)
-            return Verdict("whole", digest=_weights_digest(Path(local)))
+            return Verdict("whole", digest=_weights_digest(local))
     except UnfinishedError as error:
         return Verdict("waiting", str(error))
     except (ArtifactNotFoundError, ObjectTooLargeError):
         return Verdict("waiting", "a file went away or grew while it was read")
+    except ChecksumMismatchError:  # It may have been damaged on its way.
+        return Verdict("waiting", "a file is not what its checksum says")
     except ModelFolderError as error:
         return Verdict("broken", str(error))
 

@@ -1,6 +1,9 @@
 """Training batches: an endless stream that any batch number resumes, bit for bit."""
 
 import itertools
+import multiprocessing
+import os
+import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -10,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from deme_core.data_parallel import current_share
-from deme_core.errors import DatasetError
+from deme_core.errors import DemeError
 from deme_core.images.dataset import ImageDataset
 from deme_core.images.draws import BatchDraws, BatchSchedule
 from deme_core.images.squares import Cropper, Crops, CropsInMemory, mirrored_corners
@@ -81,15 +84,15 @@ class TrainingBatches:
         in_process = self._in_memory or not self.num_workers
         with closing(self._decode(numbers) if in_process else self._load(numbers)) as batches:
             for batch in batches:
-                if isinstance(batch, DatasetError):
+                if isinstance(batch, DemeError):
                     raise batch
                 # Here and not in a worker process, which would have four times as many bytes to hand over.
                 yield replace(batch, clean_images=normalize(batch.clean_images))
 
-    def _decode(self, numbers: Iterator[int]) -> Generator[TrainingBatch | DatasetError, None, None]:
+    def _decode(self, numbers: Iterator[int]) -> Generator[TrainingBatch | DemeError, None, None]:
         yield from map(self._stream.__getitem__, numbers)
 
-    def _load(self, numbers: Iterator[int]) -> Generator[TrainingBatch | DatasetError, None, None]:
+    def _load(self, numbers: Iterator[int]) -> Generator[TrainingBatch | DemeError, None, None]:
         # Without a generator of its own a DataLoader draws from the global one.
         batches: Any = iter(
             DataLoader(
@@ -98,6 +101,7 @@ class TrainingBatches:
                 sampler=numbers,
                 num_workers=self.num_workers,
                 generator=generator("data workers"),
+                worker_init_fn=_leave_with_parent,
             )
         )
         try:
@@ -109,7 +113,19 @@ class TrainingBatches:
                 batches._shutdown_workers()
 
 
-class _Stream(Dataset[TrainingBatch | DatasetError]):
+def _leave_with_parent(_: int) -> None:
+    """Ends this process with the one that it decodes for, which may be killed: a DataLoader looks between batches."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def leave() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave, daemon=True).start()
+
+
+class _Stream(Dataset[TrainingBatch | DemeError]):
     """Batch by number, its images still uint8. A DataLoader would rewrite an error that is raised: it is returned."""
 
     def __init__(self, dataset: ImageDataset, cropper: Cropper, schedule: BatchSchedule) -> None:
@@ -117,13 +133,13 @@ class _Stream(Dataset[TrainingBatch | DatasetError]):
         self._shards: Stream | None = getattr(dataset, "stream", None)
         self._labels = None if dataset.labels is None else torch.tensor(dataset.labels)
 
-    def __getitem__(self, number: int) -> TrainingBatch | DatasetError:
+    def __getitem__(self, number: int) -> TrainingBatch | DemeError:
         draws, side = self._schedule[number], self._dataset.resolution
         try:
             if self._shards is not None:
                 self._shards.hold(draws.indices)
             squares = self._cropper.gather(draws.indices, draws.crops)
-        except DatasetError as error:
+        except DemeError as error:
             return error
         images, mirrored = squares.pixels, draws.mirrored
         return TrainingBatch(

@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+from uuid import uuid4
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.downloads import NUM_DOWNLOADS
 from deme_core.errors import DatasetError, ObjectTooLargeError
-from deme_core.local_files import check_space, local_errors, temporary_beside
+from deme_core.local_files import TEMPORARY_PREFIX, check_space, local_errors, temporary_beside
 from deme_core.store import ObjectStore, StoredObject
 
 _SHARD, _RESERVED = ".shard", ".reserved"
@@ -74,12 +75,12 @@ class ShardCache:
             return False
 
     def _download(self, shard: StoredObject) -> None:
-        place, reservation = self.path(shard), self._reserve(shard)
-        try:
-            if not self._touch(shard):
-                self._get(shard, place)
-        finally:
-            reservation.unlink(missing_ok=True)
+        with self._reserve(shard) as reservation:
+            try:
+                if not self._touch(shard):
+                    self._get(shard, self.path(shard))
+            finally:
+                Path(reservation.name).unlink(missing_ok=True)
 
     def _get(self, shard: StoredObject, place: Path) -> None:
         with local_errors(place), temporary_beside(place) as arrived:
@@ -91,37 +92,43 @@ class ShardCache:
                         return
         raise changed(f"{shard.key} at {self._store.uri}")
 
-    def _reserve(self, shard: StoredObject) -> Path:
-        """Returns a file that stands for bytes which are about to come, and takes none itself."""
+    def _reserve(self, shard: StoredObject) -> BinaryIO:
+        """Returns a file that stands for bytes which are about to come, and takes none itself, for as long as open."""
         if shard.size > self.max_bytes:
             raise DatasetError(f"dataset.cache_gb is less than {shard.key} alone, {shard.size} bytes; raise it.")
         while True:
             with self._alone():
                 if self._make_room(shard.size):
                     check_space(self._folder, shard.size)
-                    reservation = self._folder / f"{os.getpid()}-{self.path(shard).stem}{_RESERVED}"
+                    reservation = self._folder / f"{uuid4().hex}-{self.path(shard).stem}{_RESERVED}"
                     with local_errors(reservation):
-                        reservation.touch()
-                        os.truncate(reservation, shard.size)
-                    return reservation
+                        file = reservation.open("xb")
+                        # The system unlocks it when this process dies; a process id soon is that of another one.
+                        fcntl.flock(file, fcntl.LOCK_EX)
+                        file.truncate(shard.size)
+                    return file
             time.sleep(_WAIT_SEC)  # For a download of another process to end.
 
     def _make_room(self, num_bytes: int) -> bool:
         """Removes the least recently used copies until so many bytes more are allowed; whether that is enough."""
         kept, total = [], 0
         found = set(self._folder.iterdir())
+        abandoned = {path for path in found if path.suffix == _RESERVED and _is_abandoned(path)}
+        arriving = {path for path in found - abandoned if path.suffix == _RESERVED}
+        if not arriving:  # Whose downloads have such names until they are whole.
+            abandoned |= {path for path in found if path.name.startswith(TEMPORARY_PREFIX)}
+        for path in abandoned:
+            path.unlink(missing_ok=True)
+        for path in arriving:
+            if (shard := self._folder / f"{path.stem.partition('-')[2]}{_SHARD}") not in found:
+                # Counted even if the shard arrives meanwhile, and the reservation leaves after it.
+                total += _size(path) or _size(shard)
         for path in found:
-            owner, _, arriving = path.stem.partition("-")
             if path.suffix == _SHARD:
                 with suppress(FileNotFoundError):
                     status = path.stat()
                     total += status.st_size
                     kept.append((status.st_mtime_ns, status.st_size, path))
-            elif path.suffix == _RESERVED and not _is_alive(int(owner)):
-                path.unlink(missing_ok=True)
-            elif path.suffix == _RESERVED and (shard := self._folder / f"{arriving}{_SHARD}") not in found:
-                # Counted even if the shard arrives meanwhile, and the reservation leaves after it.
-                total += _size(path) or _size(shard)
         for _, size, path in sorted(kept):
             if total + num_bytes <= self.max_bytes:
                 break
@@ -154,18 +161,18 @@ def _is_being_read(path: Path) -> bool:
     return False
 
 
+def _is_abandoned(reservation: Path) -> bool:
+    """Whether the process is dead that made a reservation, which is locked until it is removed."""
+    try:
+        with reservation.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return os.fstat(file.fileno()).st_nlink > 0  # It may have been removed meanwhile.
+    except OSError:  # It is locked, or removed, or of another user.
+        return False
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:
         return 0
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass  # Of another user.
-    return True

@@ -6,7 +6,6 @@ yields progress records and returns the metrics. None of them knows Prefect or M
 """
 
 import errno
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -27,6 +26,7 @@ from deme_core.local_files import local_errors
 from deme_core.manifest import ArtifactRef
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.recipe import DatasetSpec
+from deme_core.scratch_folder import scratch_folder
 from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
@@ -207,14 +207,8 @@ class JobContext:
     def scratch_folder(self) -> Iterator[Path]:
         """Gives a folder under DEME_HOME, removed afterwards; a disk that fills meanwhile is said so."""
         parent = self.settings.state_folder / "scratch"
-        with local_errors(parent):
-            parent.mkdir(parents=True, exist_ok=True)
-            folder = tempfile.TemporaryDirectory(dir=parent)
-        with folder as name:
-            # A folder in it, since a temporary folder can be read by its owner alone, and this one may be kept.
-            out = Path(name) / "out"
+        with scratch_folder(parent) as out:
             try:
-                out.mkdir()
                 yield out
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -17,6 +17,7 @@ from deme_core.errors import DatasetError, StoreUnavailableError
 from deme_core.images import ImageDataset, TrainingBatches, load_images
 from deme_core.recipe import DatasetSpec
 from deme_core.store import open_store
+from tests.forked import succeeds
 from tests.integration.conftest import S3Server
 from tests.unit.test_stream import TAR_BYTES, pack_tars
 
@@ -142,7 +143,6 @@ def test_what_is_missing_is_named(uri: str, load: Load) -> None:
         load("s3://no-such-bucket/prefix")
 
 
-@pytest.mark.timeout(90)
 def test_large_tars_are_brought_by_processes_that_decode(s3_server: S3Server, tmp_path: Path) -> None:
     prefix = f"s3://{s3_server.make_bucket(f'stream-{uuid4().hex}')}/tars"
     pack_tars(folder := tmp_path / "tars")
@@ -155,13 +155,17 @@ def test_large_tars_are_brought_by_processes_that_decode(s3_server: S3Server, tm
     spec = DatasetSpec.model_validate(
         {"source": "webdataset", "path": prefix, "resolution": 8, "stream": True, "stream_window": 1, "cache_gb": 0.02}
     )
-    images = load_images(spec, cache=tmp_path / "cache", index_store=open_store(f"{prefix}-index"))
-    decoded, expected = (
-        TrainingBatches(images, batch_size=4, seed=0, random_crop=False, random_flip=True, num_workers=num_workers)
-        for num_workers in (1, 0)
-    )
-    for batch, expected_batch in itertools.islice(zip(decoded, expected, strict=True), 6):
-        assert torch.equal(batch.clean_images, expected_batch.clean_images)
+
+    def train() -> None:
+        images = load_images(spec, cache=tmp_path / "cache", index_store=open_store(f"{prefix}-index"))
+        decoded, expected = (
+            TrainingBatches(images, batch_size=4, seed=0, random_crop=False, random_flip=True, num_workers=num_workers)
+            for num_workers in (1, 0)
+        )
+        for batch, expected_batch in itertools.islice(zip(decoded, expected, strict=True), 6):
+            assert torch.equal(batch.clean_images, expected_batch.clean_images)
+
+    assert succeeds(train, seconds=60)
 
 
 def test_tars_larger_than_the_cache_are_streamed(s3_server: S3Server, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from uuid import uuid4
 import pytest
 
 from deme_core import store as store_module
-from deme_core.errors import StoreUnavailableError
+from deme_core.errors import NoAnswerError, StoreUnavailableError
 from deme_core.s3_store import connect
-from deme_core.store import NoAnswerError, ObjectStore, check_access, open_store
+from deme_core.store import ObjectStore, check_access, open_store
+from tests.forked import succeeds
 from tests.http_server import serving, url_of
 from tests.integration.conftest import S3Server
 from tests.store_contract import ArtifactContract, StoreContract, keys
@@ -252,6 +253,48 @@ def test_a_body_that_ends_early_without_a_word_is_gone_on_with_or_said(
         with pytest.raises(NoAnswerError, match="IncompleteReadError"):
             store.get_file("key", tmp_path / "other", max_bytes=2**26)
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("handler", [CuttingHandler, ShorteningHandler])
+def test_a_part_that_ends_early_is_gone_on_with_or_said(
+    handler: type[CuttingHandler], s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CuttingHandler, "content", content := os.urandom(5 * 2**20))
+    with serving(handler) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url_of(server))
+        store = open_store("s3://bucket")
+        assert store.get_range("key", 7, 3 * 2**20) == content[7 : 7 + 3 * 2**20]
+        monkeypatch.setattr(ShorteningHandler, "most", 0)
+        if handler is ShorteningHandler:
+            with pytest.raises(NoAnswerError, match="IncompleteReadError"):
+                store.get_range("key", 7, 9)
+
+
+class NotingHandler(CuttingHandler):
+    """Keeps connections open, and notes for each request which one it came by."""
+
+    protocol_version = "HTTP/1.1"
+    connections: ClassVar[list[int]] = []
+
+    def do_GET(self) -> None:
+        self.connections.append(self.client_address[1])
+        super().do_GET()
+
+
+def test_a_forked_process_has_connections_of_its_own(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CuttingHandler, "content", b"0123456789")
+    with serving(NotingHandler) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url_of(server))
+        store = open_store("s3://bucket")
+
+        def read() -> None:
+            for _ in range(2):
+                assert store.get_range("key", 3, 4) == b"3456"
+
+        read()
+        assert succeeds(read, seconds=30)
+    first, second, third, fourth = NotingHandler.connections
+    assert first == second != third == fourth
 
 
 def test_every_method_says_what_is_wrong(

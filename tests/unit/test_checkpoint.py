@@ -134,6 +134,15 @@ def test_a_file_of_another_kind_and_no_file_are_named(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "absent.safetensors")
 
 
+def test_a_tensor_of_a_type_that_torch_lacks_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    header = b'{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    for read in (lambda checkpoint: checkpoint["a"], Checkpoint.tensors, lambda checkpoint: checkpoint.infos):
+        with pytest.raises(ModelFolderError, match="Tensor a is of type F6_E2M3, which DeMe"):
+            read(Checkpoint(path))
+
+
 def test_several_files_are_one_checkpoint(tmp_path: Path) -> None:
     save_tensors(tmp_path / "1.safetensors", {"b": torch.ones(1)})
     save_tensors(tmp_path / "2.safetensors", {"a": torch.zeros(2)})

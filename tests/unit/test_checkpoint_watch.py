@@ -20,7 +20,7 @@ from deme_core.checkpoint import save_tensors
 from deme_core.checkpoint_watch import parts
 from deme_core.checkpoint_watch.ledger import CLAIM_EXPIRES_AFTER, Ledger
 from deme_core.checkpoint_watch.look import Finding, look, open_prefix
-from deme_core.errors import DemeError, InputError, StoreUnavailableError
+from deme_core.errors import ChecksumMismatchError, DemeError, InputError, StoreUnavailableError
 from deme_core.file_store import FileStore
 from deme_core.model_digest import model_digest
 from deme_core.model_folder import WEIGHTS_NAME, load_denoiser, open_model_folder
@@ -260,6 +260,23 @@ def test_a_change_during_the_download_waits(watched: Watched, store: type[FileSt
     assert watched.look(store(watched.folder))["a"].look.verdict.outcome == "waiting"
 
 
+class DamagingStore(FileStore):
+    """What is read of the first folder is not what was stored, as the server's checksums show."""
+
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
+        if key.startswith("a/"):
+            raise ChecksumMismatchError(f"{key} is not what was stored.")
+        super().get_file(key, path, digest, max_bytes=max_bytes)
+
+
+def test_a_folder_that_is_damaged_on_its_way_waits_and_stops_no_other(watched: Watched) -> None:
+    watched.add("a")
+    watched.add("b", seed=1)
+    found = watched.look(DamagingStore(watched.folder))
+    assert [found[name].look.verdict.outcome for name in "ab"] == ["waiting", "whole"]
+    assert watched.look()["a"].look.verdict.outcome == "whole"
+
+
 class SwellingStore(FileStore):
     """The weights become larger than they were listed, before they are read."""
 
@@ -329,11 +346,17 @@ def drop_tensor(path: Path) -> None:
     save_tensors(weights, tensors)
 
 
+def be_of_unknown_type(path: Path) -> None:
+    header = b'{"a":{"dtype":"F6_E2M3","shape":[4],"data_offsets":[0,3]}}'
+    (path / "unet" / WEIGHTS_NAME).write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, f"unet/{WEIGHTS_NAME} is not a whole safetensors file"),
     "pickled": (pickle_weights, "is pickled, which can run code"),
     "no JSON": (replace_text("unet/config.json", "{", ""), "unet/config.json is not valid JSON"),
     "other shapes": (replace_text("unet/config.json", '"out_channels": 1', '"out_channels": 3'), "mis-shaped tensors"),
+    "unknown type": (be_of_unknown_type, "Tensor a is of type F6_E2M3"),
     "missing tensor": (drop_tensor, "missing tensors: conv_in.weight"),
     "impossible config": (replace_text("unet/config.json", "DownBlock2D", "NoBlock"), "configs describe no model"),
     "other class": (replace_text("unet/config.json", "UNet2DModel", "VQModel"), "describes a VQModel"),

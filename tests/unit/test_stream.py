@@ -1,8 +1,10 @@
 """Data sets larger than a disk: the cache stays under its bound, and any batch can be resumed."""
 
+import fcntl
 import io
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import tarfile
@@ -19,7 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deme_core.errors import DatasetError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, DatasetError, StoreUnavailableError
 from deme_core.file_store import FileStore
 from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
 from deme_core.images.draws import ShardWindows
@@ -27,6 +29,8 @@ from deme_core.images.inspection import verdict
 from deme_core.images.preview import preview_images
 from deme_core.images.shard_cache import ShardCache
 from deme_core.recipe import DatasetSpec
+from deme_core.store import Digest
+from tests.forked import succeeds
 
 NUM_TARS, PER_TAR, WINDOW = 10, 6, 2
 TAR_BYTES = 20_480
@@ -118,7 +122,7 @@ def test_a_shard_that_arrives_while_room_is_made_is_counted(
 ) -> None:
     cache = ShardCache(FileStore(tmp_path / "store"), tmp_path / "cache", max_bytes=3)
     (tmp_path / "cache").mkdir()
-    reservation = tmp_path / "cache" / f"{os.getpid()}-a.reserved"
+    reservation = tmp_path / "cache" / "0-a.reserved"
     reservation.write_bytes(b"12")
     iterdir = Path.iterdir
 
@@ -130,7 +134,9 @@ def test_a_shard_that_arrives_while_room_is_made_is_counted(
         return iter(listed)
 
     monkeypatch.setattr(Path, "iterdir", arrive_after_listing)
-    assert not cache._make_room(2)
+    with reservation.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not cache._make_room(2)
 
 
 def test_a_resumed_run_sees_the_very_same_batches(tars: Path, tmp_path: Path) -> None:
@@ -222,6 +228,19 @@ def test_a_tar_that_changes_during_a_run_is_an_error(tars: Path, tmp_path: Path)
     (copy / "004.tar").write_bytes(bytes(content))
     with pytest.raises(DatasetError, match="changed"):
         dataset.image(4 * PER_TAR)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_tar_that_goes_away_during_a_run_is_told_in_one_sentence(
+    tars: Path, tmp_path: Path, num_workers: int
+) -> None:
+    shutil.copytree(tars, copy := tmp_path / "copy")
+    dataset = _load(copy, tmp_path)
+    shutil.rmtree(copy)
+    shutil.rmtree(tmp_path / "cache")
+    settings = {"batch_size": 4, "seed": 0, "random_crop": False, "random_flip": False, "num_workers": num_workers}
+    with pytest.raises(ArtifactNotFoundError, match=r"^file:\S+\.tar is not in the object store; [^\n]+\.$"):
+        next(iter(TrainingBatches(dataset, **settings)))
 
 
 def test_jobs_that_share_a_small_cache_index_tars_side_by_side(
@@ -341,15 +360,34 @@ def test_a_disk_without_room_for_a_tar_is_named(tars: Path, tmp_path: Path, monk
         _load(tars, tmp_path)
 
 
-def test_bytes_that_a_dead_process_had_reserved_are_free(tars: Path, tmp_path: Path) -> None:
+class StuckStore(FileStore):
+    """Its downloads stay half done."""
+
+    def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:
+        path.write_bytes(bytes(max_bytes // 2))
+        time.sleep(60)
+
+
+def test_bytes_that_a_dead_process_had_reserved_are_free(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "_WAIT_SEC", 0.01)
     store = FileStore(tars)
     shards = sorted(store.list(""), key=lambda shard: shard.key)
     folder = tmp_path / "shards"
-    folder.mkdir()
-    (folder / "999999999-0.reserved").write_bytes(bytes(TAR_BYTES))
+    stuck = ShardCache(StuckStore(tars), folder, TAR_BYTES)
+    killed = multiprocessing.get_context("fork").Process(target=stuck.fetch, args=(shards[:1],))
+    killed.start()
+    while not list(folder.glob(".tmp-*")):
+        time.sleep(0.01)
     cache = ShardCache(store, folder, TAR_BYTES)
-    cache.fetch(shards[:1])
-    cache.fetch(shards[1:2])
-    assert [cache.path(shard).exists() for shard in shards[:2]] == [False, True]
+    assert not succeeds(lambda: cache.fetch(shards[:1]), seconds=0.3)  # It lives.
+    killed.kill()
+    killed.join()
+    assert succeeds(lambda: cache.fetch(shards[:1]), seconds=30)
+    # As of a dead process whose id another one has now.
+    (folder / f"{os.getpid()}-0.reserved").write_bytes(bytes(TAR_BYTES))
+    assert succeeds(lambda: cache.fetch(shards[1:2]), seconds=30)
+    assert sorted(folder.iterdir()) == sorted([folder / ".lock", cache.path(shards[1])])
     with pytest.raises(DatasetError, match="cache_gb"):
         ShardCache(store, folder, TAR_BYTES - 1).fetch(shards[2:3])

@@ -1,10 +1,15 @@
+import multiprocessing
 import os
+import shutil
 import time
+from collections.abc import Iterator
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
+from deme_core.scratch_folder import scratch_folder
 from flows.sweep import sweep
 from tests.small_run import make_context
 from tests.store_contract import keys
@@ -37,6 +42,53 @@ def test_what_killed_processes_left_is_freed_and_nothing_else(tmp_path: Path, mo
     assert not artifacts.store.exists(half) and not artifacts.store.exists(outcome)
     assert len(keys(artifacts.store)) == 3 and artifacts.store.exists(signature) and artifacts.fetch(ref).is_dir()
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["busy"]
+
+
+def use_for_ever(parent: Path, ready: Connection) -> None:
+    with scratch_folder(parent):
+        ready.send(True)
+        time.sleep(60)
+
+
+def test_a_folder_that_is_in_use_is_spared_however_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a training, which writes its model at its end and has the frozen parts of a new one there."""
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    context = multiprocessing.get_context("fork")
+    told, ready = context.Pipe(duplex=False)
+    killed = context.Process(target=use_for_ever, args=(tmp_path / "scratch", ready))
+    killed.start()
+    assert told.recv()
+    with make_context(tmp_path).scratch_folder() as out:
+        (out / "frozen").write_text("part")
+        for path in (tmp_path / "scratch").rglob("*"):
+            os.utime(path, (0, 0))
+        assert sweep(timedelta(hours=1)) == (0, 0)
+        killed.kill()
+        killed.join()
+        assert sweep(timedelta(hours=1)) == (0, 1)
+        assert (out / "frozen").read_text() == "part"
+    assert not list((tmp_path / "scratch").iterdir())
+
+
+def test_a_folder_that_vanishes_stops_no_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    for name in ("kept", "vanishing"):
+        (tmp_path / "scratch" / name / "out").mkdir(parents=True)
+    for path in (tmp_path / "scratch").rglob("*"):
+        os.utime(path, (0, 0))
+    rglob = Path.rglob
+
+    def vanish_after_listing(folder: Path, pattern: str) -> Iterator[Path]:
+        listed = list(rglob(folder, pattern))
+        if folder.name == "vanishing":
+            shutil.rmtree(folder)
+        return iter(listed)
+
+    monkeypatch.setattr(Path, "rglob", vanish_after_listing)
+    assert sweep(timedelta(hours=1)) == (0, 1)
+    assert not list((tmp_path / "scratch").iterdir())
 
 
 def test_a_clock_that_is_wrong_does_not_sweep_what_is_being_uploaded(
