@@ -100,6 +100,8 @@ class TrainingBatches:
                 batch_size=None,
                 sampler=numbers,
                 num_workers=self.num_workers,
+                # Whatever the default is: other start methods pickle the data set, and a store cannot be.
+                multiprocessing_context="fork",
                 generator=generator("data workers"),
                 worker_init_fn=_leave_with_parent,
             )

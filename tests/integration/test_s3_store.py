@@ -1,4 +1,5 @@
 import hashlib
+import multiprocessing
 import os
 import socket
 import threading
@@ -17,9 +18,9 @@ from deme_core import store as store_module
 from deme_core.errors import NoAnswerError, StoreUnavailableError
 from deme_core.s3_store import connect
 from deme_core.store import ObjectStore, check_access, open_store
-from tests.forked import succeeds
 from tests.http_server import serving, url_of
 from tests.integration.conftest import S3Server
+from tests.own_process import succeeds
 from tests.store_contract import ArtifactContract, StoreContract, keys
 
 AGREED_SEC = 30.0
@@ -281,18 +282,25 @@ class NotingHandler(CuttingHandler):
         super().do_GET()
 
 
+def _read_and_fork() -> None:
+    store = open_store("s3://bucket")
+
+    def read() -> None:
+        for _ in range(2):
+            assert store.get_range("key", 3, 4) == b"3456"
+
+    read()
+    child = multiprocessing.get_context("fork").Process(target=read)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+
+
 def test_a_forked_process_has_connections_of_its_own(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CuttingHandler, "content", b"0123456789")
     with serving(NotingHandler) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", url_of(server))
-        store = open_store("s3://bucket")
-
-        def read() -> None:
-            for _ in range(2):
-                assert store.get_range("key", 3, 4) == b"3456"
-
-        read()
-        assert succeeds(read, seconds=30)
+        assert succeeds(_read_and_fork, seconds=60)
     first, second, third, fourth = NotingHandler.connections
     assert first == second != third == fourth
 

@@ -48,13 +48,13 @@ def train(asked: Connection) -> None:
 
 
 def test_decoders_that_wait_leave_with_a_worker_that_is_killed() -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # Without threads of other tests, which could hold locks for ever.
     told, asked = context.Pipe(duplex=False)
     worker = context.Process(target=train, args=(asked,))
     worker.start()
     asked.close()
     for _ in range(NUM_DECODERS):
-        assert told.poll(30)
+        assert told.poll(60)
         told.recv()
     worker.kill()
     worker.join()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import shutil
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from deme_core.images.preview import preview_images
 from deme_core.images.shard_cache import ShardCache
 from deme_core.recipe import DatasetSpec
 from deme_core.store import Digest
-from tests.forked import succeeds
+from tests.e2e.waiting import wait_for
 
 NUM_TARS, PER_TAR, WINDOW = 10, 6, 2
 TAR_BYTES = 20_480
@@ -368,6 +369,12 @@ class StuckStore(FileStore):
         time.sleep(60)
 
 
+def _in_a_thread(act: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    return thread
+
+
 def test_bytes_that_a_dead_process_had_reserved_are_free(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,18 +383,23 @@ def test_bytes_that_a_dead_process_had_reserved_are_free(
     shards = sorted(store.list(""), key=lambda shard: shard.key)
     folder = tmp_path / "shards"
     stuck = ShardCache(StuckStore(tars), folder, TAR_BYTES)
-    killed = multiprocessing.get_context("fork").Process(target=stuck.fetch, args=(shards[:1],))
+    # Spawned, not forked: whatever locks threads of other tests hold would stay held in it.
+    killed = multiprocessing.get_context("spawn").Process(target=stuck.fetch, args=(shards[:1],))
     killed.start()
-    while not list(folder.glob(".tmp-*")):
-        time.sleep(0.01)
+    wait_for(lambda: list(folder.glob(".tmp-*")))
     cache = ShardCache(store, folder, TAR_BYTES)
-    assert not succeeds(lambda: cache.fetch(shards[:1]), seconds=0.3)  # It lives.
+    waiting = _in_a_thread(lambda: cache.fetch(shards[:1]))
+    waiting.join(0.3)
+    assert waiting.is_alive(), "the process lives"
     killed.kill()
     killed.join()
-    assert succeeds(lambda: cache.fetch(shards[:1]), seconds=30)
+    waiting.join(30)
+    assert not waiting.is_alive()
     # As of a dead process whose id another one has now.
     (folder / f"{os.getpid()}-0.reserved").write_bytes(bytes(TAR_BYTES))
-    assert succeeds(lambda: cache.fetch(shards[1:2]), seconds=30)
+    other = _in_a_thread(lambda: cache.fetch(shards[1:2]))
+    other.join(30)
+    assert not other.is_alive()
     assert sorted(folder.iterdir()) == sorted([folder / ".lock", cache.path(shards[1])])
     with pytest.raises(DatasetError, match="cache_gb"):
         ShardCache(store, folder, TAR_BYTES - 1).fetch(shards[2:3])
