@@ -4,7 +4,9 @@ A small laboratory. A cell is one training seed under one setting, with a row fo
 is an artifact, so that to resume, or to add cells, the same command does only what is missing. A training seed seeds
 every finetuning and, unless all share one, the pretraining. It moves a score more than the sampling seed does (METHOD
 section 5.2), but where training seeds share sampling seeds and a pretrained model, they share its luck: so a row is
-judged by the intervals over training seeds, over sampling seeds, and over resampled images, which must agree.
+judged by the intervals over training seeds, over sampling seeds, and over resampled images, which must agree. None of
+them sees the luck of a shared pretrained model: the claim is then about that model alone (docs/science.md has a gain
+that went with it), and ``--set pretrained.training.seed=N`` asks another.
 """
 
 import argparse
@@ -161,6 +163,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             cells = run_cells(options)
     else:
         cells = run_cells(options)
+    if options.same_pretrained:
+        print("All of it is about one pretrained model; --set pretrained.training.seed=N asks another.")
     settings = {"recipe": options.recipe, "overrides": options.overrides, "same_pretrained": options.same_pretrained}
     print_claim(cells, settings | {"training_seeds": options.seeds})
 
