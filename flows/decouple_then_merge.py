@@ -51,10 +51,11 @@ def deme(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, 
 
 def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     """The picture of DESIGN.md: decouple, judge, search, merge, evaluate, report."""
-    # Before the model: on one GPU what is wrong with them, or with the prompts, would else be told after all trainings.
+    obtaining = obtain_pretrained.submit()
+    # Beside it: on one GPU what is wrong with them, or with the prompts, would else be told after all trainings.
     for_report = first_real_features(recipe, "report")
     for_search = first_real_features(recipe, "search") if recipe.merge.search else None
-    pretrained = obtain_pretrained()
+    pretrained = obtaining.result()
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
     recipe.check_search(pretrained.metrics.get("num_blocks", 1))  # Old artifacts do not say.
     edges = (segments[0].low, *(segment.high for segment in segments))

@@ -25,13 +25,18 @@ class Future:
         return SimpleNamespace(ref="ref")
 
 
+class Obtaining:
+    def result(self) -> Any:
+        return SimpleNamespace(ref="ref", metrics={"num_train_timesteps": 1000})
+
+
 def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     trainings = SimpleNamespace(
         control=lambda: Future("control", asked), copies=lambda: [Future("copy", asked)], distillation=None
     )
     stand_ins = {
-        "obtain_pretrained": lambda: SimpleNamespace(ref="ref", metrics={"num_train_timesteps": 1000}),
+        "obtain_pretrained": SimpleNamespace(submit=lambda: Obtaining()),
         "encode_dataset": lambda *_: None,
         "Trainings": lambda *_: trainings,
         "heldout_loss": SimpleNamespace(submit=lambda *_: Future("loss", asked)),
