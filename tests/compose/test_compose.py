@@ -20,7 +20,7 @@ import pytest
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import TOY_RECIPE
-from tests.e2e.platform import FINAL, Platform
+from tests.e2e.stack_platform import FINAL, Platform
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD_SECONDS = 1200

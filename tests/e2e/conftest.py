@@ -15,7 +15,7 @@ from flows.stack.ports import NAMES
 from flows.stack.processes import stop_tree
 from tests.e2e.browser import open_browser
 from tests.e2e.command_line import CommandLine
-from tests.e2e.platform import Platform, belongs
+from tests.e2e.stack_platform import Platform, belongs
 from tests.e2e.waiting import wait_for
 from tests.integration.conftest import free_ports
 

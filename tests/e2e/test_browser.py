@@ -7,7 +7,7 @@ from urllib.parse import quote
 from selenium import webdriver
 
 from tests.e2e.browser import click, wait_until
-from tests.e2e.platform import Platform
+from tests.e2e.stack_platform import Platform
 
 
 def test_prefect_shows_the_table_on_the_page_of_the_run(

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
-from tests.e2e.platform import FINAL, Platform, belongs
+from tests.e2e.stack_platform import FINAL, Platform, belongs
 
 METRIC = "fd_efficientnet_lite0"
 

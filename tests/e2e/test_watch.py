@@ -7,7 +7,7 @@ from typing import Any
 import boto3
 
 from tests.e2e.conftest import WriteRecipe
-from tests.e2e.platform import FINAL, Platform
+from tests.e2e.stack_platform import FINAL, Platform
 from tests.tiny_models import randomize, tiny_unet, write_tiny_folder
 
 

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe, platform, write_recipe
-from tests.e2e.platform import FINAL, Platform
+from tests.e2e.stack_platform import FINAL, Platform
 
 __all__ = ["platform", "write_recipe"]
 

@@ -4,7 +4,7 @@ from mlflow import MlflowClient
 
 from tasks.tracked_runs import find_report
 from tests.e2e.conftest import WriteRecipe, platform, write_recipe
-from tests.e2e.platform import FINAL, Platform
+from tests.e2e.stack_platform import FINAL, Platform
 
 __all__ = ["platform", "write_recipe"]
 
