@@ -13,7 +13,7 @@ from deme_core.errors import DemeError, InputError
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
-from tasks.worker_pool import visible_gpus
+from tasks.slots import visible_gpus
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "prefect", "mlflow", "clean-fid")
 _GB = 10**9

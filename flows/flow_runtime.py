@@ -18,10 +18,11 @@ from flows.environment import make_folders
 from tasks.ray_pool import RayPool
 from tasks.remote_pool import RemotePool
 from tasks.runtime import Pool, Runtime, use_runtime
+from tasks.slots import plan_slots
 from tasks.timing import Timing
 from tasks.tracked_runs import check_tracking
 from tasks.tracking import Tracker
-from tasks.worker_pool import WorkerPool, plan_slots
+from tasks.worker_pool import WorkerPool
 
 # Whether no flow of this process has anything left to do but to tell Prefect how it ended.
 ended = threading.Event()

@@ -16,7 +16,8 @@ from tasks.error_messages import error_message
 from tasks.jobs import JOBS, Job, JobResult
 from tasks.prefect_artifacts import progress_bar
 from tasks.remote_sender import check_sender, outcome_key, while_sender_runs
-from tasks.worker_pool import WorkerPool, plan_slots
+from tasks.slots import plan_slots
+from tasks.worker_pool import WorkerPool
 
 make_folders()
 

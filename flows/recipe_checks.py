@@ -31,7 +31,7 @@ from deme_core.untrained_text_model import untrained_text_unet
 from flows.doctor import existing_part
 from flows.stack.stack import Stack
 from tasks.ray_pool import cluster_address
-from tasks.worker_pool import Slot, plan_slots
+from tasks.slots import Slot, plan_slots
 
 Check = tuple[str, Callable[[], str]]
 _GB = 10**9

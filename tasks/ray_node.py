@@ -22,7 +22,8 @@ from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from tasks.error_messages import error_message
 from tasks.jobs import Job, JobResult
-from tasks.worker_pool import Slot, WorkerPool, visible_gpus
+from tasks.slots import Slot, visible_gpus
+from tasks.worker_pool import WorkerPool
 
 # Of the flow's environment, what jobs need. AWS_PROFILE and files of keys name things of the flow's machine.
 _SENT = (

@@ -197,7 +197,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         pool: the work pool it serves.
         since: when it was started (epoch seconds): a heartbeat before that is another worker's.
     """
-    from tasks.worker_pool import visible_gpus
+    from tasks.slots import visible_gpus
 
     name = f"local-{pool}"
     return Service(

@@ -14,7 +14,8 @@ import pytest
 
 from deme_core.errors import DemeError, WorkerStoppedError
 from tasks.jobs import FinetuneJob, JobResult
-from tasks.worker_pool import Slot, WorkerPool
+from tasks.slots import Slot
+from tasks.worker_pool import WorkerPool
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import TOY_RECIPE, WriteRecipe, write_recipe
 from tests.e2e.waiting import wait_for

@@ -15,7 +15,8 @@ import pytest
 from deme_core.errors import DemeError, GpuMemoryError, InputError
 from deme_core.recipe import ExecutionSpec
 from tasks.jobs import ImportJob
-from tasks.worker_pool import Slot, WorkerPool, _Worker, plan_slots
+from tasks.slots import Slot, plan_slots
+from tasks.worker_pool import WorkerPool, _Worker
 
 
 @dataclass(frozen=True)
