@@ -11,7 +11,7 @@ from deme_core.local_files import local_errors
 from deme_core.scratch_folder import is_in_use
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, open_store, store_time
-from tasks.remote_sender import is_outcome
+from tasks.remote_sender import PREFIX
 
 
 def sweep(older_than: timedelta) -> tuple[int, int]:
@@ -51,9 +51,9 @@ def _last_change(folder: Path) -> float:
 
 
 def _sweep_outcomes(store: ObjectStore, older_than: timedelta) -> int:
-    """Deletes outcomes of remote jobs whose run was killed: one that lives collects them within seconds."""
+    """Deletes outcomes and signatures of remote jobs whose run was killed."""
     before = store_time(store) - older_than
-    stale = [found.key for found in store.list("jobs/") if is_outcome(found.key) and found.modified < before]
+    stale = [found.key for found in store.list(PREFIX) if found.modified < before]
     for key in stale:
         store.delete(key)
     return len(stale)

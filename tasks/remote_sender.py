@@ -25,18 +25,17 @@ _SIGN_SECONDS = 20.0
 _LEASE = timedelta(seconds=5 * _SIGN_SECONDS)
 
 
+# All that is below it is collected, or renewed, within minutes: what is older is of a run that was killed.
+PREFIX = "jobs/"
+
+
 def outcome_key(flow_run_id: str) -> str:
     """Returns the object that holds the outcome of a job's flow run."""
-    return f"jobs/{flow_run_id}.json"
-
-
-def is_outcome(key: str) -> bool:
-    """Tells outcomes from the other objects of a store."""
-    return key.startswith("jobs/") and key.endswith(".json")
+    return f"{PREFIX}{flow_run_id}.json"
 
 
 def _signature_key(flow_run_id: str) -> str:
-    return f"jobs/sender-{flow_run_id}"
+    return f"{PREFIX}sender-{flow_run_id}"
 
 
 def sign(store: ObjectStore, flow_run_id: str) -> None:
