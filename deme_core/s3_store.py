@@ -1,22 +1,22 @@
-"""The object store on an S3-compatible server: the only module that knows boto3."""
+"""The object store on an S3-compatible server."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from boto3.exceptions import Boto3Error
-from boto3.session import Session
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, FlexibleChecksumError, IncompleteReadError
 
-from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError, NoAnswerError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError
 from deme_core.local_files import local_errors, sync, temporary_beside
+from deme_core.s3_client import MAX_ATTEMPTS, make_client, no_answer, refusal, status
 from deme_core.store import (
     MAX_BYTES_AT_ONCE,
     Digest,
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 _PART_BYTES, _PIECE_BYTES, _NUM_PARTS_AT_ONCE = 16 << 20, 256 << 10, 8
 _LARGE_BYTES = 8 << 20
 _FRUITLESS_ATTEMPTS = 5
-_CONNECT_TIMEOUT_SEC, _READ_TIMEOUT_SEC = 5.0, 60.0
-_MAX_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -103,9 +101,9 @@ class S3Store:
             try:
                 self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
             except ClientError as error:
-                status = _status(error)
+                code = status(error)
                 # 409 means that another request interfered; only one that wrote the object has won.
-                if status == 412 or (status == 409 and self.exists(key)):
+                if code == 412 or (code == 409 and self.exists(key)):
                     return False
                 raise
         return True
@@ -148,7 +146,7 @@ class S3Store:
         try:
             return self._client.get_object(Bucket=self._bucket, Key=name, Range=f"bytes={low}-{high - 1}")
         except ClientError as error:
-            if _status(error) == 416:
+            if status(error) == 416:
                 return None
             raise
 
@@ -186,7 +184,7 @@ class S3Store:
     def get_bytes(self, key: str) -> bytes:
         """Download in one request; in some more if the connection is cut while the body comes."""
         with self._errors(key):
-            for attempt in range(1, _MAX_ATTEMPTS + 1):
+            for attempt in range(1, MAX_ATTEMPTS + 1):
                 answer = self._client.get_object(Bucket=self._bucket, Key=self._name(key))
                 if answer["ContentLength"] > MAX_BYTES_AT_ONCE:
                     answer["Body"].close()
@@ -194,7 +192,7 @@ class S3Store:
                 try:
                     return answer["Body"].read()
                 except BotoCoreError:  # boto3 itself tries again only as long as there is no answer.
-                    if attempt == _MAX_ATTEMPTS:
+                    if attempt == MAX_ATTEMPTS:
                         raise
             raise AssertionError
 
@@ -244,7 +242,7 @@ class S3Store:
                 self._client.delete_object(Bucket=self._bucket, Key=name, IfMatch=answer["ETag"])
                 return True
             except ClientError as error:
-                if _status(error) not in (409, 412):
+                if status(error) not in (409, 412):
                     raise
         return False
 
@@ -276,32 +274,10 @@ class S3Store:
             # upload_file hides the answer that it got behind an error of its own.
             cause = error.__context__ if isinstance(error, Boto3Error) else error
             if not isinstance(cause, ClientError):
-                raise self._no_answer(error) from error
-            if key is not None and _status(cause) == 404 and cause.response["Error"]["Code"] != "NoSuchBucket":
+                raise no_answer(self.place, error) from error
+            if key is not None and status(cause) == 404 and cause.response["Error"]["Code"] != "NoSuchBucket":
                 raise not_found(f"{self.uri}/{key}") from error
-            raise self._refusal(cause) from error
-
-    def _refusal(self, error: ClientError) -> StoreUnavailableError:
-        status, code = _status(error), error.response["Error"]["Code"]
-        if code == "NoSuchBucket":
-            problem, mend = "has no such bucket", "create it or correct DEME_STORE_URI"
-        elif code == "RequestTimeTooSkewed":
-            problem, mend = "says that this machine's clock is wrong", "set it by a time server"
-        elif status in (401, 403):
-            problem, mend = f"denies access ({code})", "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and their rights"
-        elif status >= 500 or status == 429:  # It is overloaded or starting: it may take the next attempt.
-            return NoAnswerError(f"{self.place} answered {status} ({code}); check the server and AWS_ENDPOINT_URL.")
-        else:
-            problem, mend = f"answered {status} ({code})", "check the server and AWS_ENDPOINT_URL"
-        return StoreUnavailableError(f"{self.place} {problem}; {mend}.")
-
-    def _no_answer(self, error: Exception) -> StoreUnavailableError:
-        kind = type(error).__name__
-        if "Credential" in kind:
-            mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-            return StoreUnavailableError(f"Cannot use {self.place} ({kind}); {mend}.")
-        mend = "check that it is up and that AWS_ENDPOINT_URL is its address"
-        return NoAnswerError(f"Cannot use {self.place} ({kind}); {mend}.")
+            raise refusal(self.place, cause) from error
 
 
 def _feed(digest: Digest | None, file: BinaryIO, num_bytes: int) -> None:
@@ -317,61 +293,6 @@ def _object_size(answer: Any) -> int:
     return int(answer["ContentLength"] if whole else answer["ContentRange"].rpartition("/")[2])
 
 
-def _status(error: ClientError) -> int:
-    return error.response["ResponseMetadata"]["HTTPStatusCode"]
-
-
 def connect(bucket: str, prefix: str) -> S3Store:
     """Opens a bucket at the endpoint and with the credentials of the AWS_* variables; contacts nothing yet."""
-    config = Config(
-        connect_timeout=_CONNECT_TIMEOUT_SEC,
-        read_timeout=_READ_TIMEOUT_SEC,
-        retries={"mode": "standard", "total_max_attempts": _MAX_ATTEMPTS},
-        max_pool_connections=2 * _NUM_PARTS_AT_ONCE,
-    )
-
-    def make_client() -> "S3Client":
-        try:
-            client = Session().client("s3", config=config)
-        except (BotoCoreError, ValueError) as error:
-            # Without its cause, which quotes the endpoint: it may hold a password.
-            raise StoreUnavailableError(
-                f"The AWS_* variables make no S3 client ({type(error).__name__}); AWS_ENDPOINT_URL must be a URL such "
-                "as http://127.0.0.1:8333, and AWS_PROFILE a profile that exists."
-            ) from None
-        if "@" in client.meta.endpoint_url:
-            raise StoreUnavailableError("AWS_ENDPOINT_URL must hold no password; use AWS_SECRET_ACCESS_KEY.")
-        return client
-
-    return S3Store(bucket, prefix, make_client)
-
-
-def make_buckets(names: Iterable[str], *, endpoint_url: str, access_key: str, secret_key: str) -> None:
-    """Makes buckets unless they are there, and writes to each, in one attempt: for a server that is just starting.
-
-    Raises:
-        StoreUnavailableError: the server does not take them (yet).
-    """
-    client = Session().client(
-        "s3",
-        endpoint_url=endpoint_url,
-        aws_access_key_id=access_key,
-        aws_secret_access_key=secret_key,
-        region_name="us-east-1",
-        config=Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1}),
-    )
-    for name in names:
-        try:
-            _make_bucket(client, name)
-        except (BotoCoreError, ClientError) as error:
-            raise NoAnswerError(f"{endpoint_url} takes no bucket {name} yet ({type(error).__name__}).") from error
-
-
-def _make_bucket(client: "S3Client", name: str) -> None:
-    try:
-        client.head_bucket(Bucket=name)
-    except ClientError as error:
-        if _status(error) != 404:
-            raise
-        client.create_bucket(Bucket=name)
-    client.put_object(Bucket=name, Key=".ready", Body=b"")
+    return S3Store(bucket, prefix, partial(make_client, num_connections=2 * _NUM_PARTS_AT_ONCE))

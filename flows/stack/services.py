@@ -142,7 +142,7 @@ def _prepare_store(layout: Layout, data: Path, config: Path) -> None:
 
 
 def _check_store(layout: Layout) -> None:
-    from deme_core.s3_store import make_buckets
+    from deme_core.s3_client import make_buckets
 
     _get(f"{layout.url('s3')}/healthz")  # First, since it costs next to nothing while the server is not up.
     make_buckets(

@@ -13,7 +13,7 @@ from uuid import uuid4
 import botocore.auth
 import pytest
 
-from deme_core import s3_store
+from deme_core import s3_client
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import ChecksumMismatchError, DamagedArtifactError, StoreUnavailableError
 from tasks import patience
@@ -44,7 +44,7 @@ def bucket(s3_server: S3Server) -> str:
 def uri(bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     for name, value in s3_server.env.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(s3_store, "_READ_TIMEOUT_SEC", 1.0)
+    monkeypatch.setattr(s3_client, "_READ_TIMEOUT_SEC", 1.0)
     return f"s3://{bucket}/{uuid4().hex}/store"
 
 
