@@ -84,7 +84,7 @@ class Sampling:
         """Returns the diffusers scheduler, its timesteps set.
 
         Raises:
-            InputError: the sampler is not for such models, or takes no timestep spacing.
+            InputError: the sampler is not for such models or takes no timestep spacing, or there are too many steps.
         """
         import diffusers
 
@@ -93,11 +93,16 @@ class Sampling:
                 f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler, or --sampler on "
                 f"the command line, to {' or '.join(known)}."
             )
+        if self.num_inference_steps > (num_timesteps := adapter.noise_process.num_train_timesteps):
+            raise InputError(
+                f"{self.num_inference_steps} sampling steps are more than the model's {num_timesteps} timesteps; lower "
+                "evaluate.num_inference_steps, or --num-inference-steps on the command line."
+            )
         if self.sampler == "flow_match_euler" and self.timestep_spacing:
             raise InputError("The sampler flow_match_euler has one spacing only; leave evaluate.timestep_spacing out.")
         overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         is_learned = adapter.scheduler_config.get("variance_type") in ("learned", "learned_range")
-        if self.sampler == "ddpm" and is_learned and not adapter.predicts_variance:
+        if self.sampler == "ddpm" and is_learned:
             # DDPM's posterior variance and diffusers' default; DDIM, which takes no learned one, has it at eta 1.
             overrides["variance_type"] = "fixed_small"
         scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])

@@ -120,12 +120,15 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
     config = read_json(denoiser / "config.json")
     if (found := config.get("_class_name")) not in (known := index.family.denoiser_classes):
         raise ModelFolderError(f"{denoiser / 'config.json'} describes a {found}; known are {', '.join(known)}.")
+    scheduler_config = read_json(scheduler / "scheduler_config.json")
+    if problem := index.family.unsupported(config, scheduler_config):
+        raise ModelFolderError(f"{path} has {problem}; DeMe cannot finetune it.")
     return ModelFolder(
         path=path,
         index=index,
         weights=(path / LORA_NAME,) if index.lora_base else _find_weights(denoiser, allow_pickle=allow_pickle),
         denoiser_config=config,
-        scheduler_config=read_json(scheduler / "scheduler_config.json"),
+        scheduler_config=scheduler_config,
         frozen=frozen if index.pretrained else path,
     )
 

@@ -13,6 +13,37 @@ import torch
 
 from deme_core.objectives import NoiseScheduler, training_target
 
+# Classes of diffusers whose config is that of `Diffusion`, a schedule of betas: any of them may have come with a model.
+BETA_SCHEDULERS = (
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+# More than float32 loses of a timestep below 10,000.
+_TIMESTEP_ERROR = 1e-2
+FLOW_SCHEDULERS = (
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+)
+
 
 class NoiseProcess(Protocol):
     """What training, held-out losses and sampling need to know of the noise."""
@@ -99,8 +130,8 @@ class FlowMatching:
         return (timesteps + 1).to(torch.float32)
 
     def training_timestep(self, model_timestep: float) -> int:
-        """Returns the t whose interval (t, t + 1] holds sigma T."""
-        return min(max(math.ceil(model_timestep) - 1, 0), self.num_train_timesteps - 1)
+        """Returns the t whose interval (t, t + 1] holds sigma T, which samplers compute in float32."""
+        return min(max(math.ceil(model_timestep - _TIMESTEP_ERROR) - 1, 0), self.num_train_timesteps - 1)
 
     def _sigmas(self, timesteps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         sigmas = self.model_timesteps(timesteps).to(like.device) / self.num_train_timesteps

@@ -1,6 +1,7 @@
 """Recipe files: found by name or path, overridden from the command line, checked, and written out resolved."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,9 +120,18 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1, but that 1e-4 is a number, as everybody thinks, and not a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def _parse_yaml(text: str | bytes, where: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # A date or number that cannot be is a ValueError.
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:

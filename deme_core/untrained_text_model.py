@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from deme_core.errors import InputError
+from deme_core.families.deepfloyd_if import DeepFloydIF
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.seeds import derive_seed
+from deme_core.untrained_parts import untrained_scheduler, untrained_unet
 
 _MAX_WORDS = 10_000
 _SPACE = "▁"  # What a T5 tokenizer puts before a word.
@@ -45,7 +47,7 @@ def write_untrained_text_model(
     Raises:
         InputError: a part cannot be built.
     """
-    from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+    from diffusers import IFPipeline, UNet2DConditionModel
     from transformers import T5EncoderModel
 
     try:
@@ -58,16 +60,14 @@ def write_untrained_text_model(
             tokenizer=tokenizer,
             text_encoder=encoder,
             unet=UNet2DConditionModel.from_config(config),
-            scheduler=DDPMScheduler(**noise_scheduler),
+            scheduler=untrained_scheduler(noise_scheduler, DeepFloydIF),
             safety_checker=None,
             feature_extractor=None,
             watermarker=None,
             requires_safety_checker=False,
         )
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(
-            f"pretrained.unet, noise_scheduler or text_encoder cannot be built: {' '.join(str(error).split())}."
-        ) from error
+        raise InputError(f"pretrained.unet or text_encoder cannot be built: {' '.join(str(error).split())}.") from error
     pipeline.save_pretrained(path)
     return open_model_folder(path)
 
@@ -79,7 +79,7 @@ def untrained_text_unet(
     channels, size, _ = image_shape
     width = _t5_config(text_encoder, vocabulary=2).d_model  # Pad and end of text, without which T5 complains.
     fixed = {"sample_size": size, "in_channels": channels, "out_channels": 2 * channels, "cross_attention_dim": width}
-    return {"_class_name": "UNet2DConditionModel", **unet, **fixed}
+    return untrained_unet("UNet2DConditionModel", unet, fixed)
 
 
 def _t5_config(settings: Mapping[str, Any], *, vocabulary: int) -> Any:

@@ -149,6 +149,15 @@ def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0
     return found
 
 
+def in_words(metric: str, found: Mapping[str, Interval]) -> str:
+    """Returns what `differences` found in words, all of it: a verdict is not to be understood by one interval alone."""
+    texts = {over: f"{each.low:+.3g} to {each.high:+.3g}" for over, each in found.items()}
+    mean = f"{metric} {found['seeds'].mean:+.3g}"
+    if len(texts) == 1:
+        return f"{mean}, 95 % interval {texts['seeds']}"
+    return f"{mean}, 95 % intervals {' and '.join(f'{text} over {over}' for over, text in texts.items())}"
+
+
 def _num_shared_resamples(*rows: RowScores) -> int:
     """Returns how many resamples of each seed all rows have; 0 if one has none of some seed."""
     if any(len(row.replicates) != len(row.by_seed) for row in rows):

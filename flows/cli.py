@@ -136,12 +136,14 @@ def _run_flow(
     from deme_core.settings import Settings
     from deme_core.store import check_access, open_store
     from flows.environment import make_folders
-    from tasks.health import check_api_address
+    from tasks.health import check_api_address, check_health
 
     # What is wrong with the recipe or the store is said at once, before anything starts.
     load_recipe(recipe, overrides or [])
     check_access(open_store(Settings().store_uri))
-    check_api_address(os.environ.get("PREFECT_API_URL", ""))
+    if address := os.environ.get("PREFECT_API_URL"):
+        check_api_address(address)
+        check_health("PREFECT_API_URL", address)
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     make_folders()  # Before Prefect is imported, which wants its own.

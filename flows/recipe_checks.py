@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from deme_core.cost_estimate import H100_PEAK, NUM_CHECKPOINTS_STORED, UTILIZATION, CostEstimate, estimate_cost
 from deme_core.denoiser_size import measure_denoiser
@@ -27,6 +26,7 @@ from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
+from deme_core.untrained_parts import untrained_scheduler, untrained_unet
 from deme_core.untrained_text_model import untrained_text_unet
 from flows.doctor import existing_part
 from flows.stack.stack import Stack
@@ -103,7 +103,7 @@ class RecipeChecks:
         source = self.recipe.pretrained
         if source.source == "pretrain":
             self._adapter = _untrained(self.recipe)
-            recipe_segments(self.recipe.segments, self._num_timesteps)
+            self._check_sampling(self._adapter)
             return "trained here"
         path = fetch_source(source.source, revision=source.revision, cache=self.cache)
         folder = open_model_folder(path, allow_pickle=source.allow_pickle)
@@ -116,9 +116,8 @@ class RecipeChecks:
     def _check_fits(self, folder: ModelFolder, adapter: Adapter) -> None:
         """Raises an InputError if the recipe asks for what the model cannot do."""
         dataset, evaluate = self.recipe.dataset, self.recipe.evaluate
-        recipe_segments(self.recipe.segments, folder.num_train_timesteps)
+        self._check_sampling(adapter)
         self.recipe.check_search(len(block_names(folder.checkpoint().infos)))
-        Sampling(evaluate.sampler, evaluate.num_inference_steps).build_scheduler(adapter)
         captions = dataset.caption_column or dataset.caption_template
         check_conditioned(adapter, captions=captions, labels=dataset.label_column)
         if adapter.conditioned_on == "captions" and evaluate.prompts is None:
@@ -130,6 +129,13 @@ class RecipeChecks:
                 f"The model makes images of {height} pixels and {channels} channels, not of {wanted[1]} and "
                 f"{wanted[0]}; set dataset.resolution and dataset.channels."
             )
+
+    def _check_sampling(self, adapter: Adapter) -> None:
+        evaluate = self.recipe.evaluate
+        recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
+        Sampling(
+            evaluate.sampler, evaluate.num_inference_steps, timestep_spacing=evaluate.timestep_spacing
+        ).build_scheduler(adapter)
 
     def _dataset(self) -> str:
         self._num_images = preview_images(self.recipe.dataset, self.cache)
@@ -232,10 +238,6 @@ class RecipeChecks:
                 return home / "stack" / "s3"
         return None
 
-    @property
-    def _num_timesteps(self) -> int:
-        return int(self.recipe.pretrained.noise_scheduler.get("num_train_timesteps", 1000))
-
 
 def measure_cpu() -> float:
     """Returns how many operations per second this CPU does in float32: products of matrices, for half a second."""
@@ -261,16 +263,18 @@ def _untrained(recipe: Recipe) -> Adapter:
     source, dataset = recipe.pretrained, recipe.dataset
     channels, size = _channels(dataset), dataset.resolution or 8
     fixed = {"sample_size": size, "in_channels": channels, "out_channels": channels}
-    config: dict[str, Any] = {"_class_name": "UNet2DModel", **source.unet, **fixed}
     family: type[Adapter] = Unconditional
     try:
-        if source.text_encoder is not None:
+        if source.text_encoder is None:
+            config = untrained_unet("UNet2DModel", source.unet, fixed)
+        else:
             config = untrained_text_unet(source.unet, source.text_encoder, (channels, size, size))
             family = DeepFloydIF
         config = {**getattr(diffusers, config["_class_name"]).from_config(config).config, **config}
     except (TypeError, ValueError) as error:
         raise InputError(f"pretrained.unet or text_encoder cannot be built: {error}.") from error
-    adapter = family(denoiser_config=config, scheduler_config=source.noise_scheduler)
+    scheduler = untrained_scheduler(source.noise_scheduler, family)
+    adapter = family(denoiser_config=config, scheduler_config=dict(scheduler.config))
     check_conditioned(adapter, captions=dataset.caption_column or dataset.caption_template, labels=dataset.label_column)
     if adapter.conditioned_on == "captions" and recipe.evaluate.prompts is None:
         raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")

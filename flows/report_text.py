@@ -8,6 +8,7 @@ from rich.table import Table
 
 from deme_core.metrics import direction
 from deme_core.settings import Settings
+from deme_core.verdict import Interval, in_words
 
 _ORDER = ("pretrained", "finetuned", "ensemble", "merged", "distilled", "model")
 
@@ -35,12 +36,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
     for baseline in ("pretrained", "finetuned"):
-        verdict, gain = comparison["verdict"][f"vs_{baseline}"], comparison["gain"][f"vs_{baseline}"][metric]
+        verdict, gains = comparison["verdict"][f"vs_{baseline}"], comparison["gain_by"][f"vs_{baseline}"]
         console.print(
             f"{row} is [bold]{verdict}[/] than {baseline}"
             if verdict != "too close to call"
             else f"{row} against {baseline}: [bold]{verdict}[/]",
-            f"({metric} {gain['mean']:+.3g}, 95 % interval {gain['low']:+.3g} to {gain['high']:+.3g})",
+            f"({in_words(metric, {over: Interval(**gain) for over, gain in gains.items()})})",
             highlight=False,
         )
 

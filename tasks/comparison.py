@@ -1,6 +1,6 @@
 """Several runs side by side: only what was evaluated alike."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from deme_core.errors import InputError
@@ -36,7 +36,17 @@ def comparable_reports(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
     for run, report in reports.items():
         if different := differing_conditions(baseline["conditions"], report["conditions"]):
             raise InputError(f"Runs {runs[0]} and {run} cannot be compared: they differ in {', '.join(different)}.")
-    return reports
+    shared = set[str].intersection(*(set(report["rows"][scored_row(report)]) for report in reports.values()))
+    return {run: _of_metrics(report, shared) for run, report in reports.items()}
+
+
+def _of_metrics(report: Mapping[str, Any], shared: Set[str]) -> dict[str, Any]:
+    """Returns a report of those metrics alone."""
+
+    def kept(by_row: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        return {row: {m: value for m, value in values.items() if m in shared} for row, values in by_row.items()}
+
+    return {**report, "rows": kept(report["rows"]), "scores": kept(report["scores"])}
 
 
 def comparison_table(reports: Reports) -> dict[str, dict[str, str]]:

@@ -35,6 +35,7 @@ def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
             except httpx.HTTPError as error:
                 if time.monotonic() >= deadline:
                     raise InputError(
-                        f"{variable} {address} does not answer ({error}); start that server or unset it."
+                        f"{variable} {address} does not answer ({error}); start that server (deme up starts the local "
+                        "stack's) or unset the variable."
                     ) from error
             time.sleep(_POLL_SECONDS)

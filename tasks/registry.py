@@ -4,13 +4,13 @@ MLflow is imported late, as in `tasks.tracking`.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
-from deme_core.verdict import RowScores, compare, lacks_images, paired_difference
+from deme_core.verdict import RowScores, compare, differences, in_words, lacks_images
 from tasks.patient_client import patient_client
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHALLENGER, CHAMPION = "challenger", "champion"
+_LONGEST_TAG = 100_000  # Of MLflow's.
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,17 @@ def _create_version(
         "deme.fingerprint": report["fingerprint"],
         "deme.metric": metric,
         "deme.scores": json.dumps(scores.by_seed),
-        "deme.replicates": json.dumps(scores.replicates),
+        "deme.replicates": _fitting(scores.replicates),
     }
     return client.create_model_version(name, source=source, run_id=report["mlflow_run_id"], tags=tags)
+
+
+def _fitting(replicates: Sequence[Sequence[float]]) -> str:
+    """Returns as JSON the resamples of each seed, the first ones if MLflow takes no more: two rows share the first."""
+    kept = [list(seed) for seed in replicates]
+    while len(text := json.dumps(kept)) > _LONGEST_TAG:
+        kept = [seed[: len(seed) * 9 // 10] for seed in kept]
+    return text
 
 
 def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
@@ -138,8 +147,7 @@ def _decide(
         )
     theirs = RowScores(json.loads(champion.tags["deme.scores"]), json.loads(champion.tags.get("deme.replicates", "[]")))
     verdict = compare(scores, theirs, higher_is_better=higher_is_better(metric))
-    difference = paired_difference(scores.by_seed, theirs.by_seed)
-    numbers = f"{metric} {difference.mean:+.3g}, 95 % interval {difference.low:+.3g} to {difference.high:+.3g}"
+    numbers = in_words(metric, differences(scores, theirs))
     if lacks_images(scores, theirs):
         numbers += "; only one of the two has resamples, so run it with the champion's evaluate.num_bootstrap"
     return ("promoted" if verdict == "better" else "kept"), (

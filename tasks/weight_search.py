@@ -16,7 +16,7 @@ from typing import Any
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import InputError
-from deme_core.metrics import METRICS, higher_is_better, metric_names
+from deme_core.metrics import METRICS, higher_is_better
 from deme_core.search import (
     Batch,
     Candidate,
@@ -114,9 +114,7 @@ class _Measurements:
     def __init__(self, job: SearchJob, num_weights: int, do: Do) -> None:
         self._job, self._do, self._zero = job, do, (0.0,) * num_weights
         self._known: dict[tuple[Kind, Weights], Any] = {}
-        self._guards, evaluate = job.search.guards, job.evaluate
-        guarding = [m for m in evaluate.metrics if set(metric_names([m], evaluate.extractor_names)) & set(self._guards)]
-        self._metrics = tuple(dict.fromkeys([evaluate.metrics[0], *guarding]))
+        self._guards = job.search.guards
         self.sign = -1.0 if METRICS[job.evaluate.metrics[0]].higher_is_better else 1.0
 
     def scores(self, batch: Batch) -> Iterator[float]:
@@ -181,10 +179,8 @@ class _Measurements:
             return LossJob(
                 **model, label=f"held-out loss of {text}", dataset=job.dataset, segment_edges=job.segment_edges
             )
-        # A rough score is a full one of as few steps; metrics that neither decide nor guard are not computed.
-        changed: dict[str, Any] = {"metrics": self._metrics}
-        if kind == "rough":
-            changed["num_inference_steps"] = job.search.few_steps
+        # A rough score is a full one of as few steps.
+        changed = {"num_inference_steps": job.search.few_steps} if kind == "rough" else {}
         return ScoreJob(
             **model,
             label=f"{kind} score of {text}",

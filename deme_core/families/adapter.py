@@ -11,7 +11,7 @@ from deme_core.errors import InputError, ModelFolderError
 
 # Others import it from here.
 from deme_core.images.training_batch import NO_LABEL as NO_LABEL
-from deme_core.noise_process import NoiseProcess
+from deme_core.noise_process import BETA_SCHEDULERS, NoiseProcess
 
 ConditioningTensors = dict[str, torch.Tensor]
 
@@ -26,7 +26,7 @@ class Adapter:
         frozen_parts: subfolders that the pipeline cannot do without, besides denoiser and scheduler.
         conditioned_on: what the denoiser is told beside the timestep.
         scheduler_overrides: what sampling and training take otherwise than scheduler_config.json says.
-        predicts_variance: whether `predict` hands on the variance of a denoiser that learned one.
+        schedulers: classes of the scheduler whose configs say how such a model is noised.
 
     Args:
         denoiser_config: config.json of the denoiser.
@@ -42,7 +42,7 @@ class Adapter:
     frozen_parts: ClassVar[tuple[str, ...]] = ()
     conditioned_on: ClassVar[Literal["nothing", "captions", "labels"]] = "nothing"
     scheduler_overrides: ClassVar[Mapping[str, Any]] = {}
-    predicts_variance: ClassVar[bool] = False
+    schedulers: ClassVar[tuple[str, ...]] = BETA_SCHEDULERS
 
     def __init__(
         self,
@@ -57,6 +57,30 @@ class Adapter:
         self.scheduler_config = {**scheduler_config, **self.scheduler_overrides}
         self.pipeline, self.device = pipeline or self.pipelines[0], device
         self._frozen = frozen
+
+    @classmethod
+    def unsupported(cls, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> str | None:
+        """Returns what a model of these two configs has that DeMe cannot train or sample; None if it can.
+
+        A scheduler's config means what its class says: flow matching's, read as betas, would noise images otherwise
+        than the model knows them.
+        """
+        scheduler = scheduler_config.get("_class_name", cls.schedulers[0])
+        if scheduler not in cls.schedulers:
+            return f"a {scheduler}, and not one of {', '.join(cls.schedulers)}"
+        if scheduler_config.get("use_flow_sigmas"):
+            return f"a {scheduler} with use_flow_sigmas, a flow-matching model in the clothes of another"
+        if (
+            scheduler_config.get("rescale_betas_zero_snr")
+            and scheduler_config.get("prediction_type", "epsilon") == "epsilon"
+        ):
+            return (
+                "rescale_betas_zero_snr, under which the last timestep is noise alone, of which a prediction_type of "
+                "epsilon tells no image"
+            )
+        if denoiser_config.get("time_cond_proj_dim"):
+            return "a denoiser that is told the guidance (time_cond_proj_dim), as consistency models are"
+        return None
 
     @property
     def frozen(self) -> Path:
@@ -114,6 +138,11 @@ class Adapter:
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Returns images, float32 (B, 3, H', W'), about in [-1, 1], of latents."""
         return latents
+
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """What decides, beside the files of the text encoders, what `encode_prompts` returns, where it is not usual."""
+        return {}
 
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns the tensors, each (B, ...), that B texts become; the empty text is what guidance steers away from."""

@@ -8,7 +8,7 @@ import torch
 
 from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import read_json
-from deme_core.noise_process import Diffusion, FlowMatching, NoiseProcess
+from deme_core.noise_process import FLOW_SCHEDULERS, Diffusion, FlowMatching, NoiseProcess
 from deme_core.tf32 import without_tf32
 
 
@@ -88,6 +88,7 @@ class DiffusionOnLatents(LatentAdapter):
 class FlowMatchingOnLatents(LatentAdapter):
     """A latent adapter whose noise is that of flow matching."""
 
+    schedulers = FLOW_SCHEDULERS
     # Its noise would depend on the batch.
     scheduler_overrides: ClassVar[Mapping[str, Any]] = {"stochastic_sampling": False}
 

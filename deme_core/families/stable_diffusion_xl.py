@@ -1,6 +1,7 @@
 """Stable Diffusion XL (arXiv 2307.01952): two text encoders, and the image's sizes as a condition of their own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,12 @@ class StableDiffusionXL(DiffusionOnLatents):
     conditioned_on = "captions"
     parts_left_out = ("vae", "feature_extractor", "image_encoder")
 
+    @property
+    def prompt_settings(self) -> dict[str, Any]:
+        """Says so where the empty text is encoded like any other, and does not become zeros."""
+        is_zeros = read_json(self.frozen / INDEX_NAME).get("force_zeros_for_empty_prompt", True)
+        return {} if is_zeros else {"force_zeros_for_empty_prompt": False}
+
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns both encoders' hidden states (B, tokens, width), and the second's pooled embedding (B, width).
@@ -29,7 +36,7 @@ class StableDiffusionXL(DiffusionOnLatents):
         states, _, pooled, _ = self.text_pipeline.encode_prompt(
             list(texts), device=self.device, do_classifier_free_guidance=False
         )
-        if read_json(self.frozen / INDEX_NAME).get("force_zeros_for_empty_prompt", True):
+        if not self.prompt_settings:
             given = torch.tensor([float(bool(text)) for text in texts], device=self.device)
             states, pooled = states * given[:, None, None], pooled * given[:, None]
         return {"encoder_hidden_states": states, "text_embeds": pooled}

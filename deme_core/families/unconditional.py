@@ -1,6 +1,8 @@
 """Unconditional diffusion on pixels: DDPM and its kin (`UNet2DModel`)."""
 
+from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,17 @@ class Unconditional(Adapter):
     pipelines = ("DDPMPipeline", "DDIMPipeline")
     denoiser_classes = ("UNet2DModel",)
     denoiser_part = "unet"
-    predicts_variance = True
+
+    @classmethod
+    def unsupported(cls, denoiser_config: Mapping[str, Any], scheduler_config: Mapping[str, Any]) -> str | None:
+        """Returns what a model has that DeMe cannot train or sample; None if it can."""
+        for name in ("class_embed_type", "num_class_embeds"):
+            if denoiser_config.get(name):
+                return f"{name}: it is told classes, which DeMe knows of a DiTPipeline alone"
+        num_in, num_out = (denoiser_config.get(f"{which}_channels", 3) for which in ("in", "out"))
+        if num_out not in (num_in, 2 * num_in):
+            return f"{num_out} out_channels for {num_in} in_channels, which are neither images nor images and variances"
+        return super().unsupported(denoiser_config, scheduler_config)
 
     @cached_property
     def noise_process(self) -> NoiseProcess:
@@ -25,5 +37,5 @@ class Unconditional(Adapter):
     def predict(
         self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: ConditioningTensors
     ) -> torch.Tensor:
-        """Returns the denoiser's prediction for noisy images."""
-        return denoiser(noisy, timesteps).sample
+        """Returns the denoiser's prediction for noisy images, without the variance that some predict beside it."""
+        return denoiser(noisy, timesteps).sample[:, : noisy.shape[1]]

@@ -81,14 +81,19 @@ class Recipe(Spec):
         return self.evaluate.reference_dataset or self.dataset
 
     def evaluate_for(self, part: Literal["search", "report"]) -> EvaluateSpec:
-        """How images of the search or of the report are scored: a search has no use for extractors without a guard."""
+        """How images of the search or of the report are scored: a search needs what decides or guards, and no more.
+
+        So another metric in the report changes nothing that a search has measured.
+        """
         if part == "report":
             return self.evaluate
-        guards = set(self.merge.search.guards) if self.merge.search else set()
-        needed = [
-            n for n in self.evaluate.more_extractors if guards.intersection(metric_names(self.evaluate.metrics, [n]))
-        ]
-        return self.evaluate.model_copy(update={"more_extractors": tuple(needed)})
+        guards, spec = set(self.merge.search.guards) if self.merge.search else set(), self.evaluate
+        extractors = [name for name in spec.more_extractors if guards.intersection(metric_names(spec.metrics, [name]))]
+        names = (spec.extractor_name, *extractors)
+        guarding = [metric for metric in spec.metrics[1:] if guards.intersection(metric_names([metric], names))]
+        needed = (spec.metrics[0], *guarding)
+        subset = {} if "kid" in needed else {"kid_subset_size": EvaluateSpec.model_fields["kid_subset_size"].default}
+        return spec.model_copy(update={"more_extractors": tuple(extractors), "metrics": needed, **subset})
 
 
 def _shared(left: Sequence[int], right: Sequence[int]) -> list[int]:

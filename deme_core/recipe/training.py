@@ -52,7 +52,7 @@ class TrainingSpec(Spec):
     )
     lr_scheduler: LrScheduler = Field("constant", description="Learning rate over the steps, by diffusers' names.")
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps of linear warm-up.")
-    adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW.")
+    adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW, below 1.")
     weight_decay: float = Field(1e-6, ge=0, description="Weight decay of AdamW.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradients are clipped to this L2 norm.")
     ema_decay: Probability = Field(0.9999, description="Largest decay of the moving average that is kept.")
@@ -63,9 +63,18 @@ class TrainingSpec(Spec):
     seed: int = Field(0, ge=0, description="Seeds data order, augmentation, noise, timesteps and dropout.")
 
     @model_validator(mode="after")
+    def _moments_decay(self) -> Self:
+        if not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas {list(self.adam_betas)} must be at least 0 and below 1")
+        return self
+
+    @model_validator(mode="after")
     def _warm_up_is_heeded(self) -> Self:
         if self.lr_scheduler == "constant" and self.lr_warmup_steps > 0:
             raise ValueError("lr_scheduler 'constant' ignores lr_warmup_steps; use constant_with_warmup")
+        if self.lr_warmup_steps > self.num_steps:
+            # The control, which takes N times as many steps, would come to the rate that no copy ever had.
+            raise ValueError(f"lr_warmup_steps {self.lr_warmup_steps} are more than num_steps, {self.num_steps}")
         return self
 
 

@@ -56,5 +56,8 @@ def encoder_settings(job: LatentsJob | EmbeddingsJob, context: JobContext, *part
     check_conditioned(adapter, captions=images.captions, labels=images.labels)
     manifest = context.artifacts.manifest(job.pretrained)
     files = {file.name: file.sha256 for file in manifest.files if file.name.startswith(parts)}
-    encoder = sha256_bytes(canonical_json([adapter.pipeline, adapter.latent_shape, files]).encode())
+    named = [adapter.pipeline, adapter.latent_shape, files]
+    if "text_encoder" in parts and adapter.prompt_settings:  # Digests made without any stay.
+        named.append(adapter.prompt_settings)
+    encoder = sha256_bytes(canonical_json(named).encode())
     return {"encoder": encoder, "precision": job.dataset.cache_precision}

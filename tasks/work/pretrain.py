@@ -7,6 +7,7 @@ import torch
 
 from deme_core.data_parallel import agree, current_share
 from deme_core.errors import InputError
+from deme_core.families import Unconditional
 from deme_core.images import ImageSubset
 from deme_core.model_folder import ModelFolder, build_denoiser, load_denoiser, open_model_folder
 from deme_core.model_folder_writer import write_like, write_model_folder
@@ -14,6 +15,7 @@ from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
 from deme_core.training_plan import SPEED_ONLY, TrainingPlan
+from deme_core.untrained_parts import untrained_scheduler, untrained_unet
 from deme_core.untrained_text_model import write_untrained_text_model
 from tasks.jobs import PretrainJob
 from tasks.work.base import Identity, JobContext, Work
@@ -79,15 +81,13 @@ def _write_untrained(job: PretrainJob, images: ImageSubset, path: Path) -> Model
             image_shape=(images.channels, images.resolution, images.resolution),
             seed=job.training.seed,
         )
-    from diffusers import DDPMScheduler
-
     fixed = {"sample_size": images.resolution, "in_channels": images.channels, "out_channels": images.channels}
     torch.manual_seed(derive_seed("initial weights", job.training.seed))
     try:
-        model: Any = build_denoiser({"_class_name": "UNet2DModel", **job.unet, **fixed})
-        noise_scheduler = DDPMScheduler(**job.noise_scheduler)
+        model: Any = build_denoiser(untrained_unet("UNet2DModel", job.unet, fixed))
     except (TypeError, ValueError, ImportError) as error:
-        raise InputError(f"pretrained.unet or pretrained.noise_scheduler cannot be built: {error}.") from error
+        raise InputError(f"pretrained.unet cannot be built: {error}.") from error
+    noise_scheduler = untrained_scheduler(job.noise_scheduler, Unconditional)
     write_model_folder(
         path,
         denoiser_config={"_class_name": "UNet2DModel", **model.config},

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from deme_core.errors import InputError, RecipeError
+from deme_core.errors import InputError
 from deme_core.evaluation import Evaluation, FeatureSource
 from deme_core.generate import Sampling
 from deme_core.manifest import ArtifactRef
@@ -34,11 +34,6 @@ def build_evaluation(
 
 def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFolder) -> FeatureSource:
     """Returns how the denoisers that share ``model``'s architecture and scheduler generate features."""
-    if evaluate.num_inference_steps > model.num_train_timesteps:
-        raise RecipeError(
-            f"evaluate.num_inference_steps {evaluate.num_inference_steps} exceeds the model's "
-            f"{model.num_train_timesteps} timesteps; lower it."
-        )
     prompts = prompts_of(evaluate, context)
     return FeatureSource(
         # Kept from one candidate of a search to the next: text encoders take longer to load than images to make.
@@ -62,9 +57,12 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
 
 
 def evaluation_settings(evaluate: EvaluateSpec, context: JobContext, *, exclude: set[str]) -> dict[str, Any]:
-    """Returns what of an evaluation is part of a digest: files by their content, and real images by the reference."""
+    """Returns what of an evaluation is part of a digest: files by their content, and real images by the reference.
+
+    The reference also tells the extractor, wherever its weights lie; digests made before that was left out stay.
+    """
     dump = evaluate.model_dump(mode="json", exclude=exclude | {"prompts", "clip_weights", "reference_dataset"})
-    return dump | prompt_settings(evaluate, context)
+    return dump | {"extractor_weights": None} | prompt_settings(evaluate, context)
 
 
 def load_reference(context: JobContext, reference: ArtifactRef) -> Reference:

@@ -1,5 +1,6 @@
 """The jobs that encode a data set, and trainings on what they made, on a real tiny Stable Diffusion."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,16 @@ def test_encodings_are_shared_by_all_that_they_depend_on_nothing_of(laboratory: 
     assert (flipped.latents != plain.latents, flipped.embeddings) == (True, plain.embeddings)
     halved = laboratory.encoded(laboratory.dataset(cache_precision="fp16"))
     assert not {*halved.latents, *halved.embeddings} & {*plain.latents, *plain.embeddings}
+
+
+def test_embeddings_are_of_one_way_to_encode_the_empty_caption(laboratory: Laboratory, tmp_path: Path) -> None:
+    index = save_pipeline("StableDiffusionXLPipeline", tmp_path / "sdxl") / "model_index.json"
+    digests = list[str]()
+    for zeros in (True, False):
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": zeros}))
+        encoded = laboratory.encoded(laboratory.dataset(), model=laboratory.imported(index.parent))
+        digests.append(encoded.embeddings[0].digest)
+    assert digests[0] != digests[1]
 
 
 def test_a_training_that_caches_nothing_has_the_digest_it_always_had(laboratory: Laboratory) -> None:

@@ -1,5 +1,6 @@
 """What a real MLflow holds: versions and aliases, and runs that ended too early."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,15 @@ def test_a_champion_must_be_beaten_beyond_the_interval(settings: Settings, tmp_p
     tags = client.get_model_version("deme-race", "2").tags
     assert tags["deme.decision"] == "kept"
     assert tags["deme.reason"] == near.reason
+
+
+def test_more_resamples_than_mlflow_takes_leave_the_first_ones(settings: Settings, tmp_path: Path) -> None:
+    many = [[30 + seed + resample / 1e7 for resample in range(3000)] for seed in range(3)]
+    found = register(settings, report("many", "a"), RowScores([30.0, 31.0, 32.0], many), source="s3://a", metric=METRIC)
+    assert (found.version, found.decision) == ("1", "promoted")
+    kept = json.loads(MlflowClient(settings.tracking_uri).get_model_version("deme-many", "1").tags["deme.replicates"])
+    assert 1000 < len(kept[0]) < 3000
+    assert kept == [seed[: len(kept[0])] for seed in many]
 
 
 def test_the_first_champion_must_beat_its_pretrained_model(settings: Settings, tmp_path: Path) -> None:

@@ -26,6 +26,11 @@ def test_what_the_denoiser_is_told_leads_back_to_what_was_drawn(process: NoisePr
     assert [process.training_timestep(t) for t in process.model_timesteps(everything).tolist()] == everything.tolist()
 
 
+def test_a_timestep_of_the_sampler_belongs_to_the_interval_that_ends_above_it() -> None:
+    assert [FLOW.training_timestep(t) for t in (0.3, 500.0, 500.2, 500.9)] == [0, 499, 500, 500]
+    assert FLOW.training_timestep(900.00006) == 899, "float32 makes that of 900"
+
+
 def test_flow_matching_goes_straight_from_images_to_noise() -> None:
     sigmas = torch.tensor([0.001, 0.25, 0.251, 1.0]).view(-1, 1, 1, 1)
     noisy = FLOW.add_noise(CLEAN, NOISE, TIMESTEPS)

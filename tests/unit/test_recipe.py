@@ -84,6 +84,16 @@ def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
     assert TrainingSpec(num_steps=10, lr_warmup_steps=5, lr_scheduler="constant_with_warmup")
 
 
+def test_a_warm_up_that_never_ends_is_refused() -> None:
+    with pytest.raises(ValidationError, match="lr_warmup_steps 11 are more than num_steps, 10"):
+        TrainingSpec(num_steps=10, lr_warmup_steps=11, lr_scheduler="cosine")
+
+
+def test_betas_of_one_and_more_are_refused() -> None:
+    with pytest.raises(ValidationError, match="must be at least 0 and below 1"):
+        TrainingSpec(num_steps=1, adam_betas=(0.9, 1.0))
+
+
 @pytest.mark.parametrize("seeds", [(1, 1, 2), (1, 2)])
 def test_a_report_needs_three_different_sampling_seeds(seeds: tuple[int, ...]) -> None:
     with pytest.raises(ValidationError, match=r"at least 3 items|seeds must differ"):
@@ -179,6 +189,19 @@ def test_a_guard_is_a_score_that_is_computed_and_does_not_decide() -> None:
     for guard in ("fid", "recall", "fd_efficientnet_lite0"):
         with pytest.raises(ValidationError, match=rf"names {guard}; .*decides: kid, fd_pixels_4x4, kd_pixels_4x4"):
             recipe(merge={"search": {"guards": [guard]}}, evaluate=evaluate)
+
+
+def test_a_search_has_only_the_metrics_that_decide_or_guard() -> None:
+    evaluate = {"num_images": 10, "metrics": ["fid", "kid", "recall"], "kid_subset_size": 50}
+    for guards, metrics, subset_size in [
+        ([], ("fid",), 1000),
+        (["fd_pixels_4x4"], ("fid",), 1000),
+        (["recall_pixels_4x4"], ("fid", "recall"), 1000),
+        (["kid"], ("fid", "kid"), 50),
+    ]:
+        made = recipe(merge={"search": {"guards": guards}}, evaluate=evaluate | {"more_extractors": ["pixels_4x4"]})
+        searched = made.evaluate_for("search")
+        assert (searched.metrics, searched.kid_subset_size) == (metrics, subset_size)
 
 
 def test_a_search_has_only_the_extractors_of_its_guards() -> None:

@@ -225,6 +225,12 @@ def test_the_value_of_an_override_is_yaml(file: str) -> None:
     assert recipe.evaluate.timestep_spacing is None
 
 
+@pytest.mark.parametrize("written", ["1e-4", "1E-4", "+1e-4", "1.e-4", ".1e-3", "0.0001"])
+def test_a_number_with_an_exponent_is_a_number(file: str, written: str) -> None:
+    found = load_recipe(file, [f"pretrained.unet.norm_eps={written}", "pretrained.unet.norm=e-4"]).pretrained.unet
+    assert found == {"norm_eps": 1e-4, "norm": "e-4"}
+
+
 def test_overrides_reach_parts_the_file_leaves_out_and_the_last_one_counts(file: str) -> None:
     recipe = load_recipe(file, ["execution.num_workers=2", "pretrained.training.seed=4", "execution.num_workers=3"])
     assert recipe.execution.num_workers == 3

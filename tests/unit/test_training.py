@@ -14,12 +14,13 @@ from torch import nn
 from deme_core.errors import FrozenModelChangedError, InputError, NonFiniteLossError, TimestepHistogramError
 from deme_core.families import EncodedBatch
 from deme_core.objectives import training_target
+from deme_core.optimizer import build_optimizer
 from deme_core.projection import attach_projections, is_projection
 from deme_core.recipe import TrainingSpec
 from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
-from deme_core.timesteps import TimestepSampler
+from deme_core.timesteps import TimestepSampler, histogram_p_value
 from deme_core.training import Training, TrainingProgress
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
 from deme_core.training_plan import TrainingPlan
@@ -269,6 +270,11 @@ def test_moments_of_eight_bits_train_and_are_restored(tmp_path: Path) -> None:
     assert run(plain)[-1].loss == pytest.approx(losses[-1], rel=0.02)
 
 
+def test_the_optimizer_has_the_betas_of_the_recipe() -> None:
+    spec = TrainingSpec(num_steps=1, batch_size=1, learning_rate=1e-3, adam_betas=(0.5, 0.6))
+    assert build_optimizer([nn.Parameter(torch.ones(1))], spec).defaults["betas"] == (0.5, 0.6)
+
+
 def test_the_eight_bit_optimizer_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match=r"needs the package bitsandbytes, 0\.50 or newer; install it"):
@@ -394,7 +400,7 @@ def test_the_reported_learning_rate_is_that_of_the_last_step(spec: dict[str, Any
 
 
 def test_a_first_step_of_rate_zero_changes_nothing() -> None:
-    training = build(num_steps=1, lr_scheduler="constant_with_warmup", lr_warmup_steps=5)
+    training = build(num_steps=1, lr_scheduler="constant_with_warmup", lr_warmup_steps=1)
     run(training)
     assert all(same_bits(training.model.state_dict()[name], t) for name, t in one_level_unet().state_dict().items())
 
@@ -485,6 +491,23 @@ def test_timesteps_that_contradict_the_sampler_are_an_error() -> None:
     training.timestep_counts[900] = 10_000
     with pytest.raises(TimestepHistogramError):
         run(training)
+
+
+def unlikely_counts(sampler: TimestepSampler, batch_size: int) -> torch.Tensor:
+    """Returns the timesteps of 100 batches that seem wrong where each image is taken for a draw of its own."""
+    for seed in range(50):
+        rng = torch.Generator().manual_seed(seed)
+        counts = torch.bincount(torch.cat([sampler(batch_size, rng) for _ in range(100)]), minlength=1000)
+        if histogram_p_value(counts, sampler) < 1e-12:
+            return counts
+    raise AssertionError("no seed of these gives any")
+
+
+def test_a_mirrored_batch_that_is_decided_as_a_whole_counts_as_one_draw() -> None:
+    sampler = TimestepSampler(TimestepSegment(0, 500), 1000, 0.3, per_batch_mirrored=True)
+    training = build(source=lambda first: batches(first, 64), batch_size=64, sampler=sampler, num_steps=1)
+    training.timestep_counts += unlikely_counts(sampler, 64)
+    run(training)
 
 
 def test_the_histogram_counts_every_image() -> None:

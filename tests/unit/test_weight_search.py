@@ -95,12 +95,11 @@ def test_nothing_is_measured_twice_and_everything_counts(settings: dict[str, Any
     assert bool(num_losses) == ("heldout_loss" in result["rank_correlation"])
 
 
-def test_a_rough_score_is_the_full_score_of_fewer_steps_and_of_the_deciding_metric_alone() -> None:
+def test_a_rough_score_is_the_full_score_of_fewer_steps() -> None:
     workers = Workers(2)
     found({"strategy": "grid", "few_steps": 5}, workers)
     scores = [job for job in workers.done if isinstance(job, ScoreJob)]
     assert {job.evaluate.num_inference_steps for job in scores} == {5, 50}
-    assert {job.evaluate.metrics for job in scores} == {("fid",)}
 
 
 def test_weights_of_blocks_start_at_the_mean_of_the_copies() -> None:
@@ -176,13 +175,6 @@ def test_a_guard_that_gets_worse_costs_as_much_as_the_score_would(guards: tuple[
         assert candidate["score"] == pytest.approx(score(w, 50) + of_pretrained * cost(w))
     best = min((c for c in result["candidates"] if c["score"] is not None), key=lambda c: c["score"])
     assert (tuple(result["weights"]), result["score"]) == (best["weights"], best["score"])
-
-
-def test_only_the_metrics_of_guards_are_computed_besides() -> None:
-    for guards, metrics in [((), ("fid",)), (("fd_pixels_4x4",), ("fid",)), (("recall",), ("fid", "recall"))]:
-        workers = Guards(1)
-        exhaust(find_weights(search_job({"strategy": "grid", "guards": guards}, **GUARDED), 2, workers), lambda _: None)
-        assert {job.evaluate.metrics for job in workers.done if isinstance(job, ScoreJob)} == {metrics}
 
 
 def test_rough_scores_are_guarded_by_rough_ones() -> None:

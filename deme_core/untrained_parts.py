@@ -1,0 +1,50 @@
+"""Denoiser and noise schedule of a model that is to be trained here, from what a recipe says of them."""
+
+import difflib
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from deme_core.errors import InputError
+from deme_core.families import Adapter
+
+
+def untrained_unet(class_name: str, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the config of a denoiser.
+
+    Args:
+        class_name: its class in diffusers.
+        settings: ``pretrained.unet`` of a recipe.
+        fixed: what the data decide.
+
+    Raises:
+        InputError: the class has no such setting, which diffusers would leave out in silence, or the data decide it.
+    """
+    import diffusers
+
+    known = [name for name in inspect.signature(getattr(diffusers, class_name).__init__).parameters if name != "self"]
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known there are {', '.join(sorted(known))}"
+            raise InputError(f"pretrained.unet: a {class_name} has no {name} ({hint}).")
+        if name in fixed and value != fixed[name]:
+            raise InputError(f"pretrained.unet.{name} follows from the data, which give {fixed[name]}; leave it out.")
+    return {"_class_name": class_name, **settings, **fixed}
+
+
+def untrained_scheduler(settings: Mapping[str, Any], family: type[Adapter]) -> Any:
+    """Returns the DDPMScheduler that ``pretrained.noise_scheduler`` of a recipe describes.
+
+    Raises:
+        InputError: there is none, or none that models of the family are sampled with.
+    """
+    from diffusers import DDPMScheduler
+
+    try:
+        scheduler = DDPMScheduler(**settings)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise InputError(f"pretrained.noise_scheduler cannot be built: {' '.join(str(error).split())}.") from error
+    if problem := family.unsupported({}, scheduler.config):
+        raise InputError(f"pretrained.noise_scheduler has {problem}; change it.")
+    return scheduler
