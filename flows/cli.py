@@ -249,14 +249,21 @@ def generate(
 @app.command(epilog="Example: deme sweep --older-than 48")
 def sweep(
     older_than: Annotated[float, typer.Option(min=1, help="Hours; anything younger is spared.")] = 48.0,
+    checkpoints: Annotated[
+        float | None, typer.Option(min=1, help="Days: also checkpoints of trainings that made none for so long.")
+    ] = None,
 ) -> None:
     """Free the space of what killed runs left half-done in the object store and on this machine."""
     from datetime import timedelta
 
     from flows.sweep import sweep as sweep_all
+    from flows.sweep import sweep_checkpoints
 
     num_objects, num_folders = sweep_all(timedelta(hours=older_than))
     Console().print(f"removed {num_objects} objects and {num_folders} scratch folders", highlight=False)
+    if checkpoints is not None:
+        num_trainings = sweep_checkpoints(timedelta(days=checkpoints))
+        Console().print(f"removed the checkpoints of {num_trainings} trainings", highlight=False)
 
 
 @recipes_app.command("list", epilog="Example: deme recipes list")

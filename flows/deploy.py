@@ -1,11 +1,16 @@
-"""Registers work pools, deployments and automations with a Prefect server; again and again, it changes nothing."""
+"""Registers work pools, deployments and automations with a Prefect server.
+
+Again and again, it changes nothing, and what was set on the server since stays: parameters and concurrency limits of
+deployments, job templates of pools, and whether an automation is on.
+"""
 
 import contextlib
 import io
 import json
 import ssl
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +23,7 @@ from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists
 
+from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
 
 DEPLOYMENTS_FOLDER = Path(__file__).resolve().parent.parent / "deployments"
@@ -25,6 +31,8 @@ POOLS = {
     "deme-cpu": "Flows, and the work of recipes that need no GPU.",
     "deme-gpu": "Machines with GPUs.",
 }
+# In a template's schema: the digest of what `deploy` wrote, so that what others changed is told from it.
+_WRITTEN = "$comment"
 PoolType = Literal["process", "docker", "kubernetes"]
 
 
@@ -34,11 +42,12 @@ def import_flows() -> None:
         import_module(deployment["entrypoint"].rpartition(".")[0])
 
 
-def deploy(pool_type: PoolType = "process") -> list[str]:
+def deploy(pool_type: PoolType = "process", say: Callable[[str], None] = lambda _: None) -> list[str]:
     """Makes the server of PREFECT_API_URL know everything DeMe offers.
 
     Args:
         pool_type: what the work pools start flow runs in.
+        say: takes a line about what was left as it is.
 
     Returns:
         The deployments, as ``flow/deployment``.
@@ -48,8 +57,8 @@ def deploy(pool_type: PoolType = "process") -> list[str]:
     """
     with get_client(sync_client=True) as client:
         for name, description in POOLS.items():
-            _make_pool(client, name, description, pool_type)
-        _register_deployments()
+            _make_pool(client, name, description, pool_type, say)
+        _register_deployments(client)
         for automation in _read("automations.yaml")["automations"]:
             _make_automation(client, automation)
         return sorted(
@@ -59,10 +68,13 @@ def deploy(pool_type: PoolType = "process") -> list[str]:
         )
 
 
-def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type: PoolType) -> None:
+def _make_pool(
+    client: SyncPrefectClient, name: str, description: str, pool_type: PoolType, say: Callable[[str], None]
+) -> None:
     template = json.loads((DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json").read_text())
     if name == "deme-gpu" and pool_type == "kubernetes":
         template["variables"]["properties"]["gpu_limit"]["default"] = 1
+    template["variables"][_WRITTEN] = _digest(template)
     wanted = WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
     # First, since a worker that is starting makes its pool too, if it finds none.
     with contextlib.suppress(ObjectAlreadyExists):
@@ -73,22 +85,56 @@ def _make_pool(client: SyncPrefectClient, name: str, description: str, pool_type
         raise DemeError(
             f"Work pool {name} is of type {found.type}, not {pool_type}; delete it first, or keep its type."
         )
-    if (found.base_job_template, found.description) != (template, description):
-        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=description))
+    if found.base_job_template == template:
+        return
+    if found.base_job_template and found.base_job_template.get("variables", {}).get(_WRITTEN) != _digest(
+        found.base_job_template
+    ):
+        say(f"work pool {name} keeps its base job template, which was changed on the server or is of an older DeMe")
+        return
+    client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=description))
 
 
-def _register_deployments() -> None:
+def _digest(template: Mapping[str, Any]) -> str:
+    """Returns the digest of a job template but for the digest that it holds."""
+    variables = {name: value for name, value in template.get("variables", {}).items() if name != _WRITTEN}
+    return sha256_bytes(canonical_json({**template, "variables": variables}).encode())
+
+
+def _deployments_to_register(client: SyncPrefectClient) -> dict[str, Any]:
+    """Returns what prefect.yaml says, with the parameters and concurrency limits of deployments that are there."""
+    content = _read("prefect.yaml")
+    flows = {flow.id: flow.name for flow in client.read_flows()}
+    there = {(flows.get(found.flow_id), found.name): found for found in client.read_deployments()}
+    for deployment in content["deployments"]:
+        module, _, function = deployment["entrypoint"].rpartition(".")
+        found = there.get((getattr(import_module(module), function).name, deployment["name"]))
+        if found is None:
+            continue
+        deployment["parameters"] = deployment.get("parameters", {}) | found.parameters
+        if (limit := found.global_concurrency_limit) is not None:
+            strategy = found.concurrency_options and found.concurrency_options.collision_strategy
+            deployment["concurrency_limit"] = {
+                "limit": limit.limit,
+                "collision_strategy": str(strategy.value) if strategy else "ENQUEUE",
+            }
+    return content
+
+
+def _register_deployments(client: SyncPrefectClient) -> None:
     """Does what `prefect deploy` does, in this process: another one would import Prefect and all flows once more."""
-    arguments = ["--no-prompt", "deploy", "--all", "--prefect-file", str(DEPLOYMENTS_FOLDER / "prefect.yaml")]
     said = io.StringIO()
     with (
+        tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(said),
         contextlib.redirect_stderr(said),
-        _command_line("prefect", *arguments),
         _shared_tls_contexts(),
     ):
+        file = Path(folder) / "prefect.yaml"
+        file.write_text(yaml.safe_dump(_deployments_to_register(client)))
         try:
-            prefect_command()
+            with _command_line("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)):
+                prefect_command()
         except SystemExit as end:
             if end.code:
                 last = [line.strip() for line in said.getvalue().splitlines() if line.strip()][-5:]
@@ -121,7 +167,9 @@ def _make_automation(client: SyncPrefectClient, content: dict[str, Any]) -> None
     found = client.read_automations_by_name(automation.name)
     if not found:
         client.create_automation(automation)
-    elif found[0].model_dump(exclude={"id"}) != automation.model_dump():
+        return
+    automation = automation.model_copy(update={"enabled": found[0].enabled})
+    if found[0].model_dump(exclude={"id"}) != automation.model_dump():
         client.update_automation(found[0].id, automation)
 
 

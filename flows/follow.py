@@ -47,13 +47,18 @@ def follow_run(run: str | None, console: Console) -> dict[str, Any]:
 def _find(client: SyncPrefectClient, run: str | None) -> FlowRun:
     ours = FlowFilter(name=FlowFilterName(any_=["deme"]))
     newest_first = client.read_flow_runs(flow_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=200)
-    chosen = [found for found in newest_first if run is None or str(found.id).startswith(run)]
+    chosen = [found for found in newest_first if (str(found.id).startswith(run) if run else not _is_to_come(found))]
     if not chosen:
         which = f"whose id begins with '{run}'" if run else "yet"
         raise InputError(
             f"There is no run of the flow deme {which} on {client.api_url}; `prefect deployment run deme/full`."
         )
     return chosen[0]
+
+
+def _is_to_come(found: FlowRun) -> bool:
+    """Whether a schedule has it start later: what someone follows without naming it was started by somebody."""
+    return found.auto_scheduled and found.state is not None and found.state.is_scheduled()
 
 
 def _wait(client: SyncPrefectClient, found: FlowRun, console: Console) -> State[Any]:

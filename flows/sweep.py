@@ -1,8 +1,9 @@
 """``deme sweep``: frees what killed processes left behind, in the object store and on this machine."""
 
+import re
 import shutil
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from deme_core.artifacts import ArtifactStore
@@ -11,7 +12,10 @@ from deme_core.local_files import local_errors
 from deme_core.scratch_folder import is_in_use
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, open_store, store_time
+from tasks.jobs import CHECKPOINTS
 from tasks.remote_sender import PREFIX
+
+_CHECKPOINT = re.compile(rf"({CHECKPOINTS}/[^/]+)/[^/]+/manifest\.json")
 
 
 def sweep(older_than: timedelta) -> tuple[int, int]:
@@ -32,6 +36,26 @@ def sweep(older_than: timedelta) -> tuple[int, int]:
     # By the clock that dates files, as in the store.
     before = store_time(FileStore(settings.cache_folder)) - older_than
     return num_objects, _sweep_scratch(scratch, before.timestamp())
+
+
+def sweep_checkpoints(idle_for: timedelta) -> int:
+    """Deletes the checkpoints of trainings that made none for so long; whoever runs them again begins anew.
+
+    Returns:
+        Number of trainings.
+    """
+    settings = Settings()
+    store = open_store(settings.store_uri)
+    artifacts, before = ArtifactStore(store, settings.cache_folder), store_time(store) - idle_for
+    newest: dict[str, datetime] = {}
+    for found in store.list(f"{CHECKPOINTS}/"):
+        if match := _CHECKPOINT.fullmatch(found.key):
+            newest[match[1]] = max(found.modified, newest.get(match[1], found.modified))
+    abandoned = [stage for stage, modified in newest.items() if modified < before]
+    for stage in abandoned:
+        for ref in artifacts.list_refs(stage):
+            artifacts.remove(ref)
+    return len(abandoned)
 
 
 def _sweep_scratch(scratch: Path, before: float) -> int:

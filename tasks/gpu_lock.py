@@ -1,12 +1,13 @@
 """What keeps two programs of one machine off a GPU: lock files that the system frees when their process dies."""
 
+import fcntl
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+# One for all users of the machine, whatever their TMPDIR is.
+FOLDER = Path("/tmp")
 
 
 class GpuLock:
@@ -17,21 +18,39 @@ class GpuLock:
     """
 
     def __init__(self, gpus: Iterable[str]) -> None:
-        folder = Path(tempfile.gettempdir())
         names = [re.sub(r"[^A-Za-z0-9]+", "-", gpu) for gpu in sorted(gpus)]
-        self._files = [FileLock(folder / f"deme-{os.getuid()}-gpu-{name}.lock", thread_local=False) for name in names]
+        self._paths = [FOLDER / f"deme-gpu-{name}.lock" for name in names]
+        self._held: list[int] = []
 
     def try_acquire(self) -> bool:
         """Takes the GPUs if nobody has any of them; does not wait."""
-        for file in self._files:
+        for path in self._paths:
+            file = _open(path)
             try:
-                file.acquire(timeout=0)
-            except Timeout:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(file)
                 self.release()
                 return False
+            self._held.append(file)
         return True
 
     def release(self) -> None:
         """Gives back what it holds."""
-        for file in self._files:
-            file.release()
+        while self._held:
+            os.close(self._held.pop())
+
+
+def _open(path: Path) -> int:
+    """Opens a lock file to read, which is all that a lock takes: it may be another user's, who made it first."""
+    while True:
+        try:
+            return os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            # Of two that make it one fails, and finds it.
+            try:
+                file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                continue
+            os.fchmod(file, 0o644)  # Whatever the umask.
+            return file

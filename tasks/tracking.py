@@ -48,6 +48,8 @@ class Tracker:
 
     def _find_experiment(self, settings: Settings, name: str) -> str:
         if found := self._client.get_experiment_by_name(name):
+            if found.lifecycle_stage == "deleted":  # By whoever tidied up; its name stays taken.
+                self._client.restore_experiment(found.experiment_id)
             return str(found.experiment_id)
         # A server or a folder has a place for files; with a database alone they would go to ./mlruns, wherever that is.
         lasting = (settings.state_folder / "mlartifacts").as_uri()

@@ -84,7 +84,8 @@ def deploy(
 
     import_flows()  # Seconds, in which a server may start.
     check_health("PREFECT_API_URL", address, patience=wait)
-    for name in register(pool_type):
+    warn = Console(stderr=True)
+    for name in register(pool_type, lambda line: warn.print(line, highlight=False, soft_wrap=True)):
         Console().print(name, highlight=False)
 
 

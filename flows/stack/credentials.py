@@ -8,6 +8,8 @@ from pathlib import Path
 
 from deme_core.local_files import local_errors
 
+CREDENTIALS_NAME = "credentials.json"
+
 
 @dataclass(frozen=True)
 class Credentials:

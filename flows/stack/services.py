@@ -3,6 +3,7 @@
 All of them listen on loopback alone and send no telemetry.
 """
 
+import hmac
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import httpx
 
 from deme_core.errors import InputError, StoreUnavailableError
 from flows.environment import QUIET
-from flows.stack.credentials import Credentials, load_credentials, write_private
+from flows.stack.credentials import CREDENTIALS_NAME, Credentials, load_credentials, write_private
 from flows.stack.processes import STACK_VARIABLE
 from tasks.databases import start_from_copy
 
@@ -68,7 +69,7 @@ class Layout:
 
     def __post_init__(self) -> None:
         """Reads, or makes, the credentials."""
-        object.__setattr__(self, "credentials", load_credentials(self.folder / "credentials.json"))
+        object.__setattr__(self, "credentials", load_credentials(self.folder / CREDENTIALS_NAME))
 
     @property
     def folder(self) -> Path:
@@ -119,6 +120,8 @@ def s3(layout: Layout) -> Service:
             f"-ip.bind={HOST}",
             *(f"-{option}.port={layout.ports[name]}" for option, name in ports.items()),
             "-master.telemetry=false",
+            # The S3 server speaks gRPC to the others, whose HTTP asks for no key: any web page could delete a bucket.
+            "-disableHttp",
             "-webdav=false",
             "-admin.ui=false",
             "-s3.port.iceberg=0",
@@ -128,10 +131,17 @@ def s3(layout: Layout) -> Service:
             "-s3.autoCreateBucket=false",
             "-s3.allowDeleteBucketNotEmpty=false",
         ),
-        environment=layout.environment(),
+        environment=layout.environment() | _volume_keys(layout),
         check=lambda: _check_store(layout),
         prepare=lambda: _prepare_store(layout, data, config),
     )
+
+
+def _volume_keys(layout: Layout) -> dict[str, str]:
+    """Returns what lets nobody but the S3 server read and write pieces of objects, which go by HTTP nevertheless."""
+    secret = layout.credentials.secret_key.encode()
+    names = ("WEED_JWT_SIGNING_KEY", "WEED_JWT_SIGNING_READ_KEY")
+    return {name: hmac.new(secret, name.encode(), "sha256").hexdigest() for name in names}
 
 
 def _prepare_store(layout: Layout, data: Path, config: Path) -> None:

@@ -15,7 +15,7 @@ import psutil
 from deme_core.errors import DemeError, InputError
 from deme_core.local_files import local_errors
 from flows.stack import services
-from flows.stack.credentials import write_private
+from flows.stack.credentials import CREDENTIALS_NAME, write_private
 from flows.stack.ports import choose_ports
 from flows.stack.processes import (
     ProcessRecord,
@@ -81,6 +81,7 @@ class Stack:
             state = self._read()
             alive = [name for name in state["services"] if self._process(state, name)]
             foreign = ports_of_other_stacks(str(self.home))
+            self._check_credentials(state)
             layout = Layout(self.home, choose_ports(ports, state["ports"], alive, foreign))
             self._write({**state, "ports": dict(layout.ports)})
             started: list[str] = []
@@ -136,8 +137,8 @@ class Stack:
             if orphans:
                 self._say(f"ending {len(orphans)} processes that lost their worker")
                 stop_all(orphans, seconds=15.0)
-            # SeaweedFS leaves it behind, wherever TMPDIR is.
-            Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)
+            if "s3" in stopped:  # SeaweedFS leaves it behind, wherever TMPDIR is; another stack's has the same name.
+                Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)
         return stopped
 
     def _stop(self, names: list[str]) -> list[str]:
@@ -161,7 +162,14 @@ class Stack:
         state = self._read()
         if not state["ports"]:
             raise InputError(f"There is no stack in {self.home}; `deme up` starts one.")
+        self._check_credentials(state)
         return Layout(self.home, state["ports"])
+
+    def _check_credentials(self, state: dict[str, Any]) -> None:
+        """Raises an InputError if there would be new keys for a server that goes on with the old ones."""
+        path = self._folder / CREDENTIALS_NAME
+        if self._process(state, "s3") is not None and not path.exists():
+            raise InputError(f"{path} is gone, and the S3 server runs with its keys; `deme down`, then `deme up`.")
 
     def status(self) -> list[ServiceStatus]:
         """Returns how each service fares, in the order in which they start."""
@@ -171,6 +179,7 @@ class Stack:
         return [self._examine(state, name, checks.get(name)) for name in names]
 
     def _checks(self, state: dict[str, Any]) -> dict[str, Callable[[], None]]:
+        self._check_credentials(state)
         layout = Layout(self.home, state["ports"])
         built = [services.s3(layout), services.prefect(layout), services.mlflow(layout)]
         built += [services.worker(layout, pool, since=time.time() - 120.0) for pool in ("deme-cpu", "deme-gpu")]

@@ -14,6 +14,7 @@ from tasks.jobs.measuring import (
 )
 from tasks.jobs.merging import CandidateJob, ConfineJob, GramsJob, LossJob, MergeJob, ScoreJob, SearchJob
 from tasks.jobs.training import (
+    CHECKPOINTS,
     PRETRAINED_STAGE,
     DistillJob,
     EmbeddingsJob,
@@ -24,6 +25,7 @@ from tasks.jobs.training import (
 )
 
 __all__ = [
+    "CHECKPOINTS",
     "JOBS",
     "PRETRAINED_STAGE",
     "CandidateJob",

@@ -7,6 +7,7 @@ from deme_core.recipe import DatasetSpec, DistillSpec, FinetuneSpec, TrainingSpe
 from tasks.jobs.base import Job
 
 PRETRAINED_STAGE = "pretrained"
+CHECKPOINTS = "checkpoints"  # Below it a stage for each training.
 
 
 def _less_memory(section: str) -> str:

@@ -29,7 +29,7 @@ from deme_core.recipe import DatasetSpec
 from deme_core.scratch_folder import scratch_folder
 from deme_core.settings import Settings
 from deme_core.store import open_store
-from tasks.jobs import PRETRAINED_STAGE, Job, JobResult
+from tasks.jobs import CHECKPOINTS, PRETRAINED_STAGE, Job, JobResult
 from tasks.patience import patiently
 from tasks.progress import exhaust
 
@@ -55,7 +55,7 @@ class Identity:
 
 def checkpoint_stage(digest: str) -> str:
     """Returns the stage under which the training checkpoints of the artifact ``digest`` lie."""
-    return f"checkpoints/{digest}"
+    return f"{CHECKPOINTS}/{digest}"
 
 
 class JobContext:

@@ -13,6 +13,7 @@ from deme_core.settings import Settings
 from deme_core.verdict import RowScores
 from tasks.registry import register
 from tasks.tracked_runs import find_report
+from tasks.tracking import Tracker
 
 METRIC = "fd_efficientnet_lite0"
 
@@ -84,6 +85,17 @@ def test_more_resamples_than_mlflow_takes_leave_the_first_ones(settings: Setting
     assert kept == [seed[: len(kept[0])] for seed in many]
 
 
+def test_where_higher_is_better_the_higher_scores_win(settings: Settings, tmp_path: Path) -> None:
+    def decision(digest: str, *scores: float) -> str:
+        row = RowScores(list(scores))
+        content = report("prompted", digest)
+        return register(settings, content, row, source=tmp_path.as_uri(), metric="clip_score").decision
+
+    assert decision("a", 25.0, 26.0, 27.0) == "promoted"
+    assert decision("lower", 20.0, 21.0, 22.1) == "kept"
+    assert decision("higher", 30.0, 31.0, 32.1) == "promoted"
+
+
 def test_the_first_champion_must_beat_its_pretrained_model(settings: Settings, tmp_path: Path) -> None:
     content = report("first", "a", verdict="too close to call")
     found = register(settings, content, RowScores([30.0, 31.0]), source=tmp_path.as_uri(), metric=METRIC)
@@ -116,3 +128,13 @@ def test_a_run_that_ended_before_its_report_is_named(settings: Settings, tmp_pat
     run = client.create_run(experiment, tags={"deme.fingerprint": "f"}).info.run_id
     with pytest.raises(InputError, match=f"{run} has no report.*run it again"):
         find_report(settings, run=run)
+
+
+def test_a_recipe_whose_experiment_was_deleted_runs_again(settings: Settings) -> None:
+    client = MlflowClient(settings.tracking_uri)
+    Tracker(settings, experiment="tidy", run_name="first")
+    found = client.get_experiment_by_name("tidy")
+    client.delete_experiment(found.experiment_id)
+    Tracker(settings, experiment="tidy", run_name="second")
+    assert client.get_experiment_by_name("tidy").lifecycle_stage == "active"
+    assert len(client.search_runs([found.experiment_id])) == 2

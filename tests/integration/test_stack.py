@@ -6,7 +6,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -162,6 +162,19 @@ def test_nothing_was_started_yet(tmp_path: Path) -> None:
     assert stack.down() == []
     with pytest.raises(InputError, match="`deme up` starts one"):
         stack.layout()
+
+
+def test_keys_that_are_gone_are_not_made_anew_for_a_server_that_runs(tmp_path: Path) -> None:
+    ours = ProcessRecord.of(os.getpid())
+    entry = {**asdict(ours), "since": "2026-01-01T00:00:00+00:00", "url": "http://127.0.0.1:1"}
+    state = {"ports": choose_ports({}, {}), "services": {"s3": entry}}
+    (tmp_path / "stack").mkdir()
+    (tmp_path / "stack" / "state.json").write_text(json.dumps(state))
+    stack = Stack(tmp_path)
+    for ask in (stack.layout, stack.status, lambda: stack.up({}, gpu=False)):
+        with pytest.raises(InputError, match=r"credentials\.json is gone, and the S3 server runs with its keys"):
+            ask()
+    assert not (tmp_path / "stack" / "credentials.json").exists()
 
 
 def test_a_service_whose_pid_is_gone_has_died(tmp_path: Path) -> None:

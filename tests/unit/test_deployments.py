@@ -1,11 +1,17 @@
 import json
 import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from flows.deploy import POOLS, _make_pool
+import pytest
+import yaml
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.flows import load_flow_from_entrypoint
+
+from flows.deploy import POOLS, _digest, _make_pool, _read
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,5 +56,70 @@ def test_pods_of_the_gpu_pool_ask_for_a_gpu() -> None:
 
     client: Any = SimpleNamespace(create_work_pool=create)
     for name, description in POOLS.items():
-        _make_pool(client, name, description, "kubernetes")
+        _make_pool(client, name, description, "kubernetes", print)
     assert limits == {"deme-cpu": 0, "deme-gpu": 1}
+
+
+class Server:
+    """Knows one work pool."""
+
+    def __init__(self) -> None:
+        self.pool: Any = None
+
+    def create_work_pool(self, pool: Any) -> None:
+        if self.pool is not None:
+            raise ObjectAlreadyExists(Exception("there"))
+        self.pool = SimpleNamespace(
+            **{name: getattr(pool, name) for name in ("type", "base_job_template", "description")}
+        )
+
+    def read_work_pool(self, name: str) -> Any:
+        return self.pool
+
+    def update_work_pool(self, name: str, change: Any) -> None:
+        self.pool.base_job_template = change.base_job_template
+
+
+def test_a_job_template_is_kept_up_to_date_until_somebody_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    server, said = Server(), list[str]()
+
+    def deploy() -> Any:
+        client: Any = server
+        _make_pool(client, "deme-cpu", "", "process", said.append)
+        return server.pool.base_job_template
+
+    def env(template: Any) -> Any:
+        return template["variables"]["properties"]["env"]
+
+    first = deploy()
+    assert deploy() == first
+    env(first)["default"] = {"OLD": "1"}
+    first["variables"]["$comment"] = _digest(first)
+    assert "default" not in env(deploy()), "what an older DeMe wrote is replaced"
+    env(server.pool.base_job_template)["default"] = {"HTTPS_PROXY": "proxy"}
+    assert not said
+    assert env(deploy())["default"] == {"HTTPS_PROXY": "proxy"}
+    assert said == [
+        "work pool deme-cpu keeps its base job template, which was changed on the server or is of an older DeMe"
+    ]
+    del server.pool.base_job_template["variables"]["$comment"]
+    assert env(deploy())["default"] == {"HTTPS_PROXY": "proxy"}
+
+
+def test_finished_pods_are_removed_and_nodes_with_gpus_are_reached() -> None:
+    template = json.loads((ROOT / "deployments" / "work_pools" / "kubernetes.json").read_text())
+    properties = template["variables"]["properties"]
+    assert properties["finished_job_ttl"]["default"] == 3600
+    assert [each["key"] for each in properties["tolerations"]["default"]] == ["nvidia.com/gpu"]
+    pod = template["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    for name in ("tolerations", "nodeSelector", "imagePullSecrets"):
+        assert pod[name].strip("{ }") in properties
+
+
+def test_only_our_own_runs_are_called_crashed() -> None:
+    (automation,) = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())["automations"]
+    related = automation["trigger"]["match_related"]
+    assert related["prefect.resource.role"] == "flow"
+    flows = {load_flow_from_entrypoint(each["entrypoint"]).name for each in _read("prefect.yaml")["deployments"]}
+    patterns = related["prefect.resource.name"]
+    assert all(any(fnmatch(flow, pattern) for pattern in patterns) for flow in flows), flows

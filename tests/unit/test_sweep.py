@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deme_core.scratch_folder import scratch_folder
-from flows.sweep import sweep
+from flows.sweep import sweep, sweep_checkpoints
 from tests.small_run import make_context
 from tests.store_contract import keys
 
@@ -41,6 +41,32 @@ def test_what_killed_processes_left_is_freed_and_nothing_else(tmp_path: Path, mo
     assert not any(artifacts.store.exists(key) for key in (half, *of_killed_run))
     assert len(keys(artifacts.store)) == 2 and artifacts.fetch(ref).is_dir()
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["busy"]
+
+
+def test_checkpoints_of_trainings_that_nobody_goes_on_with_are_freed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    artifacts = make_context(tmp_path).artifacts
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a").write_text("a")
+
+    def publish(stage: str, digest: str) -> None:
+        artifacts.publish(stage, digest, tmp_path / "made", settings={}, inputs={})
+
+    killed, resumed = (f"checkpoints/{digit * 64}" for digit in "ab")
+    for stage in (killed, resumed):
+        publish(stage, "0000000001")
+    publish("merged", "whole")
+    for path in (tmp_path / "store").rglob("*"):
+        os.utime(path, (0, 0))
+    publish(resumed, "0000000002")
+    assert sweep_checkpoints(timedelta(days=1)) == 1
+    assert not artifacts.list_refs(killed)
+    assert len(artifacts.list_refs(resumed)) == 2
+    assert artifacts.find("merged", "whole")
+    assert not [key for key in keys(artifacts.store) if killed in key]
 
 
 def use_for_ever(parent: Path, ready: Connection) -> None:

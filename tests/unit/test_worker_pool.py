@@ -1,6 +1,7 @@
 """The worker pool: which processes it starts, and when, and who gets which GPU."""
 
-import tempfile
+import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import pytest
 
 from deme_core.errors import DemeError, GpuMemoryError, InputError
 from deme_core.recipe import ExecutionSpec
+from tasks import gpu_lock
+from tasks.gpu_lock import GpuLock
 from tasks.jobs import ImportJob
 from tasks.slots import Slot, plan_slots
 from tasks.worker_pool import WorkerPool, _Worker
@@ -68,7 +71,7 @@ BenchMaker = Callable[..., Bench]
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(gpu_lock, "FOLDER", tmp_path)
     benches: list[Bench] = []
 
     def make(gpus: str, num_processes: int = 1) -> Bench:
@@ -118,6 +121,25 @@ def test_a_process_imports_nothing_from_the_folder_it_is_started_in(
     pool.start()
     pool.close()
     assert (said, (tmp_path / "ran").exists()) == ([], False)
+
+
+def test_a_process_sees_its_gpu_and_threads_and_not_the_run_of_the_flow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MLFLOW_RUN_ID"]
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, os, pathlib\n"
+        f"seen = [os.environ.get(name) for name in {names}]\n"
+        f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(json.dumps(seen))\n"
+        "os._exit(0)\n"
+    )
+    for name, value in zip(["PYTHONPATH", *names], [str(tmp_path), "0,1,2,3", "7", "of the flow"], strict=True):
+        monkeypatch.setenv(name, value)
+    worker = _Worker(Slot("cuda", "3", 2), lambda _: None)
+    worker.start()
+    assert worker._process is not None
+    worker._process.wait(30)
+    assert json.loads((tmp_path / "seen").read_text()) == ["3", "2", None]
 
 
 def test_a_gpu_with_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,6 +200,29 @@ def test_two_runs_take_different_gpus_and_wait_for_one_another(bench: BenchMaker
     assert ours.began[1] == ("c", theirs.began[0][1])
     ours.end("c")
     waiting.result(30)
+
+
+def test_who_cannot_have_all_gpus_holds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_lock, "FOLDER", tmp_path)
+    second = GpuLock(["1"])
+    assert second.try_acquire()
+    both = GpuLock(["0", "1"])
+    assert not both.try_acquire()
+    assert GpuLock(["0"]).try_acquire()
+
+
+def test_a_gpu_is_held_against_all_users_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_lock, "FOLDER", tmp_path)
+    before, ours = os.umask(0o077), GpuLock(["GPU-5e7e"])
+    try:
+        assert ours.try_acquire()
+    finally:
+        os.umask(before)
+    (file,) = tmp_path.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o644, "others must be able to open it"
+    assert not GpuLock(["GPU-5e7e"]).try_acquire()
+    ours.release()
+    assert GpuLock(["GPU-5e7e"]).try_acquire()
 
 
 def test_a_training_on_many_gpus_waits_for_all_of_them_and_is_not_passed(bench: BenchMaker) -> None:
