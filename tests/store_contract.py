@@ -183,6 +183,7 @@ class ArtifactContract:
         digest: str = DIGEST,
         *,
         take_folder: bool = False,
+        look_first: bool = True,
     ) -> ArtifactRef:
         return artifacts.publish(
             stage,
@@ -193,6 +194,7 @@ class ArtifactContract:
             dataset="f",
             metrics={"loss": 0.5},
             take_folder=take_folder,
+            look_first=look_first,
         )
 
     def test_what_was_published_is_fetched(self, artifacts: ArtifactStore, folder: Path) -> None:
@@ -434,11 +436,14 @@ class ArtifactContract:
             artifacts.store.delete(key)
         assert (artifacts.fetch(ref) / "unet" / "weights.safetensors").read_bytes() == weights
 
-    def test_a_folder_that_came_too_late_is_not_taken(self, artifacts: ArtifactStore, folder: Path) -> None:
+    @pytest.mark.parametrize("look_first", [True, False])
+    def test_a_folder_that_came_too_late_is_not_taken(
+        self, artifacts: ArtifactStore, folder: Path, look_first: bool
+    ) -> None:
         first = self.publish(artifacts, folder)
         weights = (folder / "unet" / "weights.safetensors").read_bytes()
         (folder / "unet" / "weights.safetensors").write_bytes(b"other")
-        assert self.publish(artifacts, folder, take_folder=True) == first
+        assert self.publish(artifacts, folder, take_folder=True, look_first=look_first) == first
         assert (artifacts.fetch(first) / "unet" / "weights.safetensors").read_bytes() == weights
 
     def test_many_fetch_at_once(self, artifacts: ArtifactStore, folder: Path) -> None:
@@ -456,6 +461,22 @@ class ArtifactContract:
         assert artifacts.fetch(kept).is_dir()
         with pytest.raises(ArtifactNotFoundError):
             artifacts.fetch(removed)
+
+    def test_who_is_killed_while_removing_leaves_nothing_that_seems_whole(
+        self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ref, delete, deleted = self.publish(artifacts, folder), artifacts.store.delete, list[str]()
+
+        def delete_once(key: str) -> None:
+            if deleted:
+                raise Killed
+            deleted.append(key)
+            delete(key)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(artifacts.store, "delete", delete_once)
+            artifacts.remove(ref)
+        assert artifacts.find("finetune", DIGEST) is None
 
     def test_checkpoints_are_counted_up(self, artifacts: ArtifactStore, folder: Path) -> None:
         stage = f"checkpoints/{DIGEST}"

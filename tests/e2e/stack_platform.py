@@ -42,7 +42,7 @@ class Platform:
 
     def api(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
         answer = httpx.request(method, f"{self.variables['PREFECT_API_URL']}/{path}", json=content, timeout=30)
-        return answer.raise_for_status().json()
+        return answer.raise_for_status().json() if answer.content else None
 
     def prefect(self, *arguments: str) -> str:
         done = subprocess.run(

@@ -3,20 +3,23 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
+import mlflow
 import psutil
+import pytest
+from diffusers import DDPMPipeline
 from mlflow import MlflowClient
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 from tests.e2e.stack_platform import FINAL, Platform, belongs
+from tests.e2e.waiting import wait_for
 
 METRIC = "fd_efficientnet_lite0"
+CRASH = "deme - crash flow runs without heartbeat"
 
 
 def test_status_names_every_service_and_its_process(platform: Platform) -> None:
@@ -38,6 +41,35 @@ def test_nothing_listens_beyond_loopback(platform: Platform) -> None:
     listening = [c for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN and c.pid in ours]
     assert len(listening) >= 3
     assert {c.laddr.ip for c in listening} <= {"127.0.0.1", "::1"}
+
+
+def test_without_a_key_nothing_of_the_object_store_is_read_or_deleted(platform: Platform) -> None:
+    ports = json.loads((platform.deme.home / "stack" / "state.json").read_text())["ports"]
+    for name in ("s3", "s3_master", "s3_filer", "s3_volume"):
+        for path in ("buckets/deme/", "deme/", "col/delete?collection=deme", "vol/grow?count=1", "1,0123456789"):
+            answer = httpx.get(f"http://127.0.0.1:{ports[name]}/{path}", timeout=30)
+            assert answer.status_code >= 400, (name, path)
+
+
+def test_what_was_set_on_the_server_stays_when_all_is_deployed_again(platform: Platform) -> None:
+    watch = platform.api("GET", "deployments/name/deme-watch/new-checkpoints")
+    assert watch["parameters"] == {"recipe": "digits", "overrides": []}
+    assert watch["global_concurrency_limit"]["limit"] == 1
+    (automation,) = platform.api("POST", "automations/filter", {"automations": {"name": {"any_": [CRASH]}}})
+    ours = {"recipe": "digits", "overrides": [], "prefix": "s3://deme/team"}
+    platform.api("PATCH", f"deployments/{watch['id']}", {"parameters": ours, "concurrency_limit": 2})
+    platform.api("PATCH", f"automations/{automation['id']}", {"enabled": False})
+    try:
+        done = platform.deme.run("deploy", extra=platform.variables)
+        assert done.returncode == 0, done.stderr
+        assert "keeps its base job template" not in done.stderr
+        again = platform.api("GET", "deployments/name/deme-watch/new-checkpoints")
+        assert (again["parameters"], again["global_concurrency_limit"]["limit"]) == (ours, 2)
+        assert not platform.api("GET", f"automations/{automation['id']}")["enabled"]
+    finally:
+        before = {"parameters": watch["parameters"], "concurrency_limit": 1}
+        platform.api("PATCH", f"deployments/{watch['id']}", before)
+        platform.api("PATCH", f"automations/{automation['id']}", {"enabled": True})
 
 
 def test_credentials_are_private_and_in_no_command_line(platform: Platform) -> None:
@@ -69,33 +101,32 @@ def test_prefect_shows_rows_pictures_verdict_and_progress(platform: Platform, fu
     assert by_key["finetune-segment-1-500-1000"]["data"] == 100.0
 
 
-def test_workers_log_into_the_run(platform: Platform, full_report: dict[str, Any]) -> None:
-    assert platform.tasks(full_report["flow_run_id"])["finetune segment 1 [500, 1000)"] == "COMPLETED"
+def test_workers_log_into_the_run(platform: Platform, write_recipe: WriteRecipe, tmp_path: Path) -> None:
+    absent = str(tmp_path / "no model")
+    flow_run = platform.start_deployment("deme-evaluate/default", model=absent, recipe=write_recipe())
+    assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "FAILED"
+
+    def traceback_of_worker() -> list[str]:
+        logs = platform.api("POST", "logs/filter", {"logs": {"flow_run_id": {"any_": [flow_run]}}, "limit": 200})
+        lines = [log["message"] for log in logs]
+        return [line for line in lines if line.startswith("worker: Traceback") and absent in line]
+
+    wait_for(traceback_of_worker, 30)  # Prefect sends what was logged some seconds late.
 
 
-def test_the_champion_loads_in_stock_diffusers(platform: Platform, full_report: dict[str, Any], tmp_path: Path) -> None:
+def test_the_champion_loads_in_stock_diffusers(
+    platform: Platform, full_report: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert full_report["registry"]["model"] == "deme-toy"
     client = MlflowClient(platform.variables["MLFLOW_TRACKING_URI"])
     challenger = client.get_model_version_by_alias("deme-toy", "challenger")
     assert challenger.version == full_report["registry"]["version"]
     assert challenger.tags["deme.reason"]
-    script = (
-        "import sys, mlflow\n"
-        "from diffusers import DDPMPipeline\n"
-        "folder = mlflow.artifacts.download_artifacts('models:/deme-toy@challenger', dst_path=sys.argv[1])\n"
-        "print(sum(p.numel() for p in DDPMPipeline.from_pretrained(folder).unet.parameters()))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env=platform.environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) > 1000
+    for name, value in platform.variables.items():
+        monkeypatch.setenv(name, value)
+    folder = mlflow.artifacts.download_artifacts("models:/deme-toy@challenger", dst_path=str(tmp_path))
+    pipeline = DDPMPipeline.from_pretrained(folder)
+    assert sum(each.numel() for each in pipeline.unet.parameters()) > 1000
 
 
 def test_the_same_run_again_computes_nothing_and_registers_nothing(

@@ -47,7 +47,7 @@ def test_a_file_outside_its_artifact_is_refused(name: str) -> None:
     "key", ["merge/other", f"merge/{'e' * 64}/upload-{'0' * 32}/a", f"merge/{DIGEST}/manifest.json"]
 )
 def test_an_object_outside_its_artifact_is_refused(key: str) -> None:
-    text = replace(MANIFEST, files=(replace(FILE, key=key),)).to_json()
+    text = replace(MANIFEST, files=(FILE, replace(FILE, name="other", key=key))).to_json()
     with pytest.raises(ChecksumMismatchError, match=key):
         Manifest.from_json(text)
 

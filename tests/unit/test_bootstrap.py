@@ -4,7 +4,7 @@ from pydantic import ValidationError
 
 from deme_core.bootstrap import resample
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import Comparison, Counts, MetricName, deciding_metric
+from deme_core.metrics import Comparison, Counts, MetricName, deciding_metric, kernel
 from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.recipe import EvaluateSpec
 from deme_core.reference import Reference
@@ -64,6 +64,16 @@ def test_a_kernel_replicate_pairs_no_image_with_itself() -> None:
     among = np.mean([kernel(real[i], real[j]) for i in range(9) for j in range(9) if i != j])
     found = replicates("kid", features, Reference(real, "inception"), count)
     assert found[0] == pytest.approx(within - 2 * across + among, rel=1e-5)
+
+
+def test_kernel_replicates_do_not_depend_on_how_many_rows_are_in_memory_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features, reference = draw(12, 4, seed=1), Reference(draw(9, 4, seed=2), "inception")
+    counts = resample(12, num_replicates=4, seed=3)
+    at_once = replicates("kid", features, reference, counts)
+    monkeypatch.setattr(kernel, "_ROWS", 5)
+    assert replicates("kid", features, reference, counts) == pytest.approx(at_once, rel=1e-9)
 
 
 def test_a_kernel_replicate_of_one_image_is_that_of_a_model_that_makes_nothing_else() -> None:

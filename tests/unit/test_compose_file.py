@@ -30,6 +30,12 @@ def test_ports_are_bound_to_loopback(services: dict[str, Any]) -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports)
 
 
+def test_the_object_store_answers_by_http_to_whoever_has_a_key(services: dict[str, Any]) -> None:
+    assert "-disableHttp" in services["s3"]["command"].split()
+    environment = services["s3"]["environment"]
+    assert environment["WEED_JWT_SIGNING_KEY"] == environment["WEED_JWT_SIGNING_READ_KEY"] == "${S3_SECRET_KEY}"
+
+
 def test_images_are_pinned(services: dict[str, Any]) -> None:
     base = re.findall(r"^ARG BASE=(.*)$", (ROOT / "deployments" / "Dockerfile").read_text(), re.MULTILINE)
     for image in (*base, *(service["image"] for service in services.values())):

@@ -566,7 +566,7 @@ def test_clip_score_is_the_clipped_cosine(clip_folder: Path, tmp_path: Path) -> 
 
 
 def test_clip_score_equals_torchmetrics(clip_folder: Path, tmp_path: Path) -> None:
-    multimodal = pytest.importorskip("torchmetrics.multimodal")
+    from torchmetrics.multimodal import CLIPScore
     from transformers import CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
     class TensorModel(CLIPModel):
@@ -583,7 +583,7 @@ def test_clip_score_equals_torchmetrics(clip_folder: Path, tmp_path: Path) -> No
         CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         CLIPTokenizer.from_pretrained(clip_folder),
     )
-    metric = multimodal.CLIPScore(lambda: (TensorModel.from_pretrained(clip_folder).eval(), processor))
+    metric = CLIPScore(lambda: (TensorModel.from_pretrained(clip_folder).eval(), processor))
     score = load_clip_score(weights=clip_folder.as_uri(), cache=tmp_path, device="cpu")
     images, prompts = draw_images(30, 3, 32), (PROMPTS[:3] * 10)
     for image, prompt, ours in zip(images, prompts, score(images, prompts), strict=True):

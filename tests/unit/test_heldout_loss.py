@@ -110,6 +110,13 @@ def test_a_change_is_paired_and_counts_the_own_segment_alone() -> None:
     assert worse.mean == pytest.approx(1.0, abs=1e-3)
 
 
+def test_wide_bins_weigh_more() -> None:
+    edges, pretrained = (0, 100, 500, 1000), np.ones((3, 3), np.float32)
+    change = own_change(pretrained * np.array([2, 1, 9], np.float32), pretrained, edges, TimestepSegment(0, 500))
+    assert change.mean == pytest.approx(0.2)
+    assert mean_loss(pretrained * np.array([1, 0, 0], np.float32), edges) == pytest.approx(0.1)
+
+
 def test_relative_losses_have_an_interval_per_bin() -> None:
     pretrained = np.array([[1.0, 2.0], [3.0, 4.0]], dtype=np.float32)
     found = relative_losses(pretrained * np.float32(1.5), pretrained, (0, 10, 20))

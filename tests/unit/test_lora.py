@@ -29,7 +29,7 @@ from deme_core.lora import (
     write_factors,
 )
 from deme_core.lora.teacher import without_lora
-from deme_core.merge import merge_checkpoints
+from deme_core.merge import merge_checkpoints, merged_tensors
 from deme_core.merge_methods import Average, BlockWeights, Dare, TaskArithmetic, TensorMerge, Ties
 from deme_core.merge_methods.block_weights import block_names
 from deme_core.recipe import FinetuneSpec, LoraSpec, TrainingSpec
@@ -235,6 +235,16 @@ def test_every_method_merges_adapters_as_it_would_whole_copies(
     live = LiveMerge(model, experts)
     live.apply(method)
     assert all(torch.allclose(tensor, merged[name], atol=1e-6) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_of_different_layers_are_merged_each_where_it_is() -> None:
+    model = tiny_unet()
+    base = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    specs = [LoraSpec(rank=2, target_modules=(target,)) for target in ("to_q", "to_k")]
+    experts = [LoraExpert(base, random_factors(model, spec, seed=seed)) for seed, spec in enumerate(specs)]
+    for name, tensor in merged_tensors(base, experts, TaskArithmetic((1.0, 1.0))):
+        expected = base[name] + sum(expert[name] - base[name] for expert in experts)
+        torch.testing.assert_close(tensor, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_a_live_merge_keeps_of_the_model_what_adapters_change(merge_parts: tuple[Checkpoint, list[LoraExpert]]) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from deme_core.checkpoint import Checkpoint, TensorInfo, save_tensors
 from deme_core.errors import IncompatibleCheckpointsError, InputError
-from deme_core.merge import check_experts, merge_checkpoints, merged_tensors
+from deme_core.merge import check_experts, merge_checkpoints, merged_tensors, one_thread
 from deme_core.merge_methods import TaskArithmetic
 from deme_core.merge_methods.build import build_method
 from deme_core.projection import attach_projections
@@ -166,6 +166,17 @@ def test_the_file_holds_the_names_and_dtypes_of_the_pretrained_model_and_its_out
     stock = tiny_unet()
     stock.load_state_dict(load_file(tmp_path / "merged"))
     torch.testing.assert_close(predict(stock), predict(model), atol=1e-5, rtol=1e-5)
+
+
+def test_what_takes_one_thread_gives_the_others_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with one_thread():
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_refused_merge_writes_nothing(tmp_path: Path) -> None:

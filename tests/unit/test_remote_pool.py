@@ -1,19 +1,28 @@
+import json
+import threading
+import time
 import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.states import Cancelled, Completed, Running, State
 
-from deme_core.errors import DemeError, InputError
+from deme_core.errors import DemeError, InputError, StoreUnavailableError
 from deme_core.file_store import FileStore
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import ExecutionSpec
-from tasks import remote_pool
-from tasks.jobs import ImportJob
+from tasks import remote_pool, remote_sender
+from tasks.jobs import ImportJob, JobResult
 from tasks.remote_pool import RemotePool
+from tests.e2e.waiting import wait_for
 
 
 def test_an_address_with_a_password_is_refused_and_not_repeated(tmp_path: Path) -> None:
@@ -81,3 +90,115 @@ def test_a_job_whose_answer_was_lost_is_not_sent_twice(tmp_path: Path, monkeypat
     pool._submit(server, ImportJob(source="other"), lambda _: None)
     first, again, other = keys
     assert first == again != other
+
+
+class Server:
+    """Starts every flow run at once, and ends it when it is told to, or to cancel it."""
+
+    api_url = Answers.api_url
+
+    def __init__(self, store: FileStore) -> None:
+        self._store, self.states = store, dict[UUID, State[Any]]()
+
+    @contextmanager
+    def client(self, **_: Any) -> Iterator["Server"]:
+        yield self
+
+    def read_deployment_by_name(self, _: str) -> Any:
+        return SimpleNamespace(id=uuid4())
+
+    def create_flow_run_from_deployment(self, *_: Any, **__: Any) -> Any:
+        flow_run = SimpleNamespace(id=uuid4(), name="dashing-otter")
+        self.states[flow_run.id] = Running()
+        return flow_run
+
+    def read_flow_run(self, flow_run_id: UUID) -> Any:
+        return SimpleNamespace(state=self.states[flow_run_id])
+
+    def set_flow_run_state(self, flow_run_id: UUID, state: State[Any]) -> None:
+        assert state.is_cancelling()
+        self.states[flow_run_id] = Cancelled()
+
+    def under_way(self) -> list[UUID]:
+        return [flow_run_id for flow_run_id, state in self.states.items() if state.is_running()]
+
+    def finish(self, flow_run_id: UUID) -> JobResult:
+        name = str(flow_run_id)
+        result = JobResult(ArtifactRef(f"{self._store.uri}/pretrained/{name}", name), {}, False, 0.0, 0.0)
+        outcome = json.dumps({"result": result.to_dict()})
+        self._store.put_bytes(remote_sender.outcome_key(name), outcome.encode())
+        self.states[flow_run_id] = Completed()
+        return result
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Server:
+    found = Server(FileStore(tmp_path))
+    monkeypatch.setattr(remote_pool, "get_client", found.client)
+    monkeypatch.setattr(remote_pool, "_POLL_SECONDS", 0.01)
+    return found
+
+
+def test_no_more_jobs_are_sent_than_the_recipe_allows_at_once(tmp_path: Path, server: Server) -> None:
+    pool = RemotePool(ExecutionSpec(runner="prefect", num_workers=1), FileStore(tmp_path), "flow-run")
+    with ThreadPoolExecutor(2) as threads:
+        sent = [threads.submit(pool.run, ImportJob(source=name), lambda _: None) for name in ("a", "b")]
+        done, at_once = list[JobResult](), list[int]()
+        for _ in sent:
+            wait_for(server.under_way, 30)
+            time.sleep(0.1)  # The other job has had the time to be sent.
+            first, *_ = under_way = server.under_way()
+            at_once.append(len(under_way))
+            done.append(server.finish(first))
+        assert sorted(future.result(30).ref.digest for future in sent) == sorted(each.ref.digest for each in done)
+    assert at_once == [1, 1]
+
+
+def test_a_pool_that_closes_cancels_what_it_sent_and_what_it_was_about_to_send(tmp_path: Path, server: Server) -> None:
+    pool = RemotePool(ExecutionSpec(runner="prefect"), FileStore(tmp_path), "flow-run")
+    with ThreadPoolExecutor(1) as threads:
+        sent = threads.submit(pool.run, ImportJob(source="model"), lambda _: None)
+        wait_for(server.under_way, 30)
+        (flow_run_id,) = server.states
+        pool.close()
+        try:
+            assert not server.under_way()
+        finally:
+            server.states[flow_run_id] = Cancelled()
+        with pytest.raises(DemeError, match="ended before the job did"):
+            sent.result(30)
+    with pytest.raises(DemeError, match="flow run is ending"):
+        pool._submit(server, ImportJob(source="late"), lambda _: None)  # type: ignore[arg-type]
+    assert len(server.states) == 2
+    assert not server.under_way()
+
+
+def test_a_worker_of_another_version_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def be_away(**_: Any) -> None:
+        raise httpx.ConnectError("away")
+
+    monkeypatch.setattr(remote_sender, "get_client", be_away)
+    store = FileStore(tmp_path)
+    remote_sender.sign(store, "flow-run")
+    remote_sender.check_sender(store, "flow-run")
+    monkeypatch.setattr(remote_sender, "version", lambda _: "0.0.9")
+    with pytest.raises(InputError, match=r"This worker has DeMe 0\.0\.9, the run which sent the job "):
+        remote_sender.check_sender(store, "flow-run")
+
+
+def test_a_flow_signs_again_though_the_store_was_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_sender, "_SIGN_SECONDS", 0.01)
+    store, signed, signed_again = FileStore(tmp_path), list[str](), threading.Event()
+    put_bytes = store.put_bytes
+
+    def be_away_once(key: str, data: bytes) -> bool:
+        signed.append(key)
+        if len(signed) == 2:
+            raise StoreUnavailableError("away")
+        if len(signed) > 2:
+            signed_again.set()
+        return put_bytes(key, data)
+
+    monkeypatch.setattr(store, "put_bytes", be_away_once)
+    with remote_sender.signed(store, "flow-run"):
+        assert signed_again.wait(10)

@@ -7,6 +7,8 @@ import pytest
 
 from deme_core.recipe import SearchSpec
 from deme_core.search import STRATEGIES, Weights, best_candidate, max_candidates
+from deme_core.search.candidates import Strategy
+from deme_core.search.halving import halve
 from deme_core.search.optuna_search import optuna_search
 from deme_core.search.quadratic import fit_minimum
 from tests.counted import Counted, Objective, candidates_of, quadratic, search
@@ -181,6 +183,16 @@ def test_of_many_rough_candidates_the_best_and_the_pretrained_model_are_scored_i
     assert len(full.asked) <= 3
     assert not best_candidate(found).rough
     assert len(found) <= max_candidates(spec, num_weights=1, num_segments=1)
+
+
+def test_the_named_share_of_the_candidates_is_scored_in_full() -> None:
+    def ten() -> Strategy:
+        yield [(float(number),) for number in range(10)]
+
+    halving = halve(ten(), survivors=0.5)
+    next(halving)
+    best_last = [10.0 - number for number in range(10)]
+    assert halving.send(best_last).weights == ((0.0,), (5.0,), (6.0,), (7.0,), (8.0,), (9.0,))
 
 
 def test_a_recipe_names_the_strategies_of_the_registry() -> None:

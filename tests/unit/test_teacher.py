@@ -1,5 +1,7 @@
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +45,16 @@ def test_each_row_is_taught_by_the_expert_of_its_segment() -> None:
             alone = models[expert](noisy[row : row + 1], timesteps[row : row + 1]).sample
         assert torch.allclose(taught[row : row + 1], alone, atol=1e-6)
     assert not taught.requires_grad
+
+
+def test_each_row_is_taught_with_its_own_conditioning() -> None:
+    def predict(_model: Any, noisy: torch.Tensor, _timesteps: Any, conditioning: Any) -> torch.Tensor:
+        return conditioning["caption"].view(-1, 1, 1, 1).expand_as(noisy)
+
+    adapter: Any = SimpleNamespace(noise_process=tiny_adapter().noise_process, predict=predict)
+    captions, timesteps = torch.arange(4.0), torch.tensor([999, 0, 299, 300])
+    taught = Teacher(experts(), SEGMENTS).predict(adapter, tiny_images(4), timesteps, {"caption": captions})
+    assert torch.equal(taught[:, 0, 0, 0], captions)
 
 
 def test_one_model_teaches_all_timesteps() -> None:

@@ -132,6 +132,11 @@ def test_a_row_alone_has_both_intervals_around_its_own_score() -> None:
     assert set(row_intervals(RowScores([10.0, 12.0]))) == {"seeds"}
 
 
+def test_images_that_raise_one_seed_and_lower_another_by_as_much_leave_the_mean_sure() -> None:
+    images = row_intervals(RowScores([10.0, 12.0], [[9.0, 10.0, 11.0], [13.0, 12.0, 11.0]]))["images"]
+    assert images.low == images.high == 11.0
+
+
 def test_the_interval_over_images_has_the_quantile_of_its_resamples() -> None:
     resamples = [*[1.0] * 50, *[-1.0] * 50]
     found = row_intervals(RowScores([0.0, 0.0], [resamples, resamples]))["images"]
