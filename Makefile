@@ -38,7 +38,7 @@ down:
 	$(BIN)/deme down
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -rs
 
 # kill -9 of every service in the middle of a run and more, some twenty minutes; and new random examples of the property tests.
 test-faults: install
@@ -56,7 +56,7 @@ test-compose: install
 
 # Two Ray nodes on loopback, one of which is killed, and a worker of a work pool; several minutes on two cores.
 test-cluster: install
-	$(BIN)/python -m pytest tests/cluster -m "not long"
+	$(BIN)/python -m pytest tests/cluster -m "not long" -n 2 --dist loadscope --no-loadscope-reorder -rs
 
 lint: install
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from deme_core.digests import spell_infinities
-from deme_core.errors import NonFiniteImagesError
+from deme_core.errors import DatasetError, NonFiniteImagesError
 from deme_core.extractors import FeatureArray, FeatureExtractor
 from deme_core.extractors.clip import ClipScore
 from deme_core.families import Adapter
@@ -174,6 +174,31 @@ def score_conditions(
         "deciding_metric": metrics[0],
         "kid_subset_size": kid_subset_size,
     }
+
+
+def num_searched(num_images: int, num_for_search: int | None, num_for_report: int | None) -> int:
+    """Returns how many of so many real images a search sets aside.
+
+    Args:
+        num_images: images in all.
+        num_for_search: as asked for; None for half of them.
+        num_for_report: how many of the others the report asks for; None for all.
+
+    Raises:
+        DatasetError: more are asked for than there are.
+    """
+    aside = num_images // 2 if num_for_search is None else num_for_search
+    if aside > num_images - 2:
+        raise DatasetError(
+            f"merge.search.num_reference_images {aside} leaves none of the {num_images} images of the data set for the "
+            "report; lower it."
+        )
+    if num_for_report is not None and num_for_report > num_images - aside:
+        raise DatasetError(
+            f"evaluate.num_reference_images asks for {num_for_report} images, but only {num_images - aside} are there; "
+            "lower it."
+        )
+    return aside
 
 
 def split_reference(

@@ -84,7 +84,8 @@ class Sampling:
         """Returns the diffusers scheduler, its timesteps set.
 
         Raises:
-            InputError: the sampler is not for such models or takes no timestep spacing, or there are too many steps.
+            InputError: the sampler is not for such models or takes no timestep spacing, there are too many steps, or
+                guidance of a model that takes no conditions.
         """
         import diffusers
 
@@ -92,6 +93,11 @@ class Sampling:
             raise InputError(
                 f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler, or --sampler on "
                 f"the command line, to {' or '.join(known)}."
+            )
+        if self.guidance_scale != 1.0 and adapter.conditioned_on == "nothing":
+            raise InputError(
+                f"Nothing can guide a {adapter.pipeline}, which takes no conditions; leave evaluate.guidance_scale, or "
+                "--guidance-scale on the command line, at 1."
             )
         if self.num_inference_steps > (num_timesteps := adapter.noise_process.num_train_timesteps):
             raise InputError(

@@ -66,6 +66,8 @@ def write_untrained_text_model(
             watermarker=None,
             requires_safety_checker=False,
         )
+    except InputError:
+        raise
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"pretrained.unet or text_encoder cannot be built: {' '.join(str(error).split())}.") from error
     pipeline.save_pretrained(path)

@@ -8,28 +8,33 @@ from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from deme_core.cost_estimate import H100_PEAK, NUM_CHECKPOINTS_STORED, UTILIZATION, CostEstimate, estimate_cost
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.errors import InputError
+from deme_core.evaluation import num_searched
 from deme_core.extractors import load_extractors
 from deme_core.extractors.clip import clip_score_digest
-from deme_core.families import Adapter, Unconditional, check_conditioned
-from deme_core.families.deepfloyd_if import DeepFloydIF
+from deme_core.families import Adapter, check_conditioned
+from deme_core.families.latent_adapter import LatentAdapter
 from deme_core.file_store import FileStore
 from deme_core.generate import Sampling
+from deme_core.images import num_heldout_of
 from deme_core.images.preview import preview_images
 from deme_core.merge_methods.block_weights import block_names
 from deme_core.metrics import needs_prompts
 from deme_core.model_folder import ModelFolder, open_model_folder
 from deme_core.model_source import fetch_source
+from deme_core.optimizer import build_optimizer
 from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
-from deme_core.untrained_parts import untrained_scheduler, untrained_unet
-from deme_core.untrained_text_model import untrained_text_unet
 from flows.doctor import existing_part
 from flows.stack.stack import Stack
+from flows.untrained_adapter import num_channels, untrained_adapter
 from tasks.ray_pool import cluster_address
 from tasks.slots import Slot, plan_slots
 
@@ -101,8 +106,10 @@ class RecipeChecks:
 
     def _model(self) -> str:
         source = self.recipe.pretrained
+        for training in filter(None, (source.training, self.recipe.finetune, self.recipe.distill)):
+            build_optimizer([nn.Parameter(torch.zeros(1))], training)  # It may need a package that is not here.
         if source.source == "pretrain":
-            self._adapter = _untrained(self.recipe)
+            self._adapter = untrained_adapter(self.recipe)
             self._check_sampling(self._adapter)
             return "trained here"
         path = fetch_source(source.source, revision=source.revision, cache=self.cache)
@@ -123,7 +130,7 @@ class RecipeChecks:
         if adapter.conditioned_on == "captions" and evaluate.prompts is None:
             raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
         channels, height, _ = adapter.image_shape
-        wanted = (_channels(dataset), dataset.resolution or 8)
+        wanted = (num_channels(dataset), dataset.resolution or 8)
         if (channels, height) != wanted:
             raise InputError(
                 f"The model makes images of {height} pixels and {channels} channels, not of {wanted[1]} and "
@@ -134,18 +141,35 @@ class RecipeChecks:
         evaluate = self.recipe.evaluate
         recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
         Sampling(
-            evaluate.sampler, evaluate.num_inference_steps, timestep_spacing=evaluate.timestep_spacing
+            evaluate.sampler,
+            evaluate.num_inference_steps,
+            timestep_spacing=evaluate.timestep_spacing,
+            guidance_scale=evaluate.guidance_scale,
         ).build_scheduler(adapter)
+        if self.recipe.dataset.cache_latents and not isinstance(adapter, LatentAdapter):
+            raise InputError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
 
     def _dataset(self) -> str:
         self._num_images = preview_images(self.recipe.dataset, self.cache)
         # What is streamed is not encoded, and nothing else in the estimate depends on the number of images.
         self._has_images = bool(self._num_images) or self.recipe.dataset.stream
+        if self._num_images is not None:
+            num_heldout_of(self._num_images, self.recipe.dataset.num_heldout_images)
+            if self.recipe.evaluate.reference_dataset is None:
+                self._check_reference(self._num_images)
         return _described(self.recipe.dataset, self._num_images)
+
+    def _check_reference(self, num_images: int) -> None:
+        search = self.recipe.merge.search
+        aside = search.num_reference_images if search else 0
+        num_searched(num_images, aside, self.recipe.evaluate.num_reference_images)
 
     def _reference(self) -> str:
         dataset = self.recipe.reference_dataset
-        return _described(dataset, preview_images(dataset, self.cache))
+        num_images = preview_images(dataset, self.cache)
+        if num_images is not None:
+            self._check_reference(num_images)
+        return _described(dataset, num_images)
 
     def _prompts(self) -> str:
         prompts = load_prompts(str(self.recipe.evaluate.prompts), self.cache)
@@ -241,8 +265,6 @@ class RecipeChecks:
 
 def measure_cpu() -> float:
     """Returns how many operations per second this CPU does in float32: products of matrices, for half a second."""
-    import torch
-
     left, right = torch.rand(2, _SIDE, _SIDE)
     left @ right  # The first one wakes the threads.
     started, num_products = time.perf_counter(), 0
@@ -250,39 +272,6 @@ def measure_cpu() -> float:
         left @ right
         num_products += 1
     return 2 * _SIDE**3 * num_products / elapsed
-
-
-def _untrained(recipe: Recipe) -> Adapter:
-    """Returns the adapter of the model that the recipe pretrains.
-
-    Raises:
-        InputError: it cannot be built, or takes text where there is none.
-    """
-    import diffusers
-
-    source, dataset = recipe.pretrained, recipe.dataset
-    channels, size = _channels(dataset), dataset.resolution or 8
-    fixed = {"sample_size": size, "in_channels": channels, "out_channels": channels}
-    family: type[Adapter] = Unconditional
-    try:
-        if source.text_encoder is None:
-            config = untrained_unet("UNet2DModel", source.unet, fixed)
-        else:
-            config = untrained_text_unet(source.unet, source.text_encoder, (channels, size, size))
-            family = DeepFloydIF
-        config = {**getattr(diffusers, config["_class_name"]).from_config(config).config, **config}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"pretrained.unet or text_encoder cannot be built: {error}.") from error
-    scheduler = untrained_scheduler(source.noise_scheduler, family)
-    adapter = family(denoiser_config=config, scheduler_config=dict(scheduler.config))
-    check_conditioned(adapter, captions=dataset.caption_column or dataset.caption_template, labels=dataset.label_column)
-    if adapter.conditioned_on == "captions" and recipe.evaluate.prompts is None:
-        raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
-    return adapter
-
-
-def _channels(dataset: DatasetSpec) -> int:
-    return dataset.channels or (1 if dataset.source == "digits" else 3)
 
 
 def _described(dataset: DatasetSpec, num_images: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Which tests share a process when they run side by side (`make test`), and how hypothesis draws its examples."""
+"""Which tests share a process when they run side by side, and how hypothesis draws its examples."""
 
 from pathlib import PurePosixPath
 from typing import Any
@@ -12,7 +12,7 @@ settings.register_profile("repeatable", derandomize=True, max_examples=50, deadl
 settings.register_profile("exploring", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
 
-# Files that share a running stack, or the artifacts of one run.
+# Files that share a running stack, a server, or the artifacts of one run.
 _SHARED = {
     "test_platform.py": "stack",
     "test_browser.py": "stack",
@@ -21,6 +21,10 @@ _SHARED = {
     "test_report_page.py": "run",
     "test_services.py": "stack",
     "test_two_runs.py": "stack",
+    "test_watch_flow.py": "Prefect",
+    "test_search_flow.py": "Prefect",
+    "test_ray.py": "cluster",
+    "test_work_pool.py": "cluster",
 }
 
 

@@ -3,7 +3,7 @@
 from deme_core.images.batches import TrainingBatches, fits_in_memory, normalize
 from deme_core.images.dataset import ImageDataset, load_images
 from deme_core.images.squares import CropsInMemory
-from deme_core.images.subset import ImageSubset, split_heldout
+from deme_core.images.subset import ImageSubset, num_heldout_of, split_heldout
 from deme_core.images.training_batch import TrainingBatch
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "fits_in_memory",
     "load_images",
     "normalize",
+    "num_heldout_of",
     "split_heldout",
 ]

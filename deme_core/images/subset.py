@@ -65,12 +65,30 @@ def _picked(values: Sequence[T] | None, indices: Sequence[int]) -> list[T] | Non
     return None if values is None else [values[index] for index in indices]
 
 
+def num_heldout_of(num_images: int, wanted: int | None) -> int:
+    """Returns how many of so many images are held out from training.
+
+    Args:
+        num_images: images in all.
+        wanted: as asked for; None for a tenth, at least 2 (for an interval) and at most 500.
+
+    Raises:
+        DatasetError: nothing would be left for training.
+    """
+    num_heldout = min(max(num_images // 10, 2), _MAX_HELDOUT) if wanted is None else wanted
+    if num_heldout >= num_images:
+        raise DatasetError(
+            f"dataset.num_heldout_images {num_heldout} leaves none of the {num_images} images for training; lower it."
+        )
+    return num_heldout
+
+
 def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[ImageSubset, ImageSubset]:
     """Divides a data set into what training sees and what it never sees.
 
     Args:
         dataset: all images.
-        num_heldout: how many are held out; None for a tenth, at least 2 (for an interval) and at most 500.
+        num_heldout: how many are held out, as `num_heldout_of` has it.
 
     Returns:
         The images for training, and those held out.
@@ -79,11 +97,7 @@ def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[Image
         DatasetError: nothing would be left for training.
     """
     num_images = len(dataset)
-    wanted = min(max(num_images // 10, 2), _MAX_HELDOUT) if num_heldout is None else num_heldout
-    if wanted >= num_images:
-        raise DatasetError(
-            f"dataset.num_heldout_images {wanted} leaves none of the {num_images} images for training; lower it."
-        )
+    wanted = num_heldout_of(num_images, num_heldout)
     order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed("heldout", num_images)))
     heldout, training = sorted(order[:wanted].tolist()), sorted(order[wanted:].tolist())
     return ImageSubset(dataset, training), ImageSubset(dataset, heldout)

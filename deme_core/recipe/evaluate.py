@@ -117,6 +117,8 @@ class EvaluateSpec(Spec):
             raise ValueError(f"metrics must begin with one of {able}: {self.metrics[0]} alone does not decide")
         if self.num_bootstrap == 1:
             raise ValueError("num_bootstrap must be 0 or at least 2: one resample has no spread")
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta is the noise of ddim, and {self.sampler} ignores it; leave it 0")
         if needs_prompts(self.metrics) and self.prompts is None:
             raise ValueError("clip_score needs prompts; set evaluate.prompts to a text file with one per line")
         if self.extractor == "inception" and self.extractor_resolution not in (None, 299):

@@ -85,6 +85,8 @@ def _write_untrained(job: PretrainJob, images: ImageSubset, path: Path) -> Model
     torch.manual_seed(derive_seed("initial weights", job.training.seed))
     try:
         model: Any = build_denoiser(untrained_unet("UNet2DModel", job.unet, fixed))
+    except InputError:
+        raise
     except (TypeError, ValueError, ImportError) as error:
         raise InputError(f"pretrained.unet cannot be built: {error}.") from error
     noise_scheduler = untrained_scheduler(job.noise_scheduler, Unconditional)

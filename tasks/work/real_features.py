@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from deme_core.digests import canonical_json, sha256_bytes
-from deme_core.errors import DatasetError
-from deme_core.evaluation import split_reference
+from deme_core.evaluation import num_searched, split_reference
 from deme_core.extractors import FeatureExtractor, load_extractors
 from deme_core.feature_file import save_features
 from deme_core.feature_statistics import check_features
@@ -57,22 +56,10 @@ def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> li
     Raises:
         DatasetError: more are asked for than there are.
     """
-    num_images = len(context.images(job.dataset))
-    num_for_search = num_images // 2 if job.num_for_search is None else job.num_for_search
-    if num_for_search > num_images - 2:
-        raise DatasetError(
-            f"merge.search.num_reference_images {num_for_search} leaves none of the {num_images} images of the data "
-            "set for the report; lower it."
-        )
-    num_for_report, num_left = job.evaluate.num_reference_images, num_images - num_for_search
-    for_search, for_report = split_reference(num_images, num_for_search, num_for_report)
-    if job.part == "search":
-        return for_search
-    if num_for_report is not None and num_for_report > num_left:
-        raise DatasetError(
-            f"evaluate.num_reference_images asks for {num_for_report} images, but only {num_left} are there; lower it."
-        )
-    return for_report
+    num_images, num_for_report = len(context.images(job.dataset)), job.evaluate.num_reference_images
+    aside = num_searched(num_images, job.num_for_search, num_for_report if job.part == "report" else None)
+    for_search, for_report = split_reference(num_images, aside, num_for_report)
+    return for_search if job.part == "search" else for_report
 
 
 def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:

@@ -15,12 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from prefect.testing.utilities import prefect_test_harness
 
 from tests.cluster.trainings import Trained, train, training_recipe
-from tests.integration.conftest import S3Server, free_ports, s3_server
+from tests.integration.conftest import S3Server, free_ports, prefect_server, s3_server
 
-__all__ = ["s3_server"]
+__all__ = ["prefect_server", "s3_server"]
 
 _CPUS_PER_NODE = 2
 _MANIFEST = Path(__file__).parents[2] / "deployments" / "kubernetes" / "ray-cluster.yaml"
@@ -138,12 +137,6 @@ def _wait_for_nodes(cluster: RayCluster) -> None:
         assert time.monotonic() < deadline, "The second node of the Ray cluster did not join."
         time.sleep(0.2)
     ray.shutdown()
-
-
-@pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,10 @@ def _context(home: Path) -> Iterator[JobContext]:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[JobResult, dict[str, torch.Tensor]]:
-    """What two processes make of it, undisturbed."""
-    home = tmp_path_factory.mktemp("two")
-    with _context(home) as context:
+    """What two processes make of it, undisturbed, in a folder whose modules must not be taken for those of DeMe."""
+    home, folder = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("of the user")
+    (folder / "tasks.py").write_text("raise SystemExit('of the user')")
+    with _context(home) as context, chdir(folder):
         return _train(_job(context, home, batch_size=4, num_processes=2), context)
 
 
@@ -92,15 +93,6 @@ def test_two_processes_train_one_lora_whose_teacher_is_the_model_itself(tmp_path
     assert any(name.endswith("lora_B.weight") and factor.abs().max() > 1e-3 for name, factor in one.items())
     for name, factor in one.items():
         torch.testing.assert_close(two[name], factor, rtol=1e-3, atol=1e-5)
-
-
-def test_modules_of_the_current_folder_are_not_taken_for_those_of_deme(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "tasks.py").write_text("raise SystemExit('of the user')")
-    monkeypatch.chdir(tmp_path)
-    with _context(tmp_path / "home") as context:
-        execute(_job(context, tmp_path, batch_size=4, num_processes=2), context, lambda _: None)
 
 
 def test_two_processes_pretrain_a_model_that_takes_text(tmp_path: Path) -> None:

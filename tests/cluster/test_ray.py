@@ -23,11 +23,11 @@ class Watcher:
     """Hears what all tasks tell, and ends the second node, once a segment there has passed a step.
 
     Args:
-        end_node: does that; None for no such end.
+        end_node: does that.
         after: that step.
     """
 
-    def __init__(self, end_node: Callable[[], None] | None = None, *, after: int = 0) -> None:
+    def __init__(self, end_node: Callable[[], None], *, after: int) -> None:
         self._end_node, self._after = end_node, after
         self.ended: dict[str, int] = {}
         self.nodes: dict[str, list[str]] = defaultdict(list)
@@ -47,48 +47,44 @@ class Watcher:
         if "global_step" in event.record:
             self.steps[event.task].append(event.record["global_step"])
         step = event.record.get("global_step", 0)
-        if self._end_node is None or self.ended or not event.task.startswith("finetune segment") or step <= self._after:
+        if self.ended or not event.task.startswith("finetune segment") or step <= self._after:
             return
         if _second_node() in self.nodes[event.task][-1]:
             self.ended[event.task] = step
             self._end_node()
 
 
-def test_trainings_are_spread_over_both_nodes_and_give_the_weights_of_the_local_runner(
-    cluster: RayCluster, flow_machine: S3Server, expected: Trained
+def test_trainings_are_spread_over_both_nodes_and_one_that_is_taken_away_leaves_a_checkpoint_of_that_step(
+    cluster: RayCluster, flow_machine: S3Server, expected: Trained, tmp_path: Path
 ) -> None:
-    # As from a laptop outside of the cluster.
-    watcher = Watcher()
+    cluster.second_node_is_there(tmp_path / "node")
+    shows_key: list[psutil.Process] = []
+
+    def take_away() -> None:
+        # While both work: nobody without the keys may read them off the machine.
+        shows_key.extend(
+            p for p in psutil.process_iter(["cmdline"]) if flow_machine.secret_key in str(p.info["cmdline"])
+        )
+        cluster.take_second_node_away()
+
+    watcher = Watcher(take_away, after=20)
     unsubscribe = subscribe(watcher)
-    _, results = train(training_recipe(runner="ray", ray_address=cluster.client_address, device="auto"))
+    # As from a laptop outside of the cluster. Checkpoints of its own would be made at steps 10000, 20000, …: never.
+    _, results = train(training_recipe(10_000, runner="ray", ray_address=cluster.client_address, device="auto"))
     unsubscribe()
 
     nodes = {task: each for task, each in watcher.nodes.items() if task.startswith("finetune")}
     assert len(nodes) == 5
     assert len({node for each in nodes.values() for node in each}) == 2
     assert nodes.keys() <= watcher.without_gpu
-    assert Trained.of(results) == expected
-    # Nobody without the keys may read them off the machine.
-    assert not [p for p in psutil.process_iter(["cmdline"]) if flow_machine.secret_key in str(p.info["cmdline"])]
-    logs = [path for path in cluster.logs.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".log" for path in logs)
-    assert not [path for path in logs if flow_machine.secret_key.encode() in path.read_bytes()]
-
-
-def test_a_node_that_is_taken_away_leaves_a_checkpoint_of_that_step(
-    cluster: RayCluster, flow_machine: S3Server, expected: Trained, tmp_path: Path
-) -> None:
-    cluster.second_node_is_there(tmp_path / "node")
-    watcher = Watcher(cluster.take_second_node_away, after=20)
-    unsubscribe = subscribe(watcher)
-    # Checkpoints of its own would be made at steps 10000, 20000, …: never.
-    _, results = train(training_recipe(10_000, runner="ray", ray_address=cluster.address))
-    unsubscribe()
-
     (segment,) = watcher.ended
     assert len(watcher.nodes[segment]) == 2
     assert watcher.resumed[segment] >= watcher.ended[segment]
     assert Trained.of(results) == expected
+    assert not shows_key
+    logs = [path for path in cluster.logs.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".log" for path in logs)
+    assert not [path for path in logs if flow_machine.secret_key.encode() in path.read_bytes()]
 
 
 def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_other(

@@ -19,8 +19,9 @@ from tasks.jobs import JobResult
 from tasks.stages import obtain_pretrained
 from tests.e2e.conftest import TOY_RECIPE
 
-CHECKPOINT_EVERY = 20
-NUM_STEPS = 6 * CHECKPOINT_EVERY
+CHECKPOINT_EVERY = 10
+# After two checkpoints enough are left for a node to be killed in the middle: the flow hears of steps each half second.
+NUM_STEPS = 8 * CHECKPOINT_EVERY
 
 
 def training_recipe(checkpoint_every: int = CHECKPOINT_EVERY, **execution: Any) -> Recipe:

@@ -96,6 +96,20 @@ def deme(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> CommandL
     return CommandLine(tmp_path_factory.mktemp("home"), prefect_api)
 
 
+@pytest.fixture(scope="package")
+def evaluated(
+    deme: CommandLine,
+    first_report: dict[str, Any],
+    write_recipe: WriteRecipe,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Any]:
+    """The merged model of the first run, exported into a folder of an awkward name, and evaluated by itself."""
+    out = tmp_path_factory.mktemp("models") / "of {mine} 100%"
+    done = deme.run("export", first_report["mlflow_run_id"][:12], "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return deme.report("evaluate", str(out), "--recipe", write_recipe())
+
+
 @pytest.fixture
 def fresh_deme(tmp_path: Path, prefect_api: str) -> CommandLine:
     return CommandLine(tmp_path / "home", prefect_api)

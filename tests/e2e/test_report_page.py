@@ -1,7 +1,6 @@
 """The page of a run, and of several, in a real browser without a network."""
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from selenium.webdriver.common.by import By
 
 from tests.e2e.browser import console_errors, requested_addresses, take_offline, wait_until
 from tests.e2e.command_line import CommandLine
-from tests.e2e.conftest import WriteRecipe
 
 ROWS = ("pretrained", "finetuned", "ensemble", "merged")
 _CHARTS = """
@@ -29,19 +27,6 @@ _CHARTS = """
 def offline(browser: webdriver.Chrome) -> webdriver.Chrome:
     take_offline(browser)
     return browser
-
-
-@pytest.fixture(scope="module")
-def evaluated(
-    deme: CommandLine,
-    first_report: dict[str, Any],
-    write_recipe: WriteRecipe,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Any]:
-    """The merged model of the first run, evaluated once more by itself, from a folder of an awkward name."""
-    (folder,) = (deme.home / "store" / "merged" / first_report["merged"]["digest"]).glob("upload-*")
-    copy = shutil.copytree(folder, tmp_path_factory.mktemp("models") / "of {mine} 100%")
-    return deme.report("evaluate", str(copy), "--recipe", write_recipe())
 
 
 def charts(browser: webdriver.Chrome) -> list[dict[str, Any]]:

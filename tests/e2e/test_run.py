@@ -37,6 +37,34 @@ def test_the_report_has_what_scripts_rely_on(first_report: dict[str, Any]) -> No
     assert {"pretrained", "finetune", "search", "merged", "evaluate", "total"} <= set(first_report["seconds"])
 
 
+def _manifest(deme: CommandLine, stage: str, digest: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((deme.home / "store" / stage / digest / "manifest.json").read_text())
+    return found
+
+
+def _segments(deme: CommandLine, inputs: dict[str, str], role: str) -> list[list[int]]:
+    """Returns the segments of the copies that an artifact was made of, in its order."""
+    return [_manifest(deme, "finetune", inputs[f"{role}-{i}"])["settings"]["segment"] for i in range(2)]
+
+
+def test_a_search_sees_no_real_image_of_the_report(deme: CommandLine, first_report: dict[str, Any]) -> None:
+    scored = [json.loads(path.read_text()) for path in deme.home.glob("store/search/*/manifest.json")]
+    of_search = {each["inputs"]["reference"] for each in scored if each["settings"]["kind"] == "score"}
+    report = _manifest(deme, "report", first_report["mlflow_run_id"])
+    of_rows = {_manifest(deme, "evaluate", digest)["inputs"]["reference"] for digest in report["inputs"].values()}
+    assert len(of_rows) == 1
+    assert of_search
+    assert of_search.isdisjoint(of_rows)
+    assert all(_manifest(deme, "reference", digest)["metrics"]["num_images"] == 32 for digest in of_search | of_rows)
+
+
+def test_the_ensemble_has_each_copy_on_its_own_segment(deme: CommandLine, first_report: dict[str, Any]) -> None:
+    report = _manifest(deme, "report", first_report["mlflow_run_id"])
+    row = _manifest(deme, "evaluate", report["inputs"]["ensemble-1"])
+    assert row["settings"]["edges"] == [0, 500, 1000]
+    assert _segments(deme, row["inputs"], "model") == [[0, 500], [500, 1000]]
+
+
 def test_everything_is_in_mlflow(deme: CommandLine, first_report: dict[str, Any]) -> None:
     client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
     parent = client.get_run(first_report["mlflow_run_id"])
@@ -77,30 +105,31 @@ def test_the_figures_show_something(first_report: dict[str, Any]) -> None:
 
 
 def test_the_exported_model_loads_in_stock_diffusers_and_scores_as_its_row_did(
-    deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path
+    deme: CommandLine,
+    first_report: dict[str, Any],
+    evaluated: dict[str, Any],
+    write_recipe: WriteRecipe,
+    tmp_path: Path,
 ) -> None:
-    out = tmp_path / "merged model"
-    done = deme.run("export", first_report["mlflow_run_id"][:12], "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    out = evaluated["model"]
     script = (
         "import sys; from diffusers import DDPMPipeline; pipeline = DDPMPipeline.from_pretrained(sys.argv[1]);"
         "images = pipeline(batch_size=2, num_inference_steps=2).images; assert images[0].size == (8, 8);"
         "assert not [m for m in sys.modules if m.startswith(('deme_core', 'tasks', 'flows'))]"
     )
     loaded = subprocess.run(
-        [sys.executable, "-c", script, str(out)], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script, out], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert loaded.returncode == 0, loaded.stderr
     assert "were not used" not in loaded.stderr
 
-    evaluated = deme.report("evaluate", str(out), "--recipe", write_recipe())
     assert evaluated["scores"]["model"] == first_report["scores"]["merged"]
     compared = deme.report("compare", first_report["mlflow_run_id"], evaluated["mlflow_run_id"])
     assert [row["verdict"] for row in compared.values()] == ["baseline", "too close to call"]
 
     # In slices, by tasks of their own and in another home: the same images, real ones too, and so the same scores.
     sliced = replace(deme, home=tmp_path / "home").report(
-        "evaluate", str(out), "--recipe", write_recipe(), "--set", "execution.images_per_task=4"
+        "evaluate", out, "--recipe", write_recipe(), "--set", "execution.images_per_task=4"
     )
     assert sliced["scores"] == evaluated["scores"]
     assert sliced["fingerprint"] == evaluated["fingerprint"]
@@ -108,10 +137,10 @@ def test_the_exported_model_loads_in_stock_diffusers_and_scores_as_its_row_did(
     assert sorted(m["settings"]["slice"] for m in slices if "slice" in m["settings"]) == [[0, 4]] * 3 + [[4, 8]] * 3
 
     images = tmp_path / "images"
-    done = deme.run("generate", str(out), "--num-images", "3", "--num-inference-steps", "2", "--out", str(images))
+    done = deme.run("generate", out, "--num-images", "3", "--num-inference-steps", "2", "--out", str(images))
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in images.iterdir()) == ["000000.png", "000001.png", "000002.png"]
-    assert deme.run("export", "--out", str(out)).returncode == 2, "an existing folder must not be overwritten"
+    assert deme.run("export", "--out", out).returncode == 2, "an existing folder must not be overwritten"
 
 
 def test_other_weights_train_nothing_and_equal_a_merge_by_hand(
@@ -151,6 +180,9 @@ def test_a_recipe_can_confine_the_copies_and_distill_the_ensemble(
     assert set(report["rows"]) == ROWS | {"distilled"}
     assert report["scores"]["pretrained"] != report["scores"]["merged"] != report["scores"]["distilled"]
     assert set(report["distilled"]["verdict"].values()) <= VERDICTS
+    distilled_from = _manifest(deme, "distilled", report["distilled"]["digest"])["inputs"]
+    assert _segments(deme, distilled_from, "expert") == [[0, 500], [500, 1000]]
+    assert distilled_from["merged"] == report["merged"]["digest"]
     client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
     parent = client.get_run(report["mlflow_run_id"])
     children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")

@@ -31,7 +31,7 @@ def look(platform: Platform, recipe: str) -> dict[str, Any]:
         "deme-watch/new-checkpoints",
         prefix="s3://deme/inbox",
         recipe=recipe,
-        overrides=["finetune.num_steps=2"],
+        overrides=["finetune.num_steps=2", "merge={weights: [0.5, 0.5]}"],
         settle_seconds=0,
     )
     assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"

@@ -68,6 +68,15 @@ class S3Server:
 
 
 @pytest.fixture(scope="session")
+def prefect_server() -> Iterator[None]:
+    """A Prefect server that flows and clients of this process use; each test asks for its own runs."""
+    from prefect.testing.utilities import prefect_test_harness
+
+    with prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+@pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One SeaweedFS for all tests; each makes buckets or prefixes of its own."""
     folder = tmp_path_factory.mktemp("weed")

@@ -2,7 +2,6 @@ import json
 import mmap
 import re
 import shutil
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from benchmarks import (
     finetune_step,
     merge,
     merge_child,
+    overhead,
     scaling,
     search,
     shapes,
@@ -222,12 +222,34 @@ def test_the_store_benchmark_moves_all_files_and_compares_both(
     assert result["holds"] is (result["peak_mb"] <= 300)
 
 
-def test_the_overhead_benchmark_ends_with_its_result() -> None:
-    # In a process of its own, whose environment it changes.
-    command = [sys.executable, "-m", "benchmarks.overhead", "--counts", "1", "--rounds", "1", "--store", "file"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-    result = last_line(done.stdout)
-    assert result["ratio"] == result["seconds_per_segment"]["1"] > 0
+@pytest.mark.parametrize(
+    ("seconds", "holds"),
+    [((0.8, 0.99), True), ((0.7, 0.99), False), ((1.1, 1.1), False)],
+    ids=["well", "more by more segments", "slow"],
+)
+def test_a_segment_is_charged_its_part_of_the_median_flow(
+    seconds: tuple[float, float], holds: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(count: int, wall: float) -> overhead.Run:
+        return overhead.Run(count, wall, wall + 3.0, 0.2 * count, 0.4 * count, 0.1 * count, 0.3 * count)
+
+    walls = {count: each * count for count, each in zip((2, 8), seconds, strict=True)}
+    overhead.report({n: [run(n, 9 * wall), run(n, wall / 2), run(n, wall)] for n, wall in walls.items()}, title="")
+    printed = capsys.readouterr().out
+    result = last_line(printed)
+    assert result["seconds_per_segment"] == pytest.approx(dict(zip("28", seconds, strict=True)))
+    assert result["ratio"] == pytest.approx(max(seconds))
+    assert result["growth"] == pytest.approx(seconds[1] / seconds[0])
+    assert result["holds"] is holds
+    row = [f"{seconds[1]:.3f}", "0.200", "0.300", "0.400", "0.100", "3.0"]
+    assert ["8", *row] in [re.findall(r"[\d.]+", line) for line in printed.splitlines()]
+
+
+def test_the_overhead_benchmark_takes_its_options() -> None:
+    options = overhead._options(["--quick", "--store", "file"])
+    assert (options.counts, options.rounds, options.store) == ([2, 4], 1, "file")
+    options = overhead._options(["--counts", "1"])
+    assert (options.counts, options.rounds, options.store) == ([1], 3, "s3")
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(name: str, folder: Path) -> list[str]:
-    """Returns the settings that put the stand-ins in place, and nothing else of the recipe's."""
+    """Returns the settings that put the stand-ins in place, which are few images, and nothing else of the recipe's."""
     images = folder / "images"
     found = ["execution.device=cpu", "evaluate.extractor=efficientnet_lite0"]
+    found += ["merge.search.num_reference_images=10", "evaluate.num_reference_images=null"]
     if name in PIXELS:
         dataset = f"{{source: imagefolder, path: {images}, resolution: 8, channels: 1}}"
         return [*found, f"pretrained.source={folder / 'ddpm'}", f"dataset={dataset}"]
@@ -145,6 +146,11 @@ def test_the_doctor_says_in_one_line_each_what_is_missing(stand_ins: Path) -> No
         ("dataset={source: imagefolder, path: x, resolution: 16}", "images with captions"),
         ("merge={method: block_weights, search: {max_candidates: 9}}", "max_candidates 9 is too small for"),
         ("execution.device=cuda", "this machine shows no GPU"),
+        ("merge.search.num_reference_images=23", "23 leaves none of the 24 images of the data set for the report"),
+        ("evaluate.num_reference_images=15", "asks for 15 images, but only 14 are there"),
+        ("dataset.num_heldout_images=24", "leaves none of the 24 images for training"),
+        ("evaluate.num_inference_steps=1001", "are more than the model's 1000 timesteps"),
+        ("finetune.optimizer=adamw_8bit", "needs the package bitsandbytes"),
     ],
 )
 def test_the_doctor_finds_what_does_not_fit(
@@ -152,6 +158,22 @@ def test_the_doctor_finds_what_does_not_fit(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     code, said = doctor("sd14_coco30k", *overrides("sd14_coco30k", stand_ins), setting)
+    assert code == 2
+    assert message in said
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("pretrained.unet.dropuot=0.1", "pretrained.unet: a UNet2DModel has no dropuot (did you mean dropout?)."),
+        ("pretrained.noise_scheduler.beta_strat=1", "pretrained.noise_scheduler cannot be built"),
+        ("dataset.cache_latents=true", "this one is on pixels"),
+        ("evaluate.guidance_scale=3", "Nothing can guide a DDPMPipeline"),
+        ("dataset.num_images=500", "600 leaves none of the 500 images"),
+    ],
+)
+def test_the_doctor_finds_what_does_not_fit_a_model_that_is_trained_here(setting: str, message: str) -> None:
+    code, said = doctor("digits", setting)
     assert code == 2
     assert message in said
 

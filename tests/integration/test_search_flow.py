@@ -1,7 +1,7 @@
 """The tasks of a search on a real Prefect server: its candidates are tasks of their own, under way together."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.task_runners import ThreadPoolTaskRunner
-from prefect.testing.utilities import prefect_test_harness
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import WorkerDiedError
@@ -57,12 +57,6 @@ class MeetingPool:
         return JobResult(ref, metrics, False, 0.0, 0.0)
 
 
-@pytest.fixture(scope="module")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        yield
-
-
 def test_all_candidates_of_a_batch_are_under_way_at_once_and_each_is_tried_again(
     prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,6 +92,7 @@ def test_all_candidates_of_a_batch_are_under_way_at_once_and_each_is_tried_again
     assert (found["weights"], found["num_images"]) == ([0.5, 0.5], NUM_CANDIDATES * job.search.num_images)
     assert {"problem", "search"} <= set(found["seconds"])
     with get_client(sync_client=True) as client:
-        names = {task_run.name: task_run.run_count for task_run in client.read_task_runs()}
+        mine = FlowFilter(name=FlowFilterName(any_=[searching.name]))
+        names = {task_run.name: task_run.run_count for task_run in client.read_task_runs(flow_filter=mine)}
     assert {"search merge weights", "merge weights: problem", "merge weights: full score of 0.5, 0.5"} <= set(names)
     assert sorted(names.values()) == [1] * NUM_CANDIDATES + [2, 2]

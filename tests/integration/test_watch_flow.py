@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
-from prefect.testing.utilities import prefect_test_harness
 
 from deme_core.errors import InputError, StoreUnavailableError
 from deme_core.recipe_file import load_recipe
@@ -22,14 +20,12 @@ CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_bl
 
 
 @pytest.fixture(scope="module")
-def prefect_server() -> Iterator[None]:
-    with prefect_test_harness(server_startup_timeout=120):
-        deme.to_deployment(name="full").apply()
-        yield
+def deployment(prefect_server: None) -> None:
+    deme.to_deployment(name="full").apply()
 
 
 @pytest.fixture
-def inbox(prefect_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def inbox(deployment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DEME_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("DEME_STORE_URI", raising=False)
     (tmp_path / "inbox").mkdir()

@@ -84,6 +84,12 @@ def test_a_warm_up_that_would_be_ignored_is_refused() -> None:
     assert TrainingSpec(num_steps=10, lr_warmup_steps=5, lr_scheduler="constant_with_warmup")
 
 
+def test_noise_of_ddim_is_refused_where_another_sampler_ignores_it() -> None:
+    assert EvaluateSpec(num_images=10, eta=0.5)
+    with pytest.raises(ValidationError, match="eta is the noise of ddim, and ddpm ignores it"):
+        EvaluateSpec(num_images=10, eta=0.5, sampler="ddpm")
+
+
 def test_a_warm_up_that_never_ends_is_refused() -> None:
     with pytest.raises(ValidationError, match="lr_warmup_steps 11 are more than num_steps, 10"):
         TrainingSpec(num_steps=10, lr_warmup_steps=11, lr_scheduler="cosine")

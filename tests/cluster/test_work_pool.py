@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from datetime import timedelta
 from pathlib import Path
 from uuid import uuid4
@@ -15,15 +17,18 @@ import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import FlowRun
+from prefect.flow_engine import run_flow
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Crashed, Running
 
-from deme_core.errors import DemeError
+from deme_core.errors import DemeError, InputError
 from deme_core.file_store import FileStore
 from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
 from deme_core.store import open_store
 from flows.deploy import deploy
+from flows.job import run_job
 from flows.stack.processes import stop_tree
 from tasks import remote_sender
 from tasks.jobs import PretrainJob
@@ -84,7 +89,7 @@ def test_two_workers_give_the_weights_of_the_local_runner_though_a_job_is_killed
         _, results = train(training_recipe(runner="prefect"))
         killer.join()
     assert Trained.of(results) == expected
-    assert "Crashed" in _states_of_jobs()
+    assert "Crashed" in {each.state.name for each in _jobs() if each.state}
     assert not list(open_store(Settings().store_uri).list("jobs/"))
 
 
@@ -112,30 +117,46 @@ def test_a_job_ends_with_the_run_that_sent_it(
     assert not list(store.list("jobs/"))
 
 
-def _states_of_jobs() -> set[str]:
+def _jobs() -> list[FlowRun]:
     jobs = FlowFilter(name=FlowFilterName(any_=["deme-job"]))
     with get_client(sync_client=True) as client:
-        return {run.state.name for run in client.read_flow_runs(flow_filter=jobs) if run.state and run.state.name}
+        return client.read_flow_runs(flow_filter=jobs)
 
 
-def test_a_worker_does_a_job_and_one_with_another_store_refuses(
-    deployments: None, flow_machine: S3Server, expected: Trained, tmp_path: Path
-) -> None:
+@pytest.fixture
+def pool(deployments: None, flow_machine: S3Server) -> Iterator[RemotePool]:
+    found = RemotePool(ExecutionSpec(runner="prefect"), open_store(Settings().store_uri), str(uuid4()))
+    found.start()
+    yield found
+    found.close()
+
+
+def _pretraining() -> PretrainJob:
     recipe = training_recipe(runner="prefect")
     assert recipe.pretrained.training is not None
-    job = PretrainJob(
+    return PretrainJob(
         dataset=recipe.dataset,
         unet=recipe.pretrained.unet,
         noise_scheduler=recipe.pretrained.noise_scheduler,
         training=recipe.pretrained.training,
     )
-    pool = RemotePool(ExecutionSpec(runner="prefect"), open_store(Settings().store_uri), str(uuid4()))
-    pool.start()
-    elsewhere = {"DEME_STORE_URI": (tmp_path / "elsewhere").as_uri()}
-    core = min(os.sched_getaffinity(0))
-    with worker(tmp_path / "home", core, **elsewhere), pytest.raises(DemeError, match="DEME_STORE_URI"):
-        pool.run(job, lambda _: None)
-    with worker(tmp_path / "other", core):
-        assert pool.run(job, lambda _: None).ref.digest == expected.digests["pretrained"]
-    pool.close()
+
+
+def test_a_worker_does_a_job(pool: RemotePool, expected: Trained, tmp_path: Path) -> None:
+    with worker(tmp_path / "home", min(os.sched_getaffinity(0))):
+        assert pool.run(_pretraining(), lambda _: None).ref.digest == expected.digests["pretrained"]
+
+
+def test_a_worker_with_another_store_refuses(pool: RemotePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting() -> list[FlowRun]:
+        return [each for each in _jobs() if each.state and each.state.is_scheduled()]
+
+    with ThreadPoolExecutor(1) as sender:
+        sent = sender.submit(copy_context().run, pool.run, _pretraining(), lambda _: None)
+        wait_for(waiting)
+        monkeypatch.setenv("DEME_STORE_URI", (tmp_path / "elsewhere").as_uri())
+        with pytest.raises(InputError, match="DEME_STORE_URI"):
+            run_flow(run_job, waiting()[0])  # As the process does that a worker starts.
+        with pytest.raises(DemeError, match="DEME_STORE_URI"):
+            sent.result()
     assert not (tmp_path / "elsewhere" / "pretrained").exists()
