@@ -248,7 +248,8 @@ def generate(
 
 @app.command(epilog="Example: deme sweep --older-than 48")
 def sweep(
-    older_than: Annotated[float, typer.Option(min=1, help="Hours; anything younger is spared.")] = 48.0,
+    # The parts of an upload are as old as its beginning.
+    older_than: Annotated[float, typer.Option(min=12, help="Hours; anything younger is spared.")] = 48.0,
     checkpoints: Annotated[
         float | None, typer.Option(min=1, help="Days: also checkpoints of trainings that made none for so long.")
     ] = None,

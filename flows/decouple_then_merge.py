@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -55,7 +55,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     # Beside it: on one GPU what is wrong with them, or with the prompts, would else be told after all trainings.
     for_report = first_real_features(recipe, "report")
     for_search = first_real_features(recipe, "search") if recipe.merge.search else None
-    pretrained = obtaining.result()
+    looked_at = [real for real in (for_report, for_search) if real is not None]
+    pretrained = _first_result(obtaining, beside=looked_at)
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
     recipe.check_search(pretrained.metrics.get("num_blocks", 1))  # Old artifacts do not say.
     edges = (segments[0].low, *(segment.high for segment in segments))
@@ -66,7 +67,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
 
     import_matplotlib()  # For the report, beside which nothing else goes on.
-    _results([real for real in (for_report, for_search) if real is not None])
+    _results(looked_at)
     search_reference = submit_reference(recipe, "search", for_search.result()) if for_search else None
     reference = submit_reference(recipe, "report", for_report.result()).result().ref
     rows = {"pretrained": submit_row(recipe, "pretrained", (pretrained.ref,), None, reference)}
@@ -108,6 +109,12 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
         searches={what: found.metrics for what, found in plan.searches.items()},
     )
     return write_report(results, flow_run_id=str(flow_run.id))
+
+
+def _first_result(future: PrefectFuture[JobResult], beside: Sequence[PrefectFuture[JobResult]]) -> JobResult:
+    """Waits for a result, unless something beside it fails first: a pretraining may take days."""
+    done = next(each for each in as_completed([future, *beside]) if each is future or not each.state.is_completed())
+    return done.result()
 
 
 def _results(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from deme_core.errors import ModelFolderError
 from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import read_json
 from deme_core.noise_process import FLOW_SCHEDULERS, Diffusion, FlowMatching, NoiseProcess
@@ -19,8 +20,16 @@ class LatentAdapter(FrozenPartsAdapter):
 
     @cached_property
     def vae(self) -> Any:
-        """The autoencoder, float32; it takes one image at a time, so that memory does not grow with the batch."""
+        """The autoencoder, float32; it takes one image at a time, so that memory does not grow with the batch.
+
+        Raises:
+            ModelFolderError: it does more to latents than to shift and scale them.
+        """
         vae = self._load("vae")
+        if getattr(vae.config, "latents_mean", None) is not None:
+            raise ModelFolderError(
+                f"{self.frozen / 'vae'} normalizes latents by latents_mean and latents_std, which DeMe does not."
+            )
         vae.enable_slicing()
         return vae
 

@@ -15,6 +15,7 @@ from flows import evaluate as evaluation
 class Future:
     def __init__(self, name: str, asked: list[str], error: Exception | None = None) -> None:
         self._name, self._asked, self._error = name, asked, error
+        self.state = SimpleNamespace(is_completed=lambda: error is None)
 
     def wait(self) -> None:
         self._asked.append(self._name)
@@ -30,7 +31,12 @@ class Obtaining:
         return SimpleNamespace(ref="ref", metrics={"num_train_timesteps": 1000})
 
 
-def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("ends_first", "expected"), [("pretrained", ["report", "search"]), ("real images", [])], ids=["trained", "failed"]
+)
+def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(
+    ends_first: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
     trainings = SimpleNamespace(
         control=lambda: Future("control", asked), copies=lambda: [Future("copy", asked)], distillation=None
@@ -42,12 +48,13 @@ def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(monkeypatch
         "heldout_loss": SimpleNamespace(submit=lambda *_: Future("loss", asked)),
         "first_real_features": lambda _, part: Future(part, asked, InputError("too few images")),
         "import_matplotlib": lambda: None,
+        "as_completed": lambda futures: futures if ends_first == "pretrained" else futures[::-1],
     }
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(decouple_then_merge, name, stand_in)
     with pytest.raises(InputError, match="too few images"):
         decouple_then_merge._compare_rows(load_recipe("digits"))
-    assert asked == ["report", "search"]
+    assert asked == expected
 
 
 def test_a_copy_that_failed_ends_a_run_when_the_control_is_done() -> None:
