@@ -20,6 +20,8 @@ import yaml
 from prefect.cli import app as prefect_command
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events.schemas.automations import AutomationCore
 from prefect.exceptions import ObjectAlreadyExists
 
@@ -61,20 +63,25 @@ def deploy(pool_type: PoolType = "process", say: Callable[[str], None] = lambda 
         _register_deployments(client)
         for automation in _read("automations.yaml")["automations"]:
             _make_automation(client, automation)
-        return sorted(
-            f"{client.read_flow(found.flow_id).name}/{found.name}"
-            for found in client.read_deployments()
-            if "deme" in found.tags
-        )
+        return sorted("/".join(names) for names in _registered(client))
+
+
+def _registered(client: SyncPrefectClient) -> dict[tuple[str, str], DeploymentResponse]:
+    """Returns our deployments that are there, by names of flow and deployment."""
+    ours = DeploymentFilter(tags=DeploymentFilterTags(all_=["deme"]))  # Of all the server gives the first 200.
+    found = client.read_deployments(deployment_filter=ours)
+    return {(client.read_flow(each.flow_id).name, each.name): each for each in found}
 
 
 def _make_pool(
     client: SyncPrefectClient, name: str, description: str, pool_type: PoolType, say: Callable[[str], None]
 ) -> None:
-    template = json.loads((DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json").read_text())
+    file = DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json"
+    template = json.loads(file.read_text())
     if name == "deme-gpu" and pool_type == "kubernetes":
         template["variables"]["properties"]["gpu_limit"]["default"] = 1
-    template["variables"][_WRITTEN] = _digest(template)
+    digest = _digest(template)
+    template["variables"][_WRITTEN] = digest
     wanted = WorkPoolCreate(name=name, description=description, type=pool_type, base_job_template=template)
     # First, since a worker that is starting makes its pool too, if it finds none.
     with contextlib.suppress(ObjectAlreadyExists):
@@ -87,12 +94,21 @@ def _make_pool(
         )
     if found.base_job_template == template:
         return
-    if found.base_job_template and found.base_job_template.get("variables", {}).get(_WRITTEN) != _digest(
-        found.base_job_template
-    ):
-        say(f"work pool {name} keeps its base job template, which was changed on the server or is of an older DeMe")
-        return
-    client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=description))
+    written_by_us = found.base_job_template.get("variables", {}).get(_WRITTEN)
+    if _digest(found.base_job_template) in (written_by_us, digest, _digest(_template_of_prefect())):
+        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template, description=description))
+    else:
+        say(
+            f"work pool {name} keeps its base job template, which was changed on the server or is of an older DeMe; "
+            f"for DeMe's: prefect work-pool update {name} --base-job-template {file}"
+        )
+
+
+def _template_of_prefect() -> dict[str, Any]:
+    """Returns what a pool has that a worker made since it found none."""
+    from prefect.workers.process import ProcessWorker  # Rarely needed.
+
+    return ProcessWorker.get_default_base_job_template()
 
 
 def _digest(template: Mapping[str, Any]) -> str:
@@ -103,9 +119,7 @@ def _digest(template: Mapping[str, Any]) -> str:
 
 def _deployments_to_register(client: SyncPrefectClient) -> dict[str, Any]:
     """Returns what prefect.yaml says, with the parameters and concurrency limits of deployments that are there."""
-    content = _read("prefect.yaml")
-    flows = {flow.id: flow.name for flow in client.read_flows()}
-    there = {(flows.get(found.flow_id), found.name): found for found in client.read_deployments()}
+    content, there = _read("prefect.yaml"), _registered(client)
     for deployment in content["deployments"]:
         module, _, function = deployment["entrypoint"].rpartition(".")
         found = there.get((getattr(import_module(module), function).name, deployment["name"]))

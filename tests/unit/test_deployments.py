@@ -10,6 +10,7 @@ import pytest
 import yaml
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import load_flow_from_entrypoint
+from prefect.workers.process import ProcessWorker
 
 from flows.deploy import POOLS, _digest, _make_pool, _read
 
@@ -96,14 +97,16 @@ def test_a_job_template_is_kept_up_to_date_until_somebody_changes_it(monkeypatch
     env(first)["default"] = {"OLD": "1"}
     first["variables"]["$comment"] = _digest(first)
     assert "default" not in env(deploy()), "what an older DeMe wrote is replaced"
+    server.pool.base_job_template = ProcessWorker.get_default_base_job_template()
+    assert "$comment" in deploy()["variables"], "and what a worker made that was there first"
     env(server.pool.base_job_template)["default"] = {"HTTPS_PROXY": "proxy"}
     assert not said
-    assert env(deploy())["default"] == {"HTTPS_PROXY": "proxy"}
-    assert said == [
-        "work pool deme-cpu keeps its base job template, which was changed on the server or is of an older DeMe"
-    ]
-    del server.pool.base_job_template["variables"]["$comment"]
-    assert env(deploy())["default"] == {"HTTPS_PROXY": "proxy"}
+    for _ in range(2):  # With the digest of what we wrote, and from a file of somebody's own.
+        assert env(deploy())["default"] == {"HTTPS_PROXY": "proxy"}
+        server.pool.base_job_template["variables"].pop("$comment", None)
+    assert [line.partition(", which was changed")[0] for line in said] == [
+        "work pool deme-cpu keeps its base job template"
+    ] * 2
 
 
 def test_finished_pods_are_removed_and_nodes_with_gpus_are_reached() -> None:
