@@ -355,7 +355,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, f"unet/{WEIGHTS_NAME} is not a whole safetensors file"),
     "pickled": (pickle_weights, "is pickled, which can run code"),
     "no JSON": (replace_text("unet/config.json", "{", ""), "unet/config.json is not valid JSON"),
-    "other shapes": (replace_text("unet/config.json", '"out_channels": 1', '"out_channels": 3'), "mis-shaped tensors"),
+    "other shapes": (replace_text("unet/config.json", '"out_channels": 1', '"out_channels": 2'), "mis-shaped tensors"),
     "unknown type": (be_of_unknown_type, "Tensor a is of type F6_E2M3"),
     "missing tensor": (drop_tensor, "missing tensors: conv_in.weight"),
     "impossible config": (replace_text("unet/config.json", "DownBlock2D", "NoBlock"), "configs describe no model"),
