@@ -113,8 +113,11 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
 
 def _first_result(future: PrefectFuture[JobResult], beside: Sequence[PrefectFuture[JobResult]]) -> JobResult:
     """Waits for a result, unless something beside it fails first: a pretraining may take days."""
-    done = next(each for each in as_completed([future, *beside]) if each is future or not each.state.is_completed())
-    return done.result()
+    for each in as_completed([future, *beside]):
+        found = each.result()  # Or its failure; the server may not know yet what became of it.
+        if each is future:
+            return found
+    raise AssertionError
 
 
 def _results(

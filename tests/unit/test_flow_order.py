@@ -15,7 +15,6 @@ from flows import evaluate as evaluation
 class Future:
     def __init__(self, name: str, asked: list[str], error: Exception | None = None) -> None:
         self._name, self._asked, self._error = name, asked, error
-        self.state = SimpleNamespace(is_completed=lambda: error is None)
 
     def wait(self) -> None:
         self._asked.append(self._name)
