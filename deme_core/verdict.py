@@ -149,7 +149,7 @@ def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0
     return found
 
 
-def in_words(metric: str, found: Mapping[str, Interval]) -> str:
+def differences_in_words(metric: str, found: Mapping[str, Interval]) -> str:
     """Returns what `differences` found in words, all of it: a verdict is not to be understood by one interval alone."""
     texts = {over: f"{each.low:+.3g} to {each.high:+.3g}" for over, each in found.items()}
     mean = f"{metric} {found['seeds'].mean:+.3g}"

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from deme_core.metrics import direction
 from deme_core.settings import Settings
-from deme_core.verdict import Interval, in_words
+from deme_core.verdict import Interval, differences_in_words
 
 _ORDER = ("pretrained", "finetuned", "ensemble", "merged", "distilled", "model")
 
@@ -41,7 +41,7 @@ def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: 
             f"{row} is [bold]{verdict}[/] than {baseline}"
             if verdict != "too close to call"
             else f"{row} against {baseline}: [bold]{verdict}[/]",
-            f"({in_words(metric, {over: Interval(**gain) for over, gain in gains.items()})})",
+            f"({differences_in_words(metric, {over: Interval(**gain) for over, gain in gains.items()})})",
             highlight=False,
         )
 

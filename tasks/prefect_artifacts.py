@@ -18,7 +18,7 @@ from prefect.artifacts import (
 )
 
 from deme_core.metrics import direction
-from deme_core.verdict import Interval, in_words
+from deme_core.verdict import Interval, differences_in_words
 from tasks.tracking import Tracker
 
 _SECONDS_BETWEEN_UPDATES = 3.0
@@ -97,7 +97,7 @@ def _verdict_text(report: Mapping[str, Any], tracker: Tracker) -> str:
     lines = [f"# {report['recipe']}", ""]
     for baseline in ("pretrained", "finetuned"):
         gains = {over: Interval(**gain) for over, gain in report["gain_by"][f"vs_{baseline}"].items()}
-        numbers = in_words(report["metric"], gains)
+        numbers = differences_in_words(report["metric"], gains)
         lines.append(f"- `merged` against `{baseline}`: **{report['verdict'][f'vs_{baseline}']}** ({numbers})")
     registry = report["registry"]
     where = f"`{registry['model']}` version {registry['version']}" if registry["version"] else f"`{registry['model']}`"

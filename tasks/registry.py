@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
-from deme_core.verdict import RowScores, compare, differences, in_words, lacks_images
+from deme_core.verdict import RowScores, compare, differences, differences_in_words, lacks_images
 from tasks.patient_client import patient_client
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _decide(
         )
     theirs = RowScores(json.loads(champion.tags["deme.scores"]), json.loads(champion.tags.get("deme.replicates", "[]")))
     verdict = compare(scores, theirs, higher_is_better=higher_is_better(metric))
-    numbers = in_words(metric, differences(scores, theirs))
+    numbers = differences_in_words(metric, differences(scores, theirs))
     if lacks_images(scores, theirs):
         numbers += "; only one of the two has resamples, so run it with the champion's evaluate.num_bootstrap"
     return ("promoted" if verdict == "better" else "kept"), (

@@ -264,3 +264,23 @@ def test_a_server_that_is_starting_is_waited_for_if_asked() -> None:
     servers[0].shutdown()
     servers[0].server_close()
     starting.join()
+
+
+@pytest.mark.parametrize("status", [401, 404, 503])
+def test_a_server_that_wants_a_log_in_is_there(status: int) -> None:
+    class Refusing(_Healthy):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(InputError, match="does not answer"):
+            check_health("PREFECT_API_URL", address)
+        if status < 500:
+            check_health("PREFECT_API_URL", address, may_refuse=True)
+        else:
+            with pytest.raises(InputError, match="does not answer"):
+                check_health("PREFECT_API_URL", address, may_refuse=True)
+        server.shutdown()

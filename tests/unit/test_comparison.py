@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from deme_core.verdict import RowScores, differences, in_words
+from deme_core.verdict import RowScores, differences, differences_in_words
 from tasks.comparison import comparison_table
 
 METRIC = "fd_efficientnet_lite0"
@@ -35,9 +35,9 @@ def test_a_run_with_resamples_is_not_told_from_one_without() -> None:
 
 def test_words_give_every_interval_that_decides() -> None:
     plain = differences(RowScores([1.0, 2.0, 3.1]), RowScores([2.0, 3.0, 4.0]))
-    assert in_words("fid", plain) == "fid -0.967, 95 % interval -1.11 to -0.823"
+    assert differences_in_words("fid", plain) == "fid -0.967, 95 % interval -1.11 to -0.823"
     resampled = [[score - 5, score, score + 5] for score in (1.0, 2.0, 3.0)]
     both = differences(RowScores([1.0, 2.0, 3.1], resampled), RowScores([2.0, 3.0, 4.0], [[3.0] * 3] * 3))
-    assert in_words("fid", both) == (
+    assert differences_in_words("fid", both) == (
         "fid -0.967, 95 % intervals -1.11 to -0.823 over seeds and -22.5 to +20.5 over images"
     )
