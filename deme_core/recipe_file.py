@@ -161,14 +161,17 @@ def _sentence(details: ErrorDetails) -> str:
     location = [_printable(str(part)) for part in details["loc"]]
     key = ".".join(location) or "the recipe"
     if details["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
-        close = difflib.get_close_matches(location[-1], known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"known there are {', '.join(known)}"
-        return f"{key} is no recipe key ({hint})"
+        return f"{key} is no recipe key ({what_was_meant(location[-1], _known_keys(location[:-1]))})"
     if details["type"] == "missing":
         return f"{key} is missing"
     message = details["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]} (got {details['input']!r})" if location else message
+
+
+def what_was_meant(name: str, known: Sequence[str]) -> str:
+    """Returns the known name that an unknown one looks like, or all of them, as a hint in a message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known there are {', '.join(known)}"
 
 
 def _known_keys(location: Sequence[str]) -> list[str]:

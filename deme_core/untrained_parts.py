@@ -1,12 +1,12 @@
 """Denoiser and noise schedule of a model that is to be trained here, from what a recipe says of them."""
 
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from deme_core.errors import InputError
 from deme_core.families import Adapter
+from deme_core.recipe_file import what_was_meant
 
 
 def untrained_unet(class_name: str, settings: Mapping[str, Any], fixed: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,12 +22,10 @@ def untrained_unet(class_name: str, settings: Mapping[str, Any], fixed: Mapping[
     """
     import diffusers
 
-    known = [name for name in inspect.signature(getattr(diffusers, class_name).__init__).parameters if name != "self"]
+    known = sorted(inspect.signature(getattr(diffusers, class_name)).parameters)
     for name, value in settings.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known there are {', '.join(sorted(known))}"
-            raise InputError(f"pretrained.unet: a {class_name} has no {name} ({hint}).")
+            raise InputError(f"pretrained.unet: a {class_name} has no {name} ({what_was_meant(name, known)}).")
         if name in fixed and value != fixed[name]:
             raise InputError(f"pretrained.unet.{name} follows from the data, which give {fixed[name]}; leave it out.")
     return {"_class_name": class_name, **settings, **fixed}

@@ -282,6 +282,13 @@ def test_ddpm_takes_a_fixed_variance_where_a_learned_one_is_left_out(
     assert images.equal(fixed)
 
 
+def test_an_autoencoder_that_normalizes_latents_is_refused(tmp_path: Path) -> None:
+    config = save_pipeline("StableDiffusionPipeline", tmp_path / "sd") / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"latents_mean": [0.5] * 4}))
+    with pytest.raises(ModelFolderError, match="normalizes latents by latents_mean"):
+        _ = open_model_folder(tmp_path / "sd").adapter().vae
+
+
 def test_an_autoencoder_works_without_tf32(folders: Folders) -> None:
     adapter, seen = folders("StableDiffusionPipeline").adapter(), list[bool]()
     for part in (adapter.vae.encoder, adapter.vae.decoder):

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import pytest
+
+from deme_core.errors import InputError
 from deme_core.verdict import RowScores, differences, differences_in_words
+from tasks import comparison
 from tasks.comparison import comparison_table
 
 METRIC = "fd_efficientnet_lite0"
@@ -41,3 +45,19 @@ def test_words_give_every_interval_that_decides() -> None:
     assert differences_in_words("fid", both) == (
         "fid -0.967, 95 % intervals -1.11 to -0.823 over seeds and -22.5 to +20.5 over images"
     )
+
+
+def test_runs_of_one_deciding_metric_are_compared_by_the_metrics_that_all_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def evaluated(run: str, decides: str, *others: str) -> dict[str, Any]:
+        made = report([1.0, 2.0, 3.0], [])
+        for kind in ("rows", "scores"):
+            made[kind]["merged"] |= dict.fromkeys(others, made[kind]["merged"][METRIC])
+        return made | {"mlflow_run_id": run, "conditions": {"deciding_metric": decides}}
+
+    runs = {"a": evaluated("a", "fid", "kid"), "b": evaluated("b", "fid", "recall"), "c": evaluated("c", "kid", "kid")}
+    monkeypatch.setattr(comparison, "check_tracking", lambda _: None)
+    monkeypatch.setattr(comparison, "find_report", lambda _, run: runs[run])
+    shared = comparison.comparable_reports(["a", "b"])
+    assert [set(each[kind]["merged"]) for each in shared.values() for kind in ("rows", "scores")] == [{METRIC}] * 4
+    with pytest.raises(InputError, match=r"they differ in deciding_metric \(fid, kid\)"):
+        comparison.comparable_reports(["a", "c"])
