@@ -14,11 +14,11 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from deme_core.code_version import code_version
 from deme_core.digests import sha256_file
 from deme_core.errors import (
     ArtifactNotFoundError,
@@ -130,7 +130,7 @@ class ArtifactStore:
             dataset=dataset,
             metrics=dict(metrics or {}),
             files=(),
-            code_version=version("deme"),
+            code_version=code_version(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         manifest.to_json()  # Before anything travels: what cannot be written must leave nothing behind.

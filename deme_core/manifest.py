@@ -78,7 +78,7 @@ class Manifest:
         dataset: fingerprint of the data set, if the stage read one.
         metrics: what the stage measured.
         files: its files.
-        code_version: version of DeMe that made it.
+        code_version: version of DeMe that made it, with a digest of its sources.
         created: ISO 8601, UTC.
     """
 

@@ -15,6 +15,7 @@ from deme_core.recipe_file import dump_recipe, flatten
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from flows.environment import make_folders
+from tasks.live_runs import killed_runs, live_run
 from tasks.ray_pool import RayPool
 from tasks.remote_pool import RemotePool
 from tasks.runtime import Pool, Runtime, use_runtime
@@ -62,12 +63,13 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         check_tracking(settings)
         if recipe.evaluate.prompts and recipe.execution.runner == "local":  # Else the path is one of the workers'.
             load_prompts(recipe.evaluate.prompts, settings.cache_folder)
-        opening = _open_tracker(settings, recipe, str(flow_run.id))
         artifacts = ArtifactStore(store, settings.cache_folder)
-        runtime = Runtime(recipe, settings, artifacts, pool, opening, timing)
-        # Trainings leave their checkpoints before MLflow is told anything: whoever ends this run may be in a hurry.
-        with _tracked(opening), use_runtime(runtime), contextlib.closing(pool):
-            yield runtime
+        with live_run(settings, str(flow_run.id)):
+            opening = _open_tracker(settings, recipe, str(flow_run.id))
+            runtime = Runtime(recipe, settings, artifacts, pool, opening, timing)
+            # Trainings leave their checkpoints before MLflow is told anything: whoever ends this run may be in a hurry.
+            with _tracked(opening), use_runtime(runtime), contextlib.closing(pool):
+                yield runtime
     finally:
         pool.close()
         ended.set()
@@ -79,10 +81,11 @@ def _open_tracker(settings: Settings, recipe: Recipe, flow_run_id: str) -> Futur
 
     def open_tracker() -> None:
         try:
-            tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name)
+            tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name, flow_run_id=flow_run_id)
             tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
             tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
-            tracker.set_tags(tracker.run_id, {"deme.flow_run_id": flow_run_id})
+            for killed in killed_runs(settings):
+                tracker.end_killed(killed)
         except BaseException as error:
             opening.set_exception(error)
         else:
@@ -100,7 +103,7 @@ def _tracked(opening: Future[Tracker]) -> Iterator[None]:
     except BaseException:
         with contextlib.suppress(Exception):  # What failed before is what must be told.
             tracker = opening.result(timeout=_SECONDS_TO_OPEN)
-            tracker.finish(tracker.run_id, failed=True)
+            tracker.finish_flow(failed=True)
         raise
     tracker = opening.result()
-    tracker.finish(tracker.run_id)
+    tracker.finish_flow()

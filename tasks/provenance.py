@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from deme_core.artifacts import ArtifactStore
+from deme_core.code_version import code_version
 from tasks.jobs import JobResult
 
 # What numbers depend on.
 _PACKAGES = (
-    "deme",
     "torch",
     "torchvision",
     "diffusers",
@@ -31,7 +31,7 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python, of the packages that numbers depend on, and what machine this is."""
-    found = {"Python": platform.python_version()}
+    found = {"Python": platform.python_version(), "deme": code_version()}
     for package in _PACKAGES:
         try:
             found[package] = version(package)

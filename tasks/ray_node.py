@@ -7,7 +7,6 @@ import contextvars
 import os
 import socket
 from collections.abc import Callable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
+from deme_core.code_version import code_version
 from deme_core.errors import DemeError, InputError
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
@@ -106,7 +106,7 @@ def look_around(environment: SentEnvironment, key: str, api_url: str) -> str:
     store = open_store(Settings().store_uri)
     check_access(store)
     store.get_bytes(key)
-    return version("deme")
+    return code_version()
 
 
 def _task_name() -> str:

@@ -10,7 +10,6 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from typing import Any
 from uuid import uuid4
 
@@ -18,6 +17,7 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
+from deme_core.code_version import code_version
 from deme_core.errors import DemeError, InputError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
@@ -165,8 +165,10 @@ class RayPool:
                 f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed, and "
                 f"the object store {self._store.uri}."
             ) from error
-        if found != version("deme"):
-            raise InputError(f"Node {name} of the Ray cluster has DeMe {found}, this machine {version('deme')}.")
+        if found != code_version():
+            raise InputError(
+                f"Node {name} of the Ray cluster has DeMe {found}, this machine {code_version()}; install the same there."
+            )
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Has ``job`` done by a node with room for it and returns its result.

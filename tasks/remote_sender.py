@@ -1,22 +1,22 @@
 """What the worker of a remote job asks of the flow run that sent it: is its store mine, and is it still there?
 
 With another store, by the same URI perhaps, a worker would train for hours and leave the outcome where nobody looks. So
-a flow signs in its store, under its own id, with its version. And a flow whose process is killed cancels nothing: its
-jobs see in Prefect, some minutes later, that it has ended, and end, too. A server with too much to do may say that of a
-flow that lives; so it signs again and again, and has ended only when it does not.
+a flow signs in its store, under its own id, with the version of its code. And a flow whose process is killed cancels
+nothing: its jobs see in Prefect, some minutes later, that it has ended, and end, too. A server with too much to do may
+say that of a flow that lives; so it signs again and again, and has ended only when it does not.
 """
 
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from importlib.metadata import version
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 
+from deme_core.code_version import code_version
 from deme_core.errors import ArtifactNotFoundError, DemeError, InputError, StoreUnavailableError
 from deme_core.store import ObjectStore, store_time
 
@@ -39,8 +39,8 @@ def _signature_key(flow_run_id: str) -> str:
 
 
 def sign(store: ObjectStore, flow_run_id: str) -> None:
-    """Leaves this flow run's version in its store."""
-    store.put_bytes(_signature_key(flow_run_id), version("deme").encode())
+    """Leaves the version of this flow run's code in its store."""
+    store.put_bytes(_signature_key(flow_run_id), code_version().encode())
 
 
 @contextlib.contextmanager
@@ -71,10 +71,10 @@ def unsign(store: ObjectStore, flow_run_id: str) -> None:
 
 
 def check_sender(store: ObjectStore, flow_run_id: str) -> None:
-    """Checks on a worker that the flow run wants an outcome, in this store, and is of this version.
+    """Checks on a worker that the flow run wants an outcome, in this store, and has this code.
 
     Raises:
-        InputError: it is of another version, or its signature is not in this store.
+        InputError: it has another, or its signature is not in this store.
         DemeError: it has ended.
     """
     if _has_ended(store, flow_run_id):
@@ -87,8 +87,10 @@ def check_sender(store: ObjectStore, flow_run_id: str) -> None:
             f"The object store of this worker, {store.place}, is not that of the run which sent the job; give both the "
             "same DEME_STORE_URI and AWS_ENDPOINT_URL."
         ) from error
-    if expected != version("deme"):
-        raise InputError(f"This worker has DeMe {version('deme')}, the run which sent the job {expected}.")
+    if expected != code_version():
+        raise InputError(
+            f"This worker has DeMe {code_version()}, the run which sent the job {expected}; install the same on both."
+        )
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ def log_score_metrics(runtime: Runtime, report: Mapping[str, Any]) -> None:
     means = {f"{metric}/model": bounds["mean"] for metric, bounds in report["rows"]["model"].items()}
     run_id = runtime.tracker.run_id
     runtime.tracker.log_metrics(run_id, means)
-    names = {"deme.model": "model", "deme.fingerprint": "fingerprint", "deme.flow_run_id": "flow_run_id"}
+    names = {"deme.model": "model", "deme.fingerprint": "fingerprint"}
     runtime.tracker.set_tags(run_id, {tag: report[name] for tag, name in names.items()})
 
 

@@ -9,6 +9,7 @@ from deme_core.errors import InputError
 from deme_core.settings import Settings
 from tasks.health import check_health
 from tasks.mlflow_client import check_address, mlflow_client
+from tasks.tracking import FLOW_RUN_TAG
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -33,7 +34,7 @@ def find_report(settings: Settings, *, run: str | None = None, flow_run: str | N
         InputError: there is no such run, more than one, or it ended before its report was written.
     """
     newest = _has(_MERGED if run is None else _SCORED)
-    query = f"tags.`deme.flow_run_id` = '{flow_run}'" if flow_run else newest
+    query = f"tags.`{FLOW_RUN_TAG}` = '{flow_run}'" if flow_run else newest
     found = _find_run(settings, query, run)
     with tempfile.TemporaryDirectory() as folder:
         path = download(settings, found.info.run_id, "report.json", Path(folder))

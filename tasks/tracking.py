@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LONGEST_VALUE = 6000
 _METRICS_PER_CALL = 1000
+FLOW_RUN_TAG = "deme.flow_run_id"
 
 # Names of training metrics as they appear in MLflow.
 _TRAINING_METRICS = {
@@ -35,14 +36,15 @@ _TRAINING_METRICS = {
 class Tracker:
     """The MLflow runs of one flow run: a parent and its children."""
 
-    def __init__(self, settings: Settings, *, experiment: str, run_name: str) -> None:
+    def __init__(self, settings: Settings, *, experiment: str, run_name: str, flow_run_id: str) -> None:
         # A run id in the environment would beat the explicit ones.
         os.environ.pop("MLFLOW_RUN_ID", None)
         if settings.tracking_uri_override is None:
             start_from_copy("mlflow", settings.state_folder / "mlflow.db")
         self._client, self._ui_url = patient_client(settings), settings.mlflow_ui_url
         self._experiment_id = self._find_experiment(settings, experiment)
-        self.run_id = self._create_run(run_name, {})
+        self._flow_run_id = flow_run_id
+        self.run_id = self._create_run(run_name, {FLOW_RUN_TAG: flow_run_id})
         # A person who sees the run in MLflow knows then what to give to `deme report`, `compare` and `export`.
         self._client.update_run(self.run_id, name=f"{run_name}-{self.run_id[:8]}")
 
@@ -151,3 +153,28 @@ class Tracker:
     def finish(self, run_id: str, *, failed: bool = False) -> None:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+
+    def finish_flow(self, *, failed: bool = False) -> None:
+        """Ends the parent run, and what else of this flow run is still said to be running.
+
+        That is what was at work when it failed, and runs whose creation was not answered, or begun before a restart.
+        """
+        self.finish(self.run_id, failed=failed)
+        self._end_rest([self.run_id], "FAILED" if failed else "KILLED")
+        self.end_killed(self._flow_run_id)
+
+    def end_killed(self, flow_run_id: str) -> None:
+        """Ends the runs of a flow run whose process was killed, which nobody else will."""
+        experiments = [str(found.experiment_id) for found in self._client.search_experiments()]
+        query = f"tags.`{FLOW_RUN_TAG}` = '{flow_run_id}' and attributes.status = 'RUNNING'"
+        killed = [run.info.run_id for run in self._client.search_runs(experiments, query)]
+        for run_id in killed:
+            self._client.set_terminated(run_id, "KILLED")
+        self._end_rest(killed, "KILLED")
+
+    def _end_rest(self, parents: Iterable[str], status: str) -> None:
+        for parent in parents:
+            experiment = self._client.get_run(parent).info.experiment_id
+            query = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+            for run in self._client.search_runs([experiment], query):
+                self._client.set_terminated(run.info.run_id, status)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deme_core.settings import Settings
+from tasks.mlflow_client import mlflow_client
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe, deme, prefect_api, write_recipe
 from tests.e2e.waiting import wait_for
@@ -78,6 +80,7 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
     report, expected = killed_deme.report("run", recipe), deme.report("run", recipe)
     assert report["merged"]["weights_digest"] == expected["merged"]["weights_digest"]
     assert report["rows"] == expected["rows"]
+    assert _mlflow_statuses(killed_deme) == {"FINISHED", "KILLED", "FAILED"}, "MLflow must hear of what was killed"
     left = [path for path in killed_deme.home.glob("store/checkpoints/**/*") if path.is_file()]
     assert not left, "checkpoints of finished runs must go"
     after = killed_deme.take_told()
@@ -88,6 +91,12 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
     resumed = [(task, re.fullmatch(r"resumed at step (\d+)", message)) for task, _, message in before + after]
     (training,) = {task for task, kind, _ in before if kind == "failed"}
     assert [int(step[1]) >= 10 for task, step in resumed if step and task == training] == [True]
+
+
+def _mlflow_statuses(line: CommandLine) -> set[str]:
+    client = mlflow_client(Settings.model_validate({"DEME_HOME": str(line.home)}))
+    experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
+    return {run.info.status for run in client.search_runs(experiments)}
 
 
 def _workers_of(pid: int) -> list[int]:

@@ -81,7 +81,7 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def _tracker(url: str, home: Path, name: str) -> Iterator[tuple[Tracker, str]]:
     settings = Settings.model_validate({"DEME_HOME": home, "MLFLOW_TRACKING_URI": url})
-    tracker = Tracker(settings, experiment=name, run_name=name)
+    tracker = Tracker(settings, experiment=name, run_name=name, flow_run_id="flow")
     yield tracker, tracker.child("finetune/all")
 
 

@@ -132,9 +132,9 @@ def test_a_run_that_ended_before_its_report_is_named(settings: Settings, tmp_pat
 
 def test_a_recipe_whose_experiment_was_deleted_runs_again(settings: Settings) -> None:
     client = MlflowClient(settings.tracking_uri)
-    Tracker(settings, experiment="tidy", run_name="first")
+    Tracker(settings, experiment="tidy", run_name="first", flow_run_id="flow")
     found = client.get_experiment_by_name("tidy")
     client.delete_experiment(found.experiment_id)
-    Tracker(settings, experiment="tidy", run_name="second")
+    Tracker(settings, experiment="tidy", run_name="second", flow_run_id="flow")
     assert client.get_experiment_by_name("tidy").lifecycle_stage == "active"
     assert len(client.search_runs([found.experiment_id])) == 2

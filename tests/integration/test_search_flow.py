@@ -66,7 +66,7 @@ def test_all_candidates_of_a_batch_are_under_way_at_once_and_each_is_tried_again
     settings = Settings()
     artifacts = ArtifactStore(open_store(settings.store_uri), settings.cache_folder)
     opening: Future[Tracker] = Future()
-    opening.set_result(Tracker(settings, experiment="search", run_name="search"))
+    opening.set_result(Tracker(settings, experiment="search", run_name="search", flow_run_id="flow"))
     ref = ArtifactRef(f"{settings.store_uri}/pretrained/x", "x")
     job = SearchJob(
         pretrained=ref,

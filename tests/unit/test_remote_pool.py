@@ -173,7 +173,7 @@ def test_a_pool_that_closes_cancels_what_it_sent_and_what_it_was_about_to_send(t
     assert not server.under_way()
 
 
-def test_a_worker_of_another_version_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_of_other_sources_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def be_away(**_: Any) -> None:
         raise httpx.ConnectError("away")
 
@@ -181,8 +181,8 @@ def test_a_worker_of_another_version_refuses(tmp_path: Path, monkeypatch: pytest
     store = FileStore(tmp_path)
     remote_sender.sign(store, "flow-run")
     remote_sender.check_sender(store, "flow-run")
-    monkeypatch.setattr(remote_sender, "version", lambda _: "0.0.9")
-    with pytest.raises(InputError, match=r"This worker has DeMe 0\.0\.9, the run which sent the job "):
+    monkeypatch.setattr(remote_sender, "code_version", lambda: "0.1.0+other")
+    with pytest.raises(InputError, match=r"This worker has DeMe 0\.1\.0\+other, the run which sent the job "):
         remote_sender.check_sender(store, "flow-run")
 
 

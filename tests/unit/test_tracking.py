@@ -210,7 +210,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_files_of_a_run_last_whatever_database_is_read(database: dict[str, str], tmp_path: Path) -> None:
-    tracker = Tracker(Settings.model_validate(database), experiment="race", run_name="race")
+    tracker = Tracker(Settings.model_validate(database), experiment="race", run_name="race", flow_run_id="flow")
     tracker.log_text(tracker.run_id, "scores", "report.txt")
     (found,) = tmp_path.rglob("report.txt")
     assert found.is_relative_to(tmp_path / "my home" / "mlartifacts")
@@ -223,7 +223,7 @@ def test_an_experiment_that_another_run_makes_in_between_is_taken(
     database: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = Settings.model_validate(database)
-    tracker = Tracker(settings, experiment="new", run_name="first")
+    tracker = Tracker(settings, experiment="new", run_name="first", flow_run_id="flow")
     looks, find = [None], tracker._client.get_experiment_by_name
     late = lambda name: looks.pop() if looks else find(name)  # noqa: E731
     monkeypatch.setattr(tracker._client, "get_experiment_by_name", late, raising=False)
