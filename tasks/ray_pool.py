@@ -165,9 +165,9 @@ class RayPool:
                 f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed, and "
                 f"the object store {self._store.uri}."
             ) from error
-        if found != code_version():
+        if found != (expected := code_version()):
             raise InputError(
-                f"Node {name} of the Ray cluster has DeMe {found}, this machine {code_version()}; install the same there."
+                f"Node {name} of the Ray cluster has DeMe {found}, this machine {expected}; install the same on both."
             )
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
