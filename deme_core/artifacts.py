@@ -7,6 +7,7 @@ In the store::
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -155,7 +156,11 @@ class ArtifactStore:
     def cached(self, ref: ArtifactRef) -> Path | None:
         """Return the verified local copy, if there is one."""
         folder = self.cache.joinpath(*self._locate(ref))
-        return folder if folder.is_dir() else None
+        if not folder.is_dir():
+            return None
+        with suppress(OSError):  # Whoever cannot write there can still read.
+            os.utime(folder)  # Its last use, for whoever sweeps the cache.
+        return folder
 
     def bring(self, ref: ArtifactRef, text: bytes) -> Path:
         """Return a verified local copy of what the text of a manifest promises; errors as of `fetch`."""

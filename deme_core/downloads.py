@@ -1,6 +1,7 @@
 """Many objects of a store, brought into the local cache together."""
 
 import fcntl
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -67,5 +68,6 @@ def _only_one_process(folder: Path) -> Iterator[None]:
     with local_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with local_errors(folder), (folder / ".lock").open("w") as file:
+        os.utime(file.fileno())  # The last use, for whoever sweeps the cache.
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -253,18 +253,25 @@ def sweep(
     checkpoints: Annotated[
         float | None, typer.Option(min=1, help="Days: also checkpoints of trainings that made none for so long.")
     ] = None,
+    cache: Annotated[
+        float | None,
+        typer.Option(min=1, help="Days: also copies in this machine's cache that no run asked for since then."),
+    ] = None,
 ) -> None:
     """Free the space of what killed runs left half-done in the object store and on this machine."""
     from datetime import timedelta
 
     from flows.sweep import sweep as sweep_all
-    from flows.sweep import sweep_checkpoints
+    from flows.sweep import sweep_cache, sweep_checkpoints
 
     num_objects, num_folders = sweep_all(timedelta(hours=older_than))
     Console().print(f"removed {num_objects} objects and {num_folders} scratch folders", highlight=False)
     if checkpoints is not None:
         num_trainings = sweep_checkpoints(timedelta(days=checkpoints))
         Console().print(f"removed the checkpoints of {num_trainings} trainings", highlight=False)
+    if cache is not None:
+        num_bytes = sweep_cache(timedelta(days=cache))
+        Console().print(f"removed {num_bytes / 1e9:.1f} GB of copies from the cache", highlight=False)
 
 
 @recipes_app.command("list", epilog="Example: deme recipes list")

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.file_store import FileStore
-from deme_core.local_files import local_errors
+from deme_core.local_files import local_errors, temporary_beside
 from deme_core.scratch_folder import is_in_use
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, open_store, store_time
 from tasks.jobs import CHECKPOINTS
 from tasks.remote_sender import PREFIX
 
+# Of the cache: data sets in places of their own, and what has a bound of its own or would be fetched from other sites.
+_DOWNLOADS, _SPARED = Path("images", "downloads"), ("images", "shards", "inspected", "extractors")
 _CHECKPOINT = re.compile(rf"({CHECKPOINTS}/[^/]+)/[^/]+/manifest\.json")
 
 
@@ -56,6 +58,34 @@ def sweep_checkpoints(idle_for: timedelta) -> int:
         for ref in artifacts.list_refs(stage):
             artifacts.remove(ref)
     return len(abandoned)
+
+
+def sweep_cache(unused_for: timedelta) -> int:
+    """Deletes copies of artifacts, data sets and models in this machine's cache that nobody asked for since so long.
+
+    Whatever is deleted is fetched again when it is asked for. A run asks at its beginning alone: give more than the
+    longest takes.
+
+    Returns:
+        Number of bytes.
+    """
+    cache = Settings().cache_folder
+    kinds = [cache / _DOWNLOADS, *(kind for kind in _folders(cache) if kind.name not in _SPARED)]
+    before = (store_time(FileStore(cache)) - unused_for).timestamp()
+    num_bytes = 0
+    with local_errors(cache):
+        for copy in [copy for kind in kinds for copy in _folders(kind)]:
+            with suppress(FileNotFoundError):
+                if _last_change(copy) < before:
+                    num_bytes += sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
+                    # Renamed first: if this is interrupted, no part may stay that a later fetch would trust.
+                    with temporary_beside(copy) as doomed:
+                        copy.rename(doomed)
+    return num_bytes
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
 
 
 def _sweep_scratch(scratch: Path, before: float) -> int:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from deme_core.downloads import download_once
+from deme_core.file_store import FileStore
 from deme_core.scratch_folder import scratch_folder
-from flows.sweep import sweep, sweep_checkpoints
+from flows.sweep import sweep, sweep_cache, sweep_checkpoints
 from tests.small_run import make_context
 from tests.store_contract import keys
 
@@ -129,3 +131,37 @@ def test_a_clock_that_is_wrong_does_not_sweep_what_is_being_uploaded(
     monkeypatch.setattr(time, "time", lambda: now + 10**8)
     assert sweep(timedelta(hours=1)) == (0, 0)
     assert store.exists(half)
+
+
+def test_copies_that_nobody_asked_for_are_freed_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.delenv("DEME_STORE_URI", raising=False)
+    artifacts, cache = make_context(tmp_path).artifacts, tmp_path / "cache"
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "a").write_text("1234")
+    used, unused, remade = (
+        artifacts.publish("merged", name, tmp_path / "made", settings={}, inputs={})
+        for name in ("used", "unused", "remade")
+    )
+    source = FileStore(tmp_path / "elsewhere")
+    source.put_bytes("image.png", b"56")
+    for folder in ("images/downloads/used", "images/downloads/unused", "sources/unused"):
+        download_once(source, list(source.list("")), cache / folder)
+    spared = ["extractors/weights", "images/inspected/record", "shards/tar"]
+    for name in spared:
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_text("")
+    for ref in (used, unused):
+        artifacts.fetch(ref)
+    for path in cache.rglob("*"):
+        os.utime(path, (0, 0))
+    artifacts.fetch(used), artifacts.fetch(remade)
+    download_once(source, list(source.list("")), cache / "images" / "downloads" / "used")
+
+    assert sweep_cache(timedelta(days=1)) == 4 + 2 * 2
+    assert artifacts.cached(used) and artifacts.cached(remade) and not artifacts.cached(unused)
+    assert [path.name for path in (cache / "images" / "downloads").iterdir()] == ["used"]
+    assert not any((cache / "sources").iterdir())
+    assert all((cache / name).exists() for name in spared)
+    assert (artifacts.fetch(unused) / "a").read_text() == "1234"
+    assert sweep_cache(timedelta(days=1)) == 0
