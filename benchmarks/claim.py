@@ -23,9 +23,8 @@ from benchmarks.measurement import QUICK_OVERRIDES, print_result, print_table
 from deme_core import verdict
 from deme_core.metrics import direction, higher_is_better
 from deme_core.recipe_file import load_recipe
+from deme_core.rows import BASELINES
 from deme_core.verdict import Interval, RowScores, interval
-
-BASELINES = ("pretrained", "finetuned")
 
 
 def run_cells(options: argparse.Namespace) -> dict[str, list[Cell]]:

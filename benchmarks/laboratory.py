@@ -22,14 +22,13 @@ from tasks.jobs import (
     GeneratedImages,
     GramsJob,
     HeldoutJob,
-    ImportJob,
     Job,
     JobResult,
     MergeJob,
-    PretrainJob,
     RealFeaturesJob,
     ReferenceJob,
     SearchJob,
+    pretrained_job,
 )
 from tasks.weight_search import search_artifact
 from tasks.work.base import JobContext, execute
@@ -58,18 +57,7 @@ class Laboratory:
         before_job: Callable[[], None] = lambda: None,
     ) -> None:
         self.recipe, self.context, self._before_job = recipe, context or JobContext(Settings(), device), before_job
-        source = recipe.pretrained
-        if source.source == "pretrain":
-            assert source.training is not None
-            job: Job = PretrainJob(
-                dataset=recipe.dataset,
-                unet=source.unet,
-                noise_scheduler=source.noise_scheduler,
-                training=source.training,
-            )
-        else:
-            job = ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
-        self.pretrained = self.do(job)
+        self.pretrained = self.do(pretrained_job(recipe))
         segments = recipe_segments(recipe.segments, self.pretrained.metrics["num_train_timesteps"])
         self.edges = (segments[0].low, *(segment.high for segment in segments))
 
@@ -85,10 +73,9 @@ class Laboratory:
 
     def control(self) -> ArtifactRef:
         """Returns the copy finetuned on all timesteps with the steps of all experts, and a distillation, together."""
-        more = self.recipe.distill.num_steps if self.recipe.distill else 0
-        num_segments, finetune = len(self.edges) - 1, self.recipe.finetune
-        num_steps = finetune.num_steps * num_segments + more
-        return self.finetuned(0, self.edges[-1], num_steps, finetune.for_control(num_segments))
+        num_segments = len(self.edges) - 1
+        control = self.recipe.finetune.for_control(num_segments)
+        return self.finetuned(0, self.edges[-1], self.recipe.num_control_steps(num_segments), control)
 
     def soup(self) -> tuple[ArtifactRef, ...]:
         """Returns copies as many and as long as the experts, all of them of all timesteps: their seeds differ alone."""

@@ -222,7 +222,10 @@ class ArtifactStore:
             if found.modified < before and (match := UPLOADED.fullmatch(found.key)):
                 suspects.setdefault(match["artifact"], set()).add(found.key)
         # Manifests are read only now: one written during the listing must protect its files.
-        orphans = [key for artifact, keys in suspects.items() for key in keys - self._named_keys(artifact)]
+        orphans: list[str] = []
+        for artifact, keys in suspects.items():
+            with suppress(ChecksumMismatchError):  # What a malformed manifest named stays until somebody mends it.
+                orphans += keys - self._named_keys(artifact)
         for key in orphans:
             self.store.delete(key)
         self.store.discard_unfinished(before)

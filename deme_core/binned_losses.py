@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-from deme_core.segments import TimestepSegment
+from deme_core.segments import TimestepSegment, segment_index
 from deme_core.verdict import Interval, interval
 
 Losses = npt.NDArray[np.float32]
@@ -49,10 +49,7 @@ def mean_loss(losses: Losses, edges: Sequence[int]) -> float:
 
 def ensemble_losses(experts: Sequence[Losses], edges: Sequence[int], segments: Sequence[TimestepSegment]) -> Losses:
     """Returns the losses of the ensemble: in each bin those of the expert of its segment."""
-    columns = []
-    for column, low in enumerate(edges[:-1]):
-        expert = next(losses for losses, segment in zip(experts, segments, strict=True) if low in segment)
-        columns.append(expert[:, column])
+    columns = [experts[segment_index(segments, low)][:, column] for column, low in enumerate(edges[:-1])]
     return np.stack(columns, axis=1)
 
 

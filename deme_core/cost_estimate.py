@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 from deme_core.denoiser_size import DenoiserSize
 from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, TrainingSpec
+from deme_core.rows import NUM_ROWS
+from deme_core.search import max_scores
 
 _FP32 = 4  # Bytes.
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 # A backward pass takes two forward passes; one where the weights are frozen, and only activations have gradients.
 _FORWARD_AND_BACKWARD, _FROZEN_FORWARD_AND_BACKWARD = 3, 2
-_ROWS = 4
-_SEARCHES = 2  # The merge weights, and the control's scale.
 # Two of each training are kept (`tasks.work.training_run`), and the older one goes once a third is stored.
 NUM_CHECKPOINTS_STORED = 3
 
@@ -30,7 +30,7 @@ class CostEstimate:
 
     Attributes:
         training_flops: of all copies and the control.
-        search_flops: of both searches, with the whole budget of candidates.
+        search_flops: of the searches of merge weights and of the control's scale, with all candidates they may ask for.
         evaluation_flops: of the images of all rows and seeds.
         memory_bytes: of one training: weights, gradients, moments, moving average and frozen model; with LoRA, the
             control's, whose adapter is the largest.
@@ -101,7 +101,7 @@ def estimate_cost(
     trained, stock = _FP32 * size.num_trained, _FP32 * size.num_parameters
     # The control's adapter has the summed rank of all.
     control = trained * (num_segments if finetune.lora else 1)
-    rows = _ROWS + (recipe.distill is not None)
+    rows = NUM_ROWS + (recipe.distill is not None)
     num_trainings = min(num_segments + 1, num_workers or num_segments + 1)
     return CostEstimate(
         training_flops=_training_flops(recipe, size),
@@ -120,10 +120,9 @@ def estimate_cost(
 def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
     """N copies of S steps, and a control of N S; with a distillation, its steps twice: it, and the control's more."""
     finetune, distill, num_segments = recipe.finetune, recipe.distill, recipe.segments.num_segments
-    steps, control = num_segments * finetune.num_steps, finetune.for_control(num_segments)
-    flops = steps * _step_flops(finetune, size, has_teacher=finetune.has_teacher)
-    steps += distill.num_steps if distill else 0
-    flops += steps * _step_flops(finetune, size, has_teacher=control.has_teacher)
+    control = finetune.for_control(num_segments)
+    flops = num_segments * finetune.num_steps * _step_flops(finetune, size, has_teacher=finetune.has_teacher)
+    flops += recipe.num_control_steps(num_segments) * _step_flops(finetune, size, has_teacher=control.has_teacher)
     if distill:
         flops += distill.num_steps * _step_flops(distill, size, has_teacher=True)
     if pretraining := recipe.pretrained.training:
@@ -143,9 +142,12 @@ def _step_flops(training: TrainingSpec, size: DenoiserSize, *, has_teacher: bool
 def _search_flops(search: SearchSpec | None, num_segments: int, evaluate: EvaluateSpec, size: DenoiserSize) -> float:
     if search is None:
         return 0.0
-    grid = len(search.values) ** num_segments + len(search.values)
-    candidates = grid if search.strategy == "grid" else _SEARCHES * search.max_candidates
-    return candidates * len(search.seeds) * search.num_images * _image_flops(evaluate, size)
+    of_merge = max_scores(search, num_weights=num_segments, num_segments=num_segments)
+    of_control = max_scores(search, num_weights=1, num_segments=num_segments, is_control=True)
+    rough, full = (sum(counts) for counts in zip(of_merge, of_control, strict=True))
+    few = evaluate.model_copy(update={"num_inference_steps": search.few_steps or 0})
+    flops = rough * _image_flops(few, size) + full * _image_flops(evaluate, size)
+    return len(search.seeds) * search.num_images * flops
 
 
 def _image_flops(evaluate: EvaluateSpec, size: DenoiserSize) -> float:
@@ -171,8 +173,7 @@ def _moment_bytes(training: TrainingSpec, trained: int) -> int:
 def _encoding_bytes(recipe: Recipe, size: DenoiserSize, num_images: int) -> int:
     """Latents, those of mirror images too, and captions; nothing for models on pixels, or where it is switched off."""
     dataset = recipe.dataset
-    is_cached = dataset.crop == "center" if dataset.cache_latents is None else dataset.cache_latents
-    if not size.latent_size or not is_cached or dataset.stream:
+    if not size.latent_size or not dataset.is_encoded:
         return 0
     latents = size.latent_size * (2 if dataset.random_flip else 1)
     return num_images * (latents + size.caption_size) * _BYTES[dataset.cache_precision]

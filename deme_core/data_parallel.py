@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 # A process waits so long for the others, of which one may be storing a checkpoint; the death of one is noticed at once.
 _PATIENCE = timedelta(hours=2)
+
+
+# What processes tell each other, beside gradients: over NCCL every word would wait for all that the GPU has begun.
+_words: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ def agree(value: T) -> T:
     if not distributed.is_initialized():
         return value
     values = [value]
-    distributed.broadcast_object_list(values, src=0)
+    distributed.broadcast_object_list(values, src=0, group=_words[0])
     return values[0]
 
 
@@ -62,7 +66,7 @@ def join(share: Share, meeting_point: Path, device: str) -> Iterator[None]:
     Args:
         share: which one.
         meeting_point: a file that all of them can write; it must not exist yet. No port is opened for them to meet.
-        device: cpu (gloo) or cuda (NCCL, GPU number ``rank`` of those that the process sees).
+        device: cpu (gloo) or cuda (NCCL for gradients, GPU number ``rank`` of those that the process sees).
     """
     rank, count = str(share.rank), str(share.num_processes)
     # What accelerate reads; and data go between processes of one machine, so no other interface shall listen.
@@ -79,8 +83,10 @@ def join(share: Share, meeting_point: Path, device: str) -> Iterator[None]:
             world_size=share.num_processes,
             timeout=_PATIENCE,
         )
+        _words.append(distributed.new_group(backend="gloo", timeout=_PATIENCE))
         yield
     finally:
+        _words.clear()
         if distributed.is_initialized():
             distributed.destroy_process_group()
         for name in variables:

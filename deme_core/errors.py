@@ -8,6 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of what an error of another library says, or its kind, without a full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
 class DemeError(Exception):
     """A failure that DeMe foresaw."""
 

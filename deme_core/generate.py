@@ -11,13 +11,13 @@ from torch import nn
 from deme_core.errors import InputError, NonFiniteImagesError
 from deme_core.families import Adapter
 from deme_core.guidance import image_guidance
+from deme_core.precision import DTYPES
 from deme_core.prompts import Prompts
 from deme_core.recipe import Precision, Sampler
 from deme_core.seeds import generator
-from deme_core.segments import TimestepSegment
+from deme_core.segments import TimestepSegment, segment_index
 from deme_core.tf32 import without_tf32
 
-_AUTOCAST: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SCHEDULERS: dict[Sampler, str] = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -52,10 +52,7 @@ class Ensemble:
 
     def model_at(self, timestep: int) -> nn.Module:
         """Returns the expert of ``timestep``'s segment."""
-        for segment, expert in zip(self.segments, self.experts, strict=True):
-            if timestep in segment:
-                return expert
-        raise ValueError(f"timestep {timestep} is in none of the segments {[str(s) for s in self.segments]}")
+        return self.experts[segment_index(self.segments, timestep)]
 
 
 @dataclass(frozen=True)
@@ -129,13 +126,13 @@ class Sampling:
     @property
     def dtype(self) -> str:
         """What the denoiser computes in, as the conditions of a score name it."""
-        return str(_AUTOCAST[self.precision]).removeprefix("torch.")
+        return str(DTYPES[self.precision]).removeprefix("torch.")
 
     def autocast(self, device: torch.device | str) -> AbstractContextManager[Any]:
         """Returns what the denoiser predicts under."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(torch.device(device).type, dtype=_AUTOCAST[self.precision])
+        return torch.autocast(torch.device(device).type, dtype=DTYPES[self.precision])
 
     def convolutions(self) -> AbstractContextManager[Any]:
         """Returns what images are made under: in fp32 without TF32, as features are extracted."""

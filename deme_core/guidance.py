@@ -63,11 +63,12 @@ def image_guidance(
                     "--prompts on the command line."
                 )
             conditioning = adapter.encode_prompts(prompts.of_images(indices))
-            nothing = adapter.encode_prompts([""])
         case "labels":
             conditioning = adapter.encode_labels([index % adapter.num_classes for index in indices])
-            nothing = adapter.encode_labels([NO_LABEL])
     if scale == 1.0:
         return Guidance(conditioning | sizes)
+    nothing = (
+        adapter.encode_prompts([""]) if adapter.conditioned_on == "captions" else adapter.encode_labels([NO_LABEL])
+    )
     repeated = {name: tensor.expand(len(indices), *tensor.shape[1:]) for name, tensor in nothing.items()}
     return Guidance(conditioning | sizes, repeated | sizes, scale)

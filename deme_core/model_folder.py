@@ -17,13 +17,11 @@ from deme_core.families import Adapter
 from deme_core.lora.expert import LoraExpert
 from deme_core.lora.factors import LORA_NAME, LoraFactors, read_factors
 from deme_core.model_digest import tensors_digest
-from deme_core.model_json import INDEX_NAME, read_json, shard_names
+from deme_core.model_json import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME, read_json, shard_names
 from deme_core.needed_files import needed_files
 from deme_core.pipeline_index import PipelineIndex, read_index
-from deme_core.projection import attach_projections, fold_projections, is_projection
+from deme_core.projection import fold_projections, is_projection
 
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_PICKLE_NAME = "diffusion_pytorch_model.bin"
 # Attention layers were renamed in diffusers 0.17; google/ddpm-* were saved before.
 _RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -145,11 +143,11 @@ def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
         return files
     if (folder / WEIGHTS_NAME).is_file():
         return (folder / WEIGHTS_NAME,)
-    if not (folder / _PICKLE_NAME).is_file():
+    if not (folder / PICKLE_NAME).is_file():
         raise ModelFolderError(f"{folder / WEIGHTS_NAME} is missing; a model folder needs it.")
     if not allow_pickle:
-        raise _pickled(folder / _PICKLE_NAME)
-    return (folder / _PICKLE_NAME,)
+        raise _pickled(folder / PICKLE_NAME)
+    return (folder / PICKLE_NAME,)
 
 
 def _pickled(file: Path) -> ModelFolderError:
@@ -214,12 +212,8 @@ def build_denoiser(config: dict[str, Any], *, materialize: bool = True) -> nn.Mo
         return model_class.from_config(config)
 
 
-def load_denoiser(folder: ModelFolder, *, keep_projections: bool = False) -> nn.Module:
-    """Loads the denoiser in float32, every tensor accounted for.
-
-    Args:
-        folder: the model; an expert's channel projections are folded in unless ``keep_projections``.
-        keep_projections: return the model with its projections attached.
+def load_denoiser(folder: ModelFolder) -> nn.Module:
+    """Loads the denoiser in float32, every tensor accounted for; an expert's channel projections are folded in.
 
     Raises:
         ModelFolderError: the weights do not have the names and shapes that the config gives.
@@ -229,9 +223,7 @@ def load_denoiser(folder: ModelFolder, *, keep_projections: bool = False) -> nn.
         model = build_denoiser(folder.denoiser_config, materialize=False)
     except Exception as error:  # diffusers raises many kinds for what it cannot build.
         raise ModelFolderError(f"The config of {folder.path} describes no model ({error}); fetch it again.") from error
-    if keep_projections:
-        attach_projections(model)
-    elif any(is_projection(name) for name in tensors):
+    if any(is_projection(name) for name in tensors):
         tensors = fold_projections(tensors)
     try:
         check_same_tensors(

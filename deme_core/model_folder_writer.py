@@ -14,8 +14,8 @@ import torch
 from deme_core.checkpoint import save_tensors
 from deme_core.errors import ModelFolderError
 from deme_core.lora.factors import LORA_NAME, LoraFactors, write_factors
-from deme_core.model_folder import WEIGHTS_NAME, ModelFolder, weights_digest
-from deme_core.model_json import INDEX_NAME
+from deme_core.model_folder import ModelFolder, weights_digest
+from deme_core.model_json import INDEX_NAME, WEIGHTS_NAME
 from deme_core.pipeline_index import COPY_NAME
 
 

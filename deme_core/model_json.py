@@ -1,4 +1,4 @@
-"""The JSON files of model folders."""
+"""The files of model folders by name, and their JSON."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,9 @@ from deme_core.errors import ModelFolderError
 # The index of a model of some thousand shards takes a megabyte.
 _MAX_BYTES = 16 * 2**20
 INDEX_NAME = "model_index.json"
+WEIGHTS_NAME, PICKLE_NAME = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+# What a model folder is read from; anything else beside it is none of it.
+SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
-from deme_core.errors import ModelFolderError, StoreUnavailableError
+from deme_core.errors import InputError, ModelFolderError, StoreUnavailableError, first_line
 from deme_core.local_files import check_space
 from deme_core.needed_files import needed_files
-from deme_core.store import open_store
+from deme_core.store import ObjectStore, open_store
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -34,12 +34,21 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
 
 
 def _fetch_uri(uri: str, cache: Path) -> Path:
-    store = open_store(uri)
+    store = _open(uri)
     listed = {item.key: item for item in store.list("")}
     objects = [listed[name] for name in needed_files(listed)]
     if not objects:
         raise ModelFolderError(f"There is no model under {uri}.")
     return download_once(store, objects, cache / "sources" / listing_version(uri, objects))
+
+
+def _open(uri: str) -> ObjectStore:
+    try:
+        return open_store(uri)
+    except StoreUnavailableError:
+        raise
+    except InputError as error:
+        raise ModelFolderError("pretrained.source is no object-store URI; give s3://BUCKET/PREFIX.") from error
 
 
 def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
@@ -57,7 +66,7 @@ def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
     except StoreUnavailableError:
         raise
     except Exception as error:  # the hub client raises HTTP, cache, validation and OS errors of many kinds
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelFolderError(
             f"{repo_id} is not a local folder and could not be had from the hub ({type(error).__name__}: {reason}); "
             "set pretrained.source to a folder that holds the model."

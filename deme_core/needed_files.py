@@ -4,9 +4,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from deme_core.model_json import INDEX_NAME
+from deme_core.model_json import INDEX_NAME, SUFFIXES
 
-_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
 _WEIGHTS = (".safetensors", ".bin")
 # model.fp16.safetensors, diffusion_pytorch_model.non_ema-00001-of-00002.safetensors
 _VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.[^.]+\.(safetensors|bin)")
@@ -19,7 +18,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
     Args:
         names: POSIX paths within the model's folder.
     """
-    paths = [PurePosixPath(name) for name in names if name.endswith(_SUFFIXES)]
+    paths = [PurePosixPath(name) for name in names if name.endswith(SUFFIXES)]
     paths = [path for path in paths if not _VARIANT.fullmatch(path.name) and not _INDEX_OF_VARIANT.fullmatch(path.name)]
     has_parts = any(path.suffix in _WEIGHTS and len(path.parts) > 1 for path in paths)
     if has_parts and PurePosixPath(INDEX_NAME) in paths:  # Weights beside the index are the whole model in one file.

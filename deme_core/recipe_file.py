@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from deme_core.errors import ArtifactNotFoundError, RecipeError
+from deme_core.errors import ArtifactNotFoundError, RecipeError, StoreUnavailableError
 from deme_core.recipe import Recipe
 from deme_core.store import folder_and_key, open_store
 
@@ -52,6 +52,8 @@ def read_recipe(name_or_path: str) -> bytes:
     folder, key = folder_and_key(name_or_path)
     try:
         return open_store(folder).get_bytes(key)
+    except StoreUnavailableError:
+        raise
     except (ArtifactNotFoundError, ValueError) as error:
         raise RecipeError(f"There is no recipe {name_or_path}.") from error
 

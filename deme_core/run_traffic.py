@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from deme_core.denoiser_size import DenoiserSize
 from deme_core.recipe import EvaluateSpec, Recipe, TrainingSpec
+from deme_core.rows import NUM_ROWS
 
 _FP32 = 4  # Bytes.
 _SAMPLES_BYTES = (
@@ -18,7 +19,6 @@ _SAMPLES_BYTES = (
 _MANIFEST_BYTES = 1500
 _CHECKPOINT_FILES = 2
 _MODEL_FILES = 4  # Index, scheduler, config, weights.
-_ROWS = 4
 # boto3 sends a large file in parts of this size, `S3Store` fetches it in parts of that one, a request each.
 _SENT_PART_BYTES, _FETCHED_PART_BYTES = 8 << 20, 16 << 20
 
@@ -87,23 +87,19 @@ class Artifacts:
     real: Folder
 
 
-def measure_artifacts(
-    recipe: Recipe, size: DenoiserSize, *, num_real: int, num_features: int, frozen_bytes: int = 0, num_frozen: int = 0
-) -> Artifacts:
-    """Returns the sizes of a run's artifacts.
+def measure_artifacts(recipe: Recipe, size: DenoiserSize, *, num_real: int, num_features: int) -> Artifacts:
+    """Returns the sizes of the artifacts of a run whose model has no frozen parts.
 
     Args:
         recipe: what is run, with fixed weights.
         size: of the denoiser.
         num_real: real images of the report.
         num_features: of the extractor.
-        frozen_bytes: of the frozen parts.
-        num_frozen: files of them.
     """
     trained = _FP32 * size.num_trained
     moments = 2 * trained // (4 if recipe.finetune.optimizer == "adamw_8bit" else 1)
     return Artifacts(
-        stock=Folder(_MODEL_FILES + num_frozen, _FP32 * size.num_parameters + frozen_bytes),
+        stock=Folder(_MODEL_FILES, _FP32 * size.num_parameters),
         copy=Folder(_MODEL_FILES, trained),
         checkpoint=Folder(_CHECKPOINT_FILES, 2 * trained + moments),
         features=Folder(2, recipe.evaluate.num_images * num_features * _FP32 + _SAMPLES_BYTES),
@@ -139,15 +135,13 @@ def _checkpoints(training: TrainingSpec, num_steps: int, checkpoint: Folder) -> 
 def _evaluation(evaluate: EvaluateSpec, artifacts: Artifacts, num_segments: int) -> Traffic:
     """Of each row and seed features and scores; the ensemble reads all copies; of the real images two artifacts."""
     copy = artifacts.copy.fetched()
-    if artifacts.stock.num_files > _MODEL_FILES:  # A copy is its denoiser alone; the frozen parts are theta_0's.
-        copy += artifacts.stock.fetched()
-    models = artifacts.stock.fetched() * (_ROWS - 1) + copy * num_segments
-    losses = artifacts.stock.fetched() * (_ROWS - 1) + copy * num_segments
-    losses += Folder(1, 0).made() * (_ROWS - 1 + num_segments)
+    models = artifacts.stock.fetched() * (NUM_ROWS - 1) + copy * num_segments
+    losses = artifacts.stock.fetched() * (NUM_ROWS - 1) + copy * num_segments
+    losses += Folder(1, 0).made() * (NUM_ROWS - 1 + num_segments)
     conditions = Traffic(1, read=_MANIFEST_BYTES)
     scores = conditions + artifacts.features.fetched() + artifacts.real.fetched() + Folder(1, _SAMPLES_BYTES).made()
     real = artifacts.real.made() * 2 + artifacts.real.fetched()
-    each_seed = models + (artifacts.features.made() + scores) * _ROWS
+    each_seed = models + (artifacts.features.made() + scores) * NUM_ROWS
     return real + losses + each_seed * len(evaluate.seeds)
 
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from deme_core.cost_estimate import H100_PEAK, UTILIZATION
+from deme_core.rows import NUM_ROWS
 
 _FP32 = 4  # Bytes.
 # Weights, gradients, two moments, their average, and the frozen model.
@@ -17,7 +18,6 @@ _STATES = 6
 # Weights, their average, two moments.
 _SAVED = 4
 _PASSES_OF_A_STEP = 4  # Forward, twice as much backward, and the frozen model.
-_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def _images(plan: Plan, cluster: Cluster) -> tuple[float, float]:
     # Each machine brings the ensemble's copies once, not each job.
     machines = math.ceil(num_at_once / cluster.gpus_per_machine)
     ensemble = plan.num_segments * model / min(cluster.stream_rate, cluster.store_rate / machines)
-    return _last([one] * slices * _ROWS, num_at_once) + ensemble, slices * _ROWS * compute
+    return _last([one] * slices * NUM_ROWS, num_at_once) + ensemble, slices * NUM_ROWS * compute
 
 
 def _last(seconds: list[float], num_at_once: int) -> float:

@@ -67,3 +67,11 @@ def recipe_segments(spec: SegmentsSpec, num_train_timesteps: int) -> tuple[Times
         return segments_from_edges(spec.edges, num_train_timesteps)
     assert spec.count is not None
     return equal_segments(spec.count, num_train_timesteps)
+
+
+def segment_index(segments: Sequence[TimestepSegment], timestep: int) -> int:
+    """Returns the number of the segment that a timestep is in (else ValueError)."""
+    for index, segment in enumerate(segments):
+        if timestep in segment:
+            return index
+    raise ValueError(f"timestep {timestep} is in none of the segments {[str(segment) for segment in segments]}")

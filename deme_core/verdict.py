@@ -149,6 +149,11 @@ def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0
     return found
 
 
+def score_in_words(bounds: Mapping[str, float]) -> str:
+    """Returns a score as tables have it, from an `Interval` as a report has it."""
+    return f"{bounds['mean']:.4g} ({bounds['low']:.4g} to {bounds['high']:.4g})"
+
+
 def differences_in_words(metric: str, found: Mapping[str, Interval]) -> str:
     """Returns what `differences` found in words, all of it: a verdict is not to be understood by one interval alone."""
     texts = {over: f"{each.low:+.3g} to {each.high:+.3g}" for over, each in found.items()}

@@ -143,7 +143,7 @@ def _run_flow(
     check_access(open_store(Settings().store_uri))
     if address := os.environ.get("PREFECT_API_URL"):
         check_api_address(address)
-        check_health("PREFECT_API_URL", address, may_refuse=True)
+        check_health("PREFECT_API_URL", address)
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     make_folders()  # Before Prefect is imported, which wants its own.

@@ -12,6 +12,7 @@ from deme_core.binned_losses import bin_edges
 from deme_core.figures import import_matplotlib
 from deme_core.recipe import Recipe
 from deme_core.recipe_file import load_recipe
+from deme_core.rows import ROWS
 from deme_core.segments import recipe_segments
 from flows.confinement import confined_copies
 from flows.encodings import encode_dataset
@@ -25,9 +26,6 @@ from tasks.jobs import JobResult
 from tasks.report import write_report
 from tasks.run_results import RunResults
 from tasks.stages import heldout_loss, obtain_pretrained
-
-ROWS = ("pretrained", "finetuned", "ensemble", "merged", "distilled")
-
 
 # Threads only wait for worker processes; how many jobs run at once is the worker pool's to say. The two searches wait
 # for tasks of their own in the same threads: there must always be more threads than tasks that do so.

@@ -27,11 +27,12 @@ from prefect.exceptions import ObjectAlreadyExists
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
+from flows.stack.services import CPU_POOL, GPU_POOL
 
 DEPLOYMENTS_FOLDER = Path(__file__).resolve().parent.parent / "deployments"
 POOLS = {
-    "deme-cpu": "Flows, and the work of recipes that need no GPU.",
-    "deme-gpu": "Machines with GPUs.",
+    CPU_POOL: "Flows, and the work of recipes that need no GPU.",
+    GPU_POOL: "Machines with GPUs.",
 }
 # In a template's schema: the digest of what `deploy` wrote, so that what others changed is told from it.
 _WRITTEN = "$comment"
@@ -78,7 +79,7 @@ def _make_pool(
 ) -> None:
     file = DEPLOYMENTS_FOLDER / "work_pools" / f"{pool_type}.json"
     template = json.loads(file.read_text())
-    if name == "deme-gpu" and pool_type == "kubernetes":
+    if name == GPU_POOL and pool_type == "kubernetes":
         template["variables"]["properties"]["gpu_limit"]["default"] = 1
     digest = _digest(template)
     template["variables"][_WRITTEN] = digest

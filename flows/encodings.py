@@ -38,10 +38,7 @@ def encode_dataset(recipe: Recipe, pretrained: JobResult) -> EncodedDataset:
     dataset = recipe.dataset
     if dataset.cache_latents and not stages:
         raise RecipeError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
-    wanted = (
-        (dataset.crop == "center" and not dataset.stream) if dataset.cache_latents is None else dataset.cache_latents
-    )
-    return _encoded(recipe, pretrained.ref, stages if wanted else [])
+    return _encoded(recipe, pretrained.ref, stages if dataset.is_encoded else [])
 
 
 def _encoded(recipe: Recipe, pretrained: ArtifactRef, stages: Sequence[str]) -> EncodedDataset:

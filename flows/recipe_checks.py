@@ -34,7 +34,7 @@ from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from flows.doctor import existing_part
 from flows.stack.stack import Stack
-from flows.untrained_adapter import num_channels, untrained_adapter
+from flows.untrained_adapter import untrained_adapter
 from tasks.ray_pool import cluster_address
 from tasks.slots import Slot, plan_slots
 
@@ -130,7 +130,7 @@ class RecipeChecks:
         if adapter.conditioned_on == "captions" and evaluate.prompts is None:
             raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
         channels, height, _ = adapter.image_shape
-        wanted = (num_channels(dataset), dataset.resolution or 8)
+        wanted = (dataset.num_channels, dataset.side)
         if (channels, height) != wanted:
             raise InputError(
                 f"The model makes images of {height} pixels and {channels} channels, not of {wanted[1]} and "

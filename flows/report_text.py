@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.table import Table
 
 from deme_core.metrics import direction
+from deme_core.rows import BASELINES, ROWS
 from deme_core.settings import Settings
-from deme_core.verdict import Interval, differences_in_words
+from deme_core.verdict import Interval, differences_in_words, score_in_words
 
-_ORDER = ("pretrained", "finetuned", "ensemble", "merged", "distilled", "model")
+_ORDER = (*ROWS, "model")
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
@@ -35,7 +36,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 
 def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
-    for baseline in ("pretrained", "finetuned"):
+    for baseline in BASELINES:
         verdict, gains = comparison["verdict"][f"vs_{baseline}"], comparison["gain_by"][f"vs_{baseline}"]
         console.print(
             f"{row} is [bold]{verdict}[/] than {baseline}"
@@ -103,8 +104,7 @@ def _table(report: dict[str, Any]) -> Table:
     table = Table("row", *metrics, title=title, title_justify="left")
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]
-        cells = [f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for s in (scores[m] for m in metrics)]
-        table.add_row(row, *cells)
+        table.add_row(row, *(score_in_words(scores[metric]) for metric in metrics))
     return table
 
 

@@ -30,10 +30,10 @@ class Trainings:
 
     def control(self) -> PrefectFuture[JobResult]:
         """Submits the control: all timesteps, and as many optimizer steps as all other trainings together."""
-        spec, finetune = self.recipe, self.recipe.finetune.for_control(len(self.segments))
-        num_steps = spec.finetune.num_steps * len(self.segments) + (spec.distill.num_steps if spec.distill else 0)
+        control = self.recipe.finetune.for_control(len(self.segments))
+        num_steps = self.recipe.num_control_steps(len(self.segments))
         everything = TimestepSegment(self.segments[0].low, self.segments[-1].high)
-        return self._finetune(finetune, everything, num_steps, "all timesteps", "finetune/all")
+        return self._finetune(control, everything, num_steps, "all timesteps", "finetune/all")
 
     def copies(self) -> list[PrefectFuture[JobResult]]:
         """Submits one copy per segment."""

@@ -3,7 +3,7 @@
 from deme_core.errors import InputError
 from deme_core.families import Adapter, Unconditional, check_conditioned
 from deme_core.families.deepfloyd_if import DeepFloydIF
-from deme_core.recipe import DatasetSpec, Recipe
+from deme_core.recipe import Recipe
 from deme_core.untrained_parts import untrained_scheduler, untrained_unet
 from deme_core.untrained_text_model import untrained_text_unet
 
@@ -17,7 +17,7 @@ def untrained_adapter(recipe: Recipe) -> Adapter:
     import diffusers
 
     source, dataset = recipe.pretrained, recipe.dataset
-    channels, size = num_channels(dataset), dataset.resolution or 8
+    channels, size = dataset.num_channels, dataset.side
     fixed = {"sample_size": size, "in_channels": channels, "out_channels": channels}
     family: type[Adapter] = Unconditional
     try:
@@ -37,8 +37,3 @@ def untrained_adapter(recipe: Recipe) -> Adapter:
     if adapter.conditioned_on == "captions" and recipe.evaluate.prompts is None:
         raise InputError(f"A {adapter.pipeline} makes images from text; set evaluate.prompts.")
     return adapter
-
-
-def num_channels(dataset: DatasetSpec) -> int:
-    """Returns the channels that images will have."""
-    return dataset.channels or (1 if dataset.source == "digits" else 3)

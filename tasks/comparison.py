@@ -6,7 +6,7 @@ from typing import Any
 from deme_core.errors import InputError
 from deme_core.metrics import higher_is_better
 from deme_core.settings import Settings
-from deme_core.verdict import RowScores, compare, differing_conditions, lacks_images
+from deme_core.verdict import RowScores, compare, differing_conditions, lacks_images, score_in_words
 from tasks.tracked_runs import check_tracking, find_report
 
 Reports = Mapping[str, Mapping[str, Any]]
@@ -57,10 +57,7 @@ def comparison_table(reports: Reports) -> dict[str, dict[str, str]]:
 
 def _row(report: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, str]:
     name = scored_row(report)
-    scores = {
-        metric: f"{bounds['mean']:.4g} ({bounds['low']:.4g} to {bounds['high']:.4g})"
-        for metric, bounds in report["rows"][name].items()
-    }
+    scores = {metric: score_in_words(bounds) for metric, bounds in report["rows"][name].items()}
     metric = baseline["metric"]
     ours, theirs = (deciding_scores_of(each, metric) for each in (report, baseline))
     higher = higher_is_better(metric)

@@ -15,14 +15,15 @@ def check_api_address(api_url: str) -> None:
         raise InputError("PREFECT_API_URL must hold no password; use PREFECT_API_AUTH_STRING.")
 
 
-def check_health(variable: str, address: str, *, patience: float = 0.0, may_refuse: bool = False) -> None:
+def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
     """Returns once the server at ``address`` is healthy.
+
+    So is one that wants a log-in, which is not given here, or knows no such page, as hosted ones.
 
     Args:
         variable: what names the server.
         address: its URL.
         patience: seconds to wait for a server that is starting.
-        may_refuse: whether one that wants a log-in, which is not given here, is healthy enough.
 
     Raises:
         InputError: it is not healthy, said within ten seconds and ``patience``.
@@ -32,7 +33,7 @@ def check_health(variable: str, address: str, *, patience: float = 0.0, may_refu
         while True:
             try:
                 answer = client.get(f"{address.rstrip('/')}/health")
-                if not (may_refuse and answer.is_client_error):
+                if not answer.is_client_error:
                     answer.raise_for_status()
                 return
             except httpx.HTTPError as error:

@@ -18,7 +18,8 @@ from prefect.artifacts import (
 )
 
 from deme_core.metrics import direction
-from deme_core.verdict import Interval, differences_in_words
+from deme_core.rows import BASELINES
+from deme_core.verdict import Interval, differences_in_words, score_in_words
 from tasks.tracking import Tracker
 
 _SECONDS_BETWEEN_UPDATES = 3.0
@@ -84,7 +85,7 @@ def show_report(report: Mapping[str, Any], tracker: Tracker) -> None:
 def show_scores(report: Mapping[str, Any], tracker: Tracker) -> None:
     """Shows the rows as a table."""
     table = [
-        {"row": row, **{metric: f"{s['mean']:.4g} ({s['low']:.4g} to {s['high']:.4g})" for metric, s in scores.items()}}
+        {"row": row, **{metric: score_in_words(bounds) for metric, bounds in scores.items()}}
         for row, scores in report["rows"].items()
     ]
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
@@ -95,7 +96,7 @@ def show_scores(report: Mapping[str, Any], tracker: Tracker) -> None:
 
 def _verdict_text(report: Mapping[str, Any], tracker: Tracker) -> str:
     lines = [f"# {report['recipe']}", ""]
-    for baseline in ("pretrained", "finetuned"):
+    for baseline in BASELINES:
         gains = {over: Interval(**gain) for over, gain in report["gain_by"][f"vs_{baseline}"].items()}
         numbers = differences_in_words(report["metric"], gains)
         lines.append(f"- `merged` against `{baseline}`: **{report['verdict'][f'vs_{baseline}']}** ({numbers})")

@@ -143,12 +143,12 @@ def do_job(
     except DemeError as error:
         raise JobFailedError(error_message(error)) from None
     finally:
-        if needs_gpu and (used := _pools.pop(num_threads, None)):  # Ray gives the GPU to another job now.
+        if needs_gpu and (used := _pools.pop((num_threads, needs_gpu), None)):  # Ray gives the GPU to another job now.
             used.close()
 
 
 # Of this Ray worker, which serves one flow run and one job at a time: a process that has imported torch is kept.
-_pools: dict[int, WorkerPool] = {}
+_pools: dict[tuple[int, bool], WorkerPool] = {}
 _write_log: list[Callable[[str], None]] = []
 
 
@@ -159,10 +159,10 @@ def _log_in_context(logger: Any) -> None:
 
 
 def _pool(num_threads: int, needs_gpu: bool) -> WorkerPool:
-    if num_threads not in _pools:
+    if (num_threads, needs_gpu) not in _pools:
         gpus = visible_gpus() if needs_gpu else []
         if needs_gpu and not gpus:
             raise InputError("Ray reserved a GPU on a node that shows none; check the node's drivers.")
         slot = Slot("cuda", ",".join(gpus), num_threads) if gpus else Slot("cpu", None, num_threads)
-        _pools[num_threads] = WorkerPool([slot], log=lambda line: _write_log[0](line))
-    return _pools[num_threads]
+        _pools[num_threads, needs_gpu] = WorkerPool([slot], log=lambda line: _write_log[0](line))
+    return _pools[num_threads, needs_gpu]

@@ -126,7 +126,10 @@ def _champion(client: "MlflowClient", name: str) -> "ModelVersion | None":
 
     try:
         return client.get_model_version_by_alias(name, CHAMPION)
-    except MlflowException:
+    except MlflowException as error:
+        # No such model, no such alias. Whatever else it says must not dethrone a champion.
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
         return None
 
 

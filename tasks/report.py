@@ -9,6 +9,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 
 from deme_core.metrics import higher_is_better
+from deme_core.rows import BASELINES
 from deme_core.verdict import RowScores, compare, differences, paired_difference
 from tasks.experts import relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
@@ -18,7 +19,6 @@ from tasks.report_figures import draw_figures, sample_grids
 from tasks.report_metrics import log_report, log_run_metrics, log_score_metrics
 from tasks.report_page import keep_page, page_of_rows, page_of_run, recipe_file
 from tasks.row_scores import (
-    BASELINES,
     Rows,
     both_intervals,
     deciding_scores,

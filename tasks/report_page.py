@@ -21,13 +21,14 @@ from deme_core.html_report.sentences import headline
 from deme_core.manifest import ArtifactRef
 from deme_core.metrics import higher_is_better
 from deme_core.recipe_file import dump_recipe
+from deme_core.rows import BASELINES, ROWS
 from deme_core.verdict import RowScores
 from tasks.experts import Expert
 from tasks.page_samples import image_prompts, page_samples
 from tasks.page_scores import evaluation_facts, page_scores
 from tasks.provenance import evaluation_digests, model_digests, versions
 from tasks.report_figures import report_folder
-from tasks.row_scores import BASELINES, Rows
+from tasks.row_scores import Rows
 from tasks.run_page import PAGE, STAGE
 from tasks.run_results import RunResults
 from tasks.runtime import Runtime
@@ -149,7 +150,7 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
 
 def _ordered(curves: Mapping[str, RelativeLosses]) -> dict[str, RelativeLosses]:
     """Returns the rows in the order of the table, then the copies: what is drawn later lies above."""
-    rows = [row for row in ("finetuned", "ensemble", "merged", "distilled") if row in curves]
+    rows = [row for row in ROWS if row in curves]
     return {name: curves[name] for name in [*rows, *(name for name in curves if name not in rows)]}
 
 

@@ -11,9 +11,6 @@ from tasks.jobs import JobResult
 
 Rows = Mapping[str, Sequence[JobResult]]
 
-# What the merged model, and the distilled one, are compared with.
-BASELINES = ("pretrained", "finetuned")
-
 
 def scores_by_row(rows: Rows) -> dict[str, dict[str, list[float]]]:
     """Returns the scores of each row, by metric, one per seed."""

@@ -29,6 +29,7 @@ from tasks.jobs import (
     RealFeaturesJob,
     ReferenceJob,
     SearchJob,
+    pretrained_job,
 )
 from tasks.prefect_artifacts import progress_bar
 from tasks.progress import Event, tell
@@ -70,22 +71,10 @@ _OPTIONS: dict[str, Any] = {
 def obtain_pretrained() -> JobResult:
     """Trains theta_0, or brings it into the store."""
     runtime = current_runtime()
-    source = runtime.recipe.pretrained
-    if source.source != "pretrain":
-        job = ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
+    job = pretrained_job(runtime.recipe)
+    if isinstance(job, ImportJob):
         return runtime.run(job, task="pretrained model")
-    assert source.training is not None
-    return _train(
-        PretrainJob(
-            dataset=runtime.recipe.dataset,
-            unet=source.unet,
-            noise_scheduler=source.noise_scheduler,
-            training=source.training,
-            text_encoder=source.text_encoder,
-        ),
-        task_name="pretrained model",
-        child_name="pretrain",
-    )
+    return _train(job, task_name="pretrained model", child_name="pretrain")
 
 
 @task(name="encode", task_run_name="{job.stage} from {job.low} to {job.high}", **_OPTIONS)

@@ -113,7 +113,7 @@ class Piece:
     def _pretrain(self) -> None:
         """Trains theta_0 on, for as many steps as a trial promises time for."""
         recipe = self._recipe()
-        num_images = self._context.training_images(recipe.dataset).num_images
+        num_images = len(self._context.training_images(recipe.dataset))
         # Beyond the first epoch, whose steps wait for images to be decoded; what it decoded stays in memory.
         num_trial_steps = self._options.trial_steps or num_images // recipe.finetune.batch_size + 40
         trial = self._train_on(num_trial_steps, seed=2**20)

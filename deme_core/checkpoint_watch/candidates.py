@@ -8,10 +8,9 @@ from datetime import datetime
 from functools import cached_property
 
 from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.model_json import INDEX_NAME, SUFFIXES
 from deme_core.store import StoredObject
 
-MODEL_INDEX = "model_index.json"
-_SUFFIXES = (".json", ".safetensors", ".bin", ".txt", ".model")
 DENOISERS = ("unet", "transformer")
 _FROZEN = ("vae", "text_encoder", "tokenizer", "image_encoder", "feature_extractor", "safety_checker")
 _NUMBERED = tuple(f"{name}_{number}" for name in ("text_encoder", "tokenizer") for number in (2, 3))
@@ -69,7 +68,7 @@ def find_candidates(objects: Iterable[StoredObject]) -> Iterator[Candidate]:
     """Yields the folders that hold a ``model_index.json``, or the configs of a denoiser and its scheduler."""
     folders: dict[str, dict[str, StoredObject]] = defaultdict(dict)
     for found in objects:
-        if not found.key.endswith(_SUFFIXES) or _ARTIFACT.search(found.key):
+        if not found.key.endswith(SUFFIXES) or _ARTIFACT.search(found.key):
             continue
         folder, _, name = found.key.rpartition("/")
         folders[folder][name] = found
@@ -78,5 +77,5 @@ def find_candidates(objects: Iterable[StoredObject]) -> Iterator[Candidate]:
             folders[parent][f"{part}/{name}"] = found
     for folder, files in sorted(folders.items()):
         candidate = Candidate(folder, files)
-        if MODEL_INDEX in files or files.keys() >= set(candidate.configs):
+        if INDEX_NAME in files or files.keys() >= set(candidate.configs):
             yield candidate

@@ -5,7 +5,6 @@ In the store, under ``watch/<key of prefix and recipe>/``::
     looks/<fingerprint of a listing>.json    what reading that folder gave; written once
     starts/<digest of weights>.json          claimed by one watcher before, completed after it started the run
     last-look.json                           what lay under the prefix at the last look
-    clock                                    written to learn the time
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from deme_core.checkpoint_watch.inspection import Verdict
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
-from deme_core.store import ObjectStore, StoredObject
+from deme_core.store import ObjectStore, StoredObject, store_time
 
 # A watcher that has not completed its claim by then has died.
 CLAIM_EXPIRES_AFTER = timedelta(minutes=5)
@@ -88,9 +87,8 @@ class Ledger:
 
     @cached_property
     def now(self) -> datetime:
-        """The time, by the store's clock; also shows, before anything is read, that the ledger can be written."""
-        self.store.put_bytes(f"{self._root}/clock", b"")
-        return max(found.modified for found in self.store.list(f"{self._root}/clock"))
+        """The time, by the store's clock; also shows, before anything is read, that the store can be written."""
+        return store_time(self.store)
 
     @cached_property
     def last_look(self) -> dict[str, Look]:

@@ -2,14 +2,12 @@
 
 from typing import Any
 
-from deme_core.checkpoint_watch.candidates import DENOISERS, MODEL_INDEX, Candidate
+from deme_core.checkpoint_watch.candidates import DENOISERS, Candidate
 from deme_core.errors import ModelFolderError
-from deme_core.model_json import parse_json, shard_names
+from deme_core.model_json import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME, parse_json, shard_names
 from deme_core.store import MAX_BYTES_AT_ONCE, ObjectStore
 
-# As in `deme_core.model_folder`, which imports torch.
-WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-_DIFFUSERS = (WEIGHTS_NAME, "diffusion_pytorch_model.bin")
+_DIFFUSERS = (WEIGHTS_NAME, PICKLE_NAME)
 _TRANSFORMERS = ("model.safetensors", "pytorch_model.bin")
 _WITHOUT_WEIGHTS = ("Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 
@@ -25,18 +23,18 @@ def model_files(source: ObjectStore, candidate: Candidate) -> list[str]:
         UnfinishedError: one of them, or of the frozen parts, which are not read, is missing and may yet come.
         ModelFolderError: one is missing and will not come, or is pickled or damaged.
     """
-    index = _read_json(source, candidate, MODEL_INDEX) if MODEL_INDEX in candidate.files else {}
+    index = _read_json(source, candidate, INDEX_NAME) if INDEX_NAME in candidate.files else {}
     for name, kind in zip(candidate.configs, (DENOISERS, ("scheduler",)), strict=True):
         if name not in candidate.files:
             if index and not any(index.get(part) for part in kind):
-                raise ModelFolderError(f"{MODEL_INDEX} names no {' or '.join(kind)}; DeMe needs one.")
+                raise ModelFolderError(f"{INDEX_NAME} names no {' or '.join(kind)}; DeMe needs one.")
             raise UnfinishedError(f"{name} is missing")
         _check_size(candidate, name)
     for part, value in index.items():
         if isinstance(value, list) and len(value) == 2 and value[0] and part not in (*DENOISERS, "scheduler"):
             _check_frozen_part(source, candidate, part, library=str(value[0]), class_name=str(value[1]))
     weights = _weight_files(source, candidate, candidate.denoiser, _DIFFUSERS)
-    return [*([MODEL_INDEX] if index else []), *candidate.configs, *weights]
+    return [*([INDEX_NAME] if index else []), *candidate.configs, *weights]
 
 
 def frozen_parts(candidate: Candidate) -> set[str]:
@@ -47,10 +45,10 @@ def frozen_parts(candidate: Candidate) -> set[str]:
 def _check_frozen_part(source: ObjectStore, candidate: Candidate, part: str, *, library: str, class_name: str) -> None:
     if class_name.endswith(_WITHOUT_WEIGHTS):
         if part not in frozen_parts(candidate):
-            raise UnfinishedError(f"{part} is missing, which {MODEL_INDEX} names")
+            raise UnfinishedError(f"{part} is missing, which {INDEX_NAME} names")
         return
     if f"{part}/config.json" not in candidate.files:
-        raise UnfinishedError(f"{part}/config.json is missing, which {MODEL_INDEX} names")
+        raise UnfinishedError(f"{part}/config.json is missing, which {INDEX_NAME} names")
     _weight_files(source, candidate, f"{part}/", _DIFFUSERS if library == "diffusers" else _TRANSFORMERS)
 
 

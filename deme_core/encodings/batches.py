@@ -56,12 +56,7 @@ class EncodedBatches:
     def _batch(self, number: int) -> EncodedBatch:
         draws = self._schedule[number]
         rows = self._latents.gather(self._positions[draws.indices], draws.mirrored)
-        sizes = self._adapter.encode_sizes(
-            len(rows.latents),
-            original_sizes=rows.original_sizes,
-            crop_top_lefts=rows.crop_top_lefts,
-            target_sizes=rows.target_sizes,
-        )
+        sizes = self._adapter.encode_sizes(len(rows.latents), rows.sizes)
         return EncodedBatch(rows.latents, self._conditioning(draws) | sizes)
 
     def _conditioning(self, draws: BatchDraws) -> ConditioningTensors:

@@ -11,6 +11,7 @@ from deme_core.encodings.row_file import Rows, RowWriter
 from deme_core.families import Adapter
 from deme_core.images import ImageDataset, normalize
 from deme_core.images.squares import Crops, mirrored_corners
+from deme_core.images.training_batch import CropSizes
 from deme_core.slices import ENCODED_AT_ONCE
 
 _LATENTS, _MIRRORED = "latents", "latents-mirrored"
@@ -61,19 +62,15 @@ def write_latents(
 
 @dataclass(frozen=True, eq=False)
 class LatentRows:
-    """Some images of a data set as the denoiser knows them; sizes as in `TrainingBatch`.
+    """Some images of a data set as the denoiser knows them.
 
     Attributes:
         latents: float32 (B, C, H, W).
-        original_sizes: int64 (B, 2).
-        crop_top_lefts: int64 (B, 2).
-        target_sizes: int64 (B, 2).
+        sizes: how the images were cut out.
     """
 
     latents: torch.Tensor
-    original_sizes: torch.Tensor
-    crop_top_lefts: torch.Tensor
-    target_sizes: torch.Tensor
+    sizes: CropSizes
 
 
 class Latents:
@@ -104,9 +101,6 @@ class Latents:
             assert self._mirrored is not None, "mirrored latents were not asked for"
             latents[mirrored] = self._mirrored[indices[mirrored]]
         sizes = {name: rows[indices] for name, rows in self._sizes.items()}
-        return LatentRows(
-            latents,
-            sizes["original_sizes"],
-            mirrored_corners(sizes["corners"], sizes["resized_widths"], mirrored, self._resolution),
-            torch.full((len(indices), 2), self._resolution),
-        )
+        corners = mirrored_corners(sizes["corners"], sizes["resized_widths"], mirrored, self._resolution)
+        targets = torch.full((len(indices), 2), self._resolution)
+        return LatentRows(latents, CropSizes(sizes["original_sizes"], corners, targets))

@@ -7,9 +7,11 @@ changes the features: weights, resolution and preprocessing.
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import torch
 
+from deme_core.extractor_names import EXTRACTOR_NAMES, OF_ANY_RESOLUTION, ExtractorMode, mode_name
 from deme_core.extractors.base import FeatureArray, FeatureExtractor, NetworkExtractor
 from deme_core.extractors.clip import load_clip
 from deme_core.extractors.dinov2 import load_dinov2
@@ -30,17 +32,14 @@ __all__ = [
 
 # Each takes the weights, the resolution, the folder for what is fetched, and the device.
 EXTRACTORS: dict[str, Callable[[str | None, int | None, Path, torch.device], FeatureExtractor]] = {
-    "inception": load_inception,
-    "inception_legacy_pytorch": partial(load_inception, mode="legacy_pytorch"),
-    "inception_legacy_tensorflow": partial(load_inception, mode="legacy_tensorflow"),
+    **{mode_name(mode): partial(load_inception, mode=mode) for mode in get_args(ExtractorMode)},
     "efficientnet_lite0": partial(load_efficientnet, size=0),
     "efficientnet_lite2": partial(load_efficientnet, size=2),
     "dinov2_vitl14": load_dinov2,
     "clip_vit_b_32": load_clip,
     "pixels_4x4": load_pixels,
 }
-
-_OF_ANY_RESOLUTION = ("efficientnet_lite0", "efficientnet_lite2")
+assert EXTRACTORS.keys() == set(EXTRACTOR_NAMES)
 
 
 def load_extractor(
@@ -85,6 +84,6 @@ def load_extractors(
     first, *others = names
     extractors = [load_extractor(first, weights=weights, resolution=resolution, cache=cache, device=device)]
     for name in others:
-        own = resolution if name in _OF_ANY_RESOLUTION else None
+        own = resolution if name in OF_ANY_RESOLUTION else None
         extractors.append(load_extractor(name, resolution=own, cache=cache, device=device))
     return JointExtractor(extractors) if others else extractors[0]

@@ -12,7 +12,7 @@ import torch
 
 from deme_core.digests import canonical_json, sha256_bytes, sha256_file
 from deme_core.downloads import download_once
-from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError
+from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError, StoreUnavailableError
 from deme_core.store import folder_and_key, not_found, open_store
 from deme_core.tf32 import without_tf32
 
@@ -153,6 +153,8 @@ def local_file(weights: str, folder: Path, mend: str) -> Path:
             if not (found := [item for item in store.list(key) if item.key == key]):
                 raise not_found(weights)
             download_once(store, found, path.parent)
+    except StoreUnavailableError:  # It may pass, and is tried again.
+        raise
     except (ArtifactNotFoundError, InputError) as error:
         raise unavailable(
             f"The extractor's weights {weights} cannot be had ({str(error).rstrip('.')})", mend
@@ -172,9 +174,11 @@ def read_safetensors(path: Path, mend: str) -> dict[str, torch.Tensor]:
 
 
 def fixed_resolution(name: str, resolution: int | None, only: int) -> int:
-    """The one resolution an extractor is defined at; a ValueError if another is asked for."""
+    """The one resolution an extractor is defined at; an InputError if another is asked for."""
     if resolution not in (None, only):
-        raise ValueError(f"{name} is defined at {only} pixels only, not {resolution}.")
+        raise InputError(
+            f"evaluate.extractor_resolution: {name} is defined at {only} pixels only, not {resolution}; leave it null."
+        )
     return only
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -16,7 +16,8 @@ from torch.nn.functional import interpolate
 
 from deme_core.digests import canonical_json, sha256_bytes, sha256_file
 from deme_core.downloads import download_once, listing_version
-from deme_core.errors import InputError
+from deme_core.errors import InputError, StoreUnavailableError
+from deme_core.extractor_names import FIXED_SIDES
 from deme_core.extractors.base import (
     FeatureArray,
     NetworkExtractor,
@@ -31,11 +32,11 @@ from deme_core.extractors.base import (
 from deme_core.extractors.hub import hub_folder
 from deme_core.store import open_store
 
-NAME = "clip_vit_b_32"
+NAME: Final = "clip_vit_b_32"
 _HUB_ID = "openai/clip-vit-base-patch32"
 # As far as we know its main branch has pickles alone, and this one the same weights as safetensors.
 _HUB_REVISIONS = ("main", "refs/pr/15")
-_RESOLUTION = 224
+_RESOLUTION = FIXED_SIDES[NAME]
 # What makes a CLIP model ViT-B/32.
 _VISION_SIZES = {"hidden_size": 768, "num_hidden_layers": 12, "patch_size": 32, "image_size": _RESOLUTION}
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
@@ -246,5 +247,7 @@ def _fetched(uri: str, folder: Path, names: Sequence[str], mend: str) -> Path:
         store = open_store(uri)
         objects = [item for item in store.list("") if item.key in names]
         return download_once(store, objects, folder / listing_version(uri, objects))
+    except StoreUnavailableError:  # It may pass, and is tried again.
+        raise
     except InputError as error:
         raise unavailable(f"The extractor's weights {uri} cannot be had ({str(error).rstrip('.')})", mend) from error

@@ -1,10 +1,11 @@
 """DINOv2 ViT-L/14 (Oquab et al. 2023, arXiv 2304.07193): the features of FD-DINOv2 (Stein et al. 2023, 2306.04675)."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
+from deme_core.extractor_names import FIXED_SIDES
 from deme_core.extractors.base import (
     NetworkExtractor,
     fixed_resolution,
@@ -15,10 +16,10 @@ from deme_core.extractors.base import (
 )
 from deme_core.extractors.hub import hub_folder
 
-NAME = "dinov2_vitl14"
+NAME: Final = "dinov2_vitl14"
 _TIMM_NAME = "vit_large_patch14_dinov2.lvd142m"
 _HUB_ID, _HUB_FILE = f"timm/{_TIMM_NAME}", "model.safetensors"
-_RESOLUTION = 224
+_RESOLUTION = FIXED_SIDES[NAME]
 _MEND = (
     "set evaluate.extractor_weights to the path or object-store URI of a safetensors file of "
     f"{_TIMM_NAME}, with the names of timm or of Meta"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from deme_core.errors import first_line
 from deme_core.extractors.base import unavailable
 
 # The client tries each of the hub's addresses, so that this may pass a few times; downloading itself has no limit.
@@ -27,8 +28,8 @@ def hub_folder(repo_id: str, names: Sequence[str], mend: str, revisions: Sequenc
     try:
         return _downloaded_folder(repo_id, names, revisions)
     except Exception as error:  # the hub client raises HTTP, cache, validation and OS errors of many kinds
-        reason = (str(error).splitlines() or [""])[0].rstrip(". ")
-        raise unavailable(f"{repo_id} cannot be had from the hub ({type(error).__name__}: {reason})", mend) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise unavailable(f"{repo_id} cannot be had from the hub ({reason})", mend) from error
 
 
 def _cached_folder(repo_id: str, names: Sequence[str], revision: str) -> Path | None:

@@ -10,25 +10,26 @@ from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from deme_core.extractor_names import FIXED_SIDES, ExtractorMode, mode_name
 from deme_core.extractors import pillow_bicubic
 from deme_core.extractors.base import NetworkExtractor, chunk_size, digest, fixed_resolution, local_file, unavailable
 from deme_core.extractors.inception_networks import NETWORKS, InceptionFile
 from deme_core.local_files import local_errors
 
-NAME = "inception"
-_RESOLUTION = 299
+NAME: Final = "inception"
+_RESOLUTION = FIXED_SIDES[NAME]
 _DOWNLOAD_TIMEOUT_SEC = 30.0
 Resizer = Callable[[npt.NDArray[np.uint8]], npt.NDArray[Any]]
 
 
 def load_inception(
-    weights: str | None, resolution: int | None, folder: Path, device: torch.device, *, mode: str = "clean"
+    weights: str | None, resolution: int | None, folder: Path, device: torch.device, *, mode: ExtractorMode = "clean"
 ) -> NetworkExtractor:
     """Load Inception from a file, or from clean-fid's download; its features depend on the mode.
 
@@ -48,7 +49,7 @@ def load_inception(
     path = local_file(weights, folder, _mend(file)) if weights else _download(file, folder)
     network = _network(file, path, folder)
     return NetworkExtractor(
-        name=NAME if mode == "clean" else f"{NAME}_{mode}",
+        name=mode_name(mode),
         digest=digest(NAME, path, resolution=resolution, preprocessing=f"clean-fid mode {mode}"),
         num_features=2048,
         chunk_size=chunk_size(resolution, device),

@@ -11,11 +11,11 @@ and Stable Diffusion 3 is little, and an `Adapter` says all of it:
 - how noise is added and what the target is (`noise_process`): diffusion or flow matching;
 - how the denoiser is called (`predict`).
 
-Only the denoiser is trained, projected, merged and digested. Frozen parts are loaded when they are first needed and can
-be released, so a training step on cached latents and embeddings has neither VAE nor text encoder in memory. Wherever
-stock diffusers has a piece, the adapter calls it: the pipelines' own ``encode_prompt``, ``AutoencoderKL``, the
-schedulers. What it does not take is the pipelines' sampling loops: their noise depends on the batch, and they know one
-denoiser only, where an ensemble has one for each segment.
+Only the denoiser is trained, projected, merged and digested. Frozen parts are loaded when they are first needed: a
+training step on cached latents and embeddings has neither VAE nor text encoder in memory. Wherever stock diffusers has
+a piece, the adapter calls it: the pipelines' own ``encode_prompt``, ``AutoencoderKL``, the schedulers. What it does not
+take is the pipelines' sampling loops: their noise depends on the batch, and they know one denoiser only, where an
+ensemble has one for each segment.
 
 A family is found by the class of the pipeline in ``model_index.json``, or, in a folder without one, by the class of
 the denoiser. A new one is one file here and one line below.

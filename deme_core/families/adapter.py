@@ -1,6 +1,7 @@
 """The adapter: what DeMe asks of a family of pipelines, with the answers that most of them share."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,7 +12,8 @@ from deme_core.errors import InputError, ModelFolderError
 
 # Others import it from here.
 from deme_core.images.training_batch import NO_LABEL as NO_LABEL
-from deme_core.noise_process import BETA_SCHEDULERS, NoiseProcess
+from deme_core.images.training_batch import CropSizes
+from deme_core.noise_process import BETA_SCHEDULERS, Diffusion, NoiseProcess
 
 ConditioningTensors = dict[str, torch.Tensor]
 
@@ -96,10 +98,10 @@ class Adapter:
             )
         return self._frozen
 
-    @property
+    @cached_property
     def noise_process(self) -> NoiseProcess:
-        """How images are noised, and what is predicted."""
-        raise NotImplementedError
+        """How images are noised, and what is predicted: diffusion, by the model's own scheduler config."""
+        return Diffusion.from_config(self.scheduler_config)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -160,21 +162,12 @@ class Adapter:
                 f"{', '.join(map(str, unknown))}; check dataset.label_column."
             )
 
-    def encode_sizes(
-        self,
-        batch_size: int,
-        *,
-        original_sizes: torch.Tensor | None = None,
-        crop_top_lefts: torch.Tensor | None = None,
-        target_sizes: torch.Tensor | None = None,
-    ) -> ConditioningTensors:
+    def encode_sizes(self, batch_size: int, sizes: CropSizes | None = None) -> ConditioningTensors:
         """Returns the tensors, each (B, ...), that sizes become; without any, those of images of the model's own size.
 
         Args:
             batch_size: B.
-            original_sizes: height and width of each image before it was resized, int64 (B, 2).
-            crop_top_lefts: where its crop begins, int64 (B, 2).
-            target_sizes: height and width of the crop, int64 (B, 2).
+            sizes: of B images.
         """
         return {}
 
@@ -201,6 +194,3 @@ class Adapter:
 
     def rest(self) -> None:
         """Moves the frozen parts that were loaded to main memory until they are needed again."""
-
-    def release(self) -> None:
-        """Forgets the frozen parts that were loaded; they are loaded again when they are needed."""

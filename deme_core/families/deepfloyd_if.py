@@ -1,13 +1,11 @@
 """DeepFloyd IF, first stage (github.com/deep-floyd/IF): a UNet on pixels that attends to T5's states of the caption."""
 
 from collections.abc import Sequence
-from functools import cached_property
 
 import torch
 
 from deme_core.families.adapter import ConditioningTensors
 from deme_core.families.frozen_parts import FrozenPartsAdapter
-from deme_core.noise_process import Diffusion, NoiseProcess
 
 
 class DeepFloydIF(FrozenPartsAdapter):
@@ -19,11 +17,6 @@ class DeepFloydIF(FrozenPartsAdapter):
     frozen_parts = ("text_encoder", "tokenizer")
     conditioned_on = "captions"
     parts_left_out = ("safety_checker", "feature_extractor", "watermarker")
-
-    @cached_property
-    def noise_process(self) -> NoiseProcess:
-        """Diffusion, by the model's own scheduler config."""
-        return Diffusion.from_config(self.scheduler_config)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:

@@ -8,6 +8,7 @@ import torch
 
 from deme_core.errors import InputError
 from deme_core.families.adapter import Adapter, ConditioningTensors
+from deme_core.images.training_batch import CropSizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +40,7 @@ def encode_batch(
     *,
     captions: Sequence[str] | None = None,
     labels: torch.Tensor | Sequence[int] | None = None,
-    original_sizes: torch.Tensor | None = None,
-    crop_top_lefts: torch.Tensor | None = None,
-    target_sizes: torch.Tensor | None = None,
+    sizes: CropSizes | None = None,
 ) -> EncodedBatch:
     """Encodes B examples.
 
@@ -50,9 +49,7 @@ def encode_batch(
         images: float32 (B, C, H, W) in [-1, 1].
         captions: a text for each image.
         labels: a class for each image.
-        original_sizes: see `Adapter.encode_sizes`, as for the next two.
-        crop_top_lefts: as above.
-        target_sizes: as above.
+        sizes: see `Adapter.encode_sizes`.
 
     Raises:
         InputError: the model is conditioned on captions or labels, and there are none.
@@ -63,9 +60,7 @@ def encode_batch(
         conditioning |= adapter.encode_prompts(captions)
     if adapter.conditioned_on == "labels" and labels is not None:
         conditioning |= adapter.encode_labels([int(label) for label in labels])
-    conditioning |= adapter.encode_sizes(
-        len(images), original_sizes=original_sizes, crop_top_lefts=crop_top_lefts, target_sizes=target_sizes
-    )
+    conditioning |= adapter.encode_sizes(len(images), sizes)
     return EncodedBatch(adapter.encode_images(images), conditioning)
 
 

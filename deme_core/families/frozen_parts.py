@@ -106,10 +106,6 @@ class FrozenPartsAdapter(Adapter):
         for encoder in self._text_encoders() if _TEXT in vars(self) else []:
             encoder.to("cpu")
 
-    def release(self) -> None:
-        """Forgets the text encoders."""
-        vars(self).pop(_TEXT, None)
-
 
 def _is_class(part: list[Any]) -> bool:
     return len(part) == 2 and part[0] in _LIBRARIES and isinstance(part[1], str) and part[1].isidentifier()

@@ -9,7 +9,7 @@ import torch
 from deme_core.errors import ModelFolderError
 from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import read_json
-from deme_core.noise_process import FLOW_SCHEDULERS, Diffusion, FlowMatching, NoiseProcess
+from deme_core.noise_process import FLOW_SCHEDULERS, FlowMatching, NoiseProcess
 from deme_core.tf32 import without_tf32
 
 
@@ -76,22 +76,12 @@ class LatentAdapter(FrozenPartsAdapter):
             self.vae.to("cpu")
         super().rest()
 
-    def release(self) -> None:
-        """Forgets autoencoder and text encoders."""
-        vars(self).pop("vae", None)
-        super().release()
-
 
 class DiffusionOnLatents(LatentAdapter):
     """A latent adapter whose noise is that of DDPM."""
 
     # Latents have no range to be clipped to, and DDIM clips where a config is silent.
     scheduler_overrides: ClassVar[Mapping[str, Any]] = {"clip_sample": False}
-
-    @cached_property
-    def noise_process(self) -> NoiseProcess:
-        """Diffusion, by the model's own scheduler config."""
-        return Diffusion.from_config(self.scheduler_config)
 
 
 class FlowMatchingOnLatents(LatentAdapter):

@@ -7,6 +7,7 @@ from torch import nn
 
 from deme_core.families.adapter import ConditioningTensors
 from deme_core.families.latent_adapter import DiffusionOnLatents
+from deme_core.images.training_batch import CropSizes
 
 # The latents' side of the models that are told resolution and aspect ratio, as the stock pipeline has it.
 _SIDE_OF_1024 = 128
@@ -30,19 +31,12 @@ class PixArt(DiffusionOnLatents):
         )
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
-    def encode_sizes(
-        self,
-        batch_size: int,
-        *,
-        original_sizes: torch.Tensor | None = None,
-        crop_top_lefts: torch.Tensor | None = None,
-        target_sizes: torch.Tensor | None = None,
-    ) -> ConditioningTensors:
+    def encode_sizes(self, batch_size: int, sizes: CropSizes | None = None) -> ConditioningTensors:
         """Returns ``resolution`` (B, 2) and ``aspect_ratio`` (B, 1), float32, for the models that are told them."""
         if self.denoiser_config["sample_size"] != _SIDE_OF_1024:
             return {}
-        sizes = torch.tensor(self.image_shape[1:]).expand(batch_size, 2) if target_sizes is None else target_sizes
-        resolution = sizes.to(self.device, torch.float32)
+        targets = sizes.target_sizes if sizes else torch.tensor(self.image_shape[1:]).expand(batch_size, 2)
+        resolution = targets.to(self.device, torch.float32)
         return {"resolution": resolution, "aspect_ratio": resolution[:, :1] / resolution[:, 1:]}
 
     def predict(

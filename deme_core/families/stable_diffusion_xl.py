@@ -8,6 +8,7 @@ from torch import nn
 
 from deme_core.families.adapter import ConditioningTensors
 from deme_core.families.latent_adapter import DiffusionOnLatents
+from deme_core.images.training_batch import CropSizes
 from deme_core.model_json import INDEX_NAME, read_json
 
 
@@ -41,22 +42,12 @@ class StableDiffusionXL(DiffusionOnLatents):
             states, pooled = states * given[:, None, None], pooled * given[:, None]
         return {"encoder_hidden_states": states, "text_embeds": pooled}
 
-    def encode_sizes(
-        self,
-        batch_size: int,
-        *,
-        original_sizes: torch.Tensor | None = None,
-        crop_top_lefts: torch.Tensor | None = None,
-        target_sizes: torch.Tensor | None = None,
-    ) -> ConditioningTensors:
+    def encode_sizes(self, batch_size: int, sizes: CropSizes | None = None) -> ConditioningTensors:
         """Returns ``time_ids``, float32 (B, 6): original size, top left of the crop, size of the crop."""
         own = torch.tensor(self.image_shape[1:]).expand(batch_size, 2)
-        sizes = (
-            own if original_sizes is None else original_sizes,
-            torch.zeros_like(own) if crop_top_lefts is None else crop_top_lefts,
-            own if target_sizes is None else target_sizes,
-        )
-        return {"time_ids": torch.cat(sizes, dim=1).to(self.device, torch.float32)}
+        told = sizes or CropSizes(own, torch.zeros_like(own), own)
+        time_ids = torch.cat((told.original_sizes, told.crop_top_lefts, told.target_sizes), dim=1)
+        return {"time_ids": time_ids.to(self.device, torch.float32)}
 
     def predict(
         self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: ConditioningTensors

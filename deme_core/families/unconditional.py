@@ -1,14 +1,9 @@
 """Unconditional diffusion on pixels: DDPM and its kin (`UNet2DModel`)."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
-import torch
-from torch import nn
-
-from deme_core.families.adapter import Adapter, ConditioningTensors
-from deme_core.noise_process import Diffusion, NoiseProcess
+from deme_core.families.adapter import Adapter
 
 
 class Unconditional(Adapter):
@@ -28,14 +23,3 @@ class Unconditional(Adapter):
         if num_out not in (num_in, 2 * num_in):
             return f"{num_out} out_channels for {num_in} in_channels, which are neither images nor images and variances"
         return super().unsupported(denoiser_config, scheduler_config)
-
-    @cached_property
-    def noise_process(self) -> NoiseProcess:
-        """Diffusion, by the model's own scheduler config."""
-        return Diffusion.from_config(self.scheduler_config)
-
-    def predict(
-        self, denoiser: nn.Module, noisy: torch.Tensor, timesteps: torch.Tensor, conditioning: ConditioningTensors
-    ) -> torch.Tensor:
-        """Returns the denoiser's prediction for noisy images, without the variance that some predict beside it."""
-        return denoiser(noisy, timesteps).sample[:, : noisy.shape[1]]

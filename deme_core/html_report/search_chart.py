@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from deme_core.html_report.chart_style import NEUTRAL, axis_type, bare, colours
+from deme_core.html_report.chart_style import NEUTRAL, ROWS, axis_type, bare, colours
 from deme_core.html_report.content import SearchLog
 from deme_core.html_report.numbers import weight
 
@@ -69,7 +69,7 @@ def _draw_order(figure: "Figure", tried: list[_Point], best: int, better: Callab
         row=row,
         col=1,
     )
-    figure.add_scatter(x=numbers, y=scores, **_markers(tried, best, "#3d74e0"), showlegend=False, row=row, col=1)
+    figure.add_scatter(x=numbers, y=scores, **_markers(tried, best, ROWS["merged"]), showlegend=False, row=row, col=1)
 
 
 def _draw_weights(figure: "Figure", tried: list[_Point], best: int, names: tuple[str, ...], row: int) -> None:

@@ -17,8 +17,7 @@ from deme_core.errors import DemeError
 from deme_core.images.dataset import ImageDataset
 from deme_core.images.draws import BatchDraws, BatchSchedule
 from deme_core.images.squares import Cropper, Crops, CropsInMemory, mirrored_corners
-from deme_core.images.stream import Stream
-from deme_core.images.training_batch import NO_LABEL, TrainingBatch
+from deme_core.images.training_batch import NO_LABEL, CropSizes, TrainingBatch
 from deme_core.seeds import generator
 
 MAX_BYTES_IN_MEMORY = 256 * 2**20
@@ -32,7 +31,7 @@ def normalize(images: torch.Tensor) -> torch.Tensor:
 def fits_in_memory(dataset: ImageDataset, *, random_crop: bool) -> bool:
     """Returns whether the squares that training takes are so small and so few that each is decoded once."""
     num_bytes = len(dataset) * dataset.channels * dataset.resolution**2
-    return not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY and getattr(dataset, "stream", None) is None
+    return not random_crop and num_bytes <= MAX_BYTES_IN_MEMORY and dataset.stream is None
 
 
 class TrainingBatches:
@@ -69,14 +68,13 @@ class TrainingBatches:
         if batch_size < 1 or start_batch < 0 or num_workers < 0:
             raise ValueError(f"{batch_size=} must be at least 1, {start_batch=} and {num_workers=} at least 0")
         self.start_batch, self.num_workers = start_batch, num_workers
-        stream = getattr(dataset, "stream", None)
         self._in_memory = fits_in_memory(dataset, random_crop=random_crop)
         cropper: Cropper = (
             (kept or CropsInMemory(dataset)) if self._in_memory else Crops(dataset, random_crop=random_crop)
         )
         schedule = BatchSchedule(len(dataset), batch_size, seed, random_flip, caption_dropout, current_share())
-        if stream is not None:
-            schedule = replace(schedule, windows=stream.windows)
+        if dataset.stream is not None:
+            schedule = replace(schedule, windows=dataset.stream.windows)
         self._stream = _Stream(dataset, cropper, schedule)
 
     def __iter__(self) -> Iterator[TrainingBatch]:
@@ -132,7 +130,7 @@ class _Stream(Dataset[TrainingBatch | DemeError]):
 
     def __init__(self, dataset: ImageDataset, cropper: Cropper, schedule: BatchSchedule) -> None:
         self._dataset, self._cropper, self._schedule = dataset, cropper, schedule
-        self._shards: Stream | None = getattr(dataset, "stream", None)
+        self._shards = dataset.stream
         self._labels = None if dataset.labels is None else torch.tensor(dataset.labels)
 
     def __getitem__(self, number: int) -> TrainingBatch | DemeError:
@@ -148,9 +146,11 @@ class _Stream(Dataset[TrainingBatch | DemeError]):
             torch.where(mirrored[:, None, None, None], images.flip(-1), images) if mirrored.any() else images,
             batch_captions(self._dataset.captions, draws),
             batch_labels(self._labels, draws),
-            squares.original_sizes,
-            mirrored_corners(squares.corners, squares.resized_widths, mirrored, side),
-            torch.full((len(images), 2), side),
+            CropSizes(
+                squares.original_sizes,
+                mirrored_corners(squares.corners, squares.resized_widths, mirrored, side),
+                torch.full((len(images), 2), side),
+            ),
         )
 
 

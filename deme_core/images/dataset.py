@@ -26,7 +26,6 @@ from deme_core.images.tars import TarSource, find_tars
 from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
 from deme_core.store import ObjectStore
 
-DIGITS_RESOLUTION = 8
 FetchPrefix = Callable[[str, Path, FileKind, int | None], Path]
 
 
@@ -57,8 +56,8 @@ class ImageDataset(Protocol):
         ...
 
     @property
-    def num_images(self) -> int:
-        """How many there are; the same as ``len``."""
+    def stream(self) -> Stream | None:
+        """The shards they are streamed from; None where they lie on this machine."""
         ...
 
     @property
@@ -123,7 +122,7 @@ class SquareImages:
         channels: int,
     ):
         self.resolution, self.channels = resolution, channels
-        self.num_images, self.num_skipped = len(inspection.indices), inspection.num_skipped
+        self.num_skipped = inspection.num_skipped
         self.captions, self.labels = conditioning.captions, conditioning.labels
         self.label_names = conditioning.label_names
         self._source, self._inspection, self._spec = source, inspection, spec
@@ -133,7 +132,7 @@ class SquareImages:
             self.stream = Stream(shards, spec.stream_window, source)
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self._inspection.indices)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,18 +198,16 @@ def load_images(
             labels that were asked for.
         StoreUnavailableError: their object store cannot be reached.
     """
-    channels = spec.channels or (1 if spec.source == "digits" else 3)
     source = open_source(spec, cache / "images", fetch_prefix, index_store)
     inspection = inspect(
         source,
         num_images=spec.num_images,
         skip_broken=spec.skip_broken,
-        channels=channels,
+        channels=spec.num_channels,
         cache=cache / "images",
     )
-    resolution = spec.resolution or DIGITS_RESOLUTION
     conditioning = read_conditioning(source, spec, inspection.indices)
-    return SquareImages(source, inspection, conditioning, spec, resolution=resolution, channels=channels)
+    return SquareImages(source, inspection, conditioning, spec, resolution=spec.side, channels=spec.num_channels)
 
 
 def open_source(
@@ -279,7 +276,7 @@ def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_im
         index_store=index_store,
         cache_gb=spec.cache_gb,
         window=spec.stream_window,
-        channels=spec.channels or 3,
+        channels=spec.num_channels,
         num_images=num_images,
         image_column=None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column,
     )

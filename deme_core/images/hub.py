@@ -7,7 +7,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Any
 
-from deme_core.errors import DatasetError
+from deme_core.errors import DatasetError, first_line
 from deme_core.images.pixels import BrokenImageError
 from deme_core.images.source import Column, stat_listing
 from deme_core.recipe import DatasetSpec
@@ -193,7 +193,7 @@ def _location(spec: DatasetSpec) -> str:
 
 def _cannot_load(spec: DatasetSpec, error: Exception) -> DatasetError:
     return DatasetError(
-        f"Cannot load split '{spec.split}' of the data set {spec.path} ({_first_line(error)}); check dataset.path, "
+        f"Cannot load split '{spec.split}' of the data set {spec.path} ({first_line(error)}); check dataset.path, "
         "name and split, and the network."
     )
 
@@ -211,7 +211,7 @@ def _undecoded(table: Any, column: str, description: str) -> Any:
         return table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
     except Exception as error:  # Arrow and datasets each have their own families of errors.
         raise DatasetError(
-            f"Column '{column}' of {description} holds no images ({_first_line(error)}); set dataset.image_column."
+            f"Column '{column}' of {description} holds no images ({first_line(error)}); set dataset.image_column."
         ) from error
 
 
@@ -230,7 +230,3 @@ def _refers_to_files(chunk: Any) -> bool:
     """Whether an Arrow array of images has some that are only named."""
     without_bytes = chunk.field("bytes").is_null().to_numpy(zero_copy_only=False)
     return bool((without_bytes & chunk.field("path").is_valid().to_numpy(zero_copy_only=False)).any())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -54,7 +54,7 @@ def _look(source: ImageSource, spec: DatasetSpec) -> int:
     read_conditioning(source, spec, range(len(source))[: spec.num_images])
     if not spec.skip_broken:
         try:
-            decode(source.read(0), channels=spec.channels or 3)
+            decode(source.read(0), channels=spec.num_channels)
         except BrokenImageError as error:
             raise DatasetError(f"{source.name(0)} in {source.description} cannot be decoded ({error}).") from error
     return len(source)

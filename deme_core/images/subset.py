@@ -22,12 +22,11 @@ class ImageSubset:
 
     def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
         self.resolution, self.channels = dataset.resolution, dataset.channels
-        self.num_images, self.num_skipped = len(indices), dataset.num_skipped
+        self.num_skipped = dataset.num_skipped
         self.captions, self.labels = _picked(dataset.captions, indices), _picked(dataset.labels, indices)
         self.label_names = dataset.label_names
         self.dataset, self._indices = dataset, list(indices)
-        stream = getattr(dataset, "stream", None)
-        self.stream: Stream | None = None if stream is None else stream.subset(self._indices)
+        self.stream: Stream | None = None if dataset.stream is None else dataset.stream.subset(self._indices)
 
     @property
     def indices(self) -> Sequence[int]:
@@ -35,7 +34,7 @@ class ImageSubset:
         return self._indices
 
     def __len__(self) -> int:
-        return self.num_images
+        return len(self._indices)
 
     @cached_property
     def fingerprint(self) -> str:

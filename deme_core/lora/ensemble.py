@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from deme_core.lora.expert import LoraExpert
-from deme_core.segments import TimestepSegment
+from deme_core.segments import TimestepSegment, segment_index
 
 
 class LoraEnsemble:
@@ -28,11 +28,8 @@ class LoraEnsemble:
 
     def model_at(self, timestep: int) -> nn.Module:
         """Returns the model as the expert of ``timestep``'s segment, until it is asked for another."""
-        for index, segment in enumerate(self._segments):
-            if timestep in segment:
-                self._wear(index)
-                return self._model
-        raise ValueError(f"timestep {timestep} is in none of the segments {[str(s) for s in self._segments]}")
+        self._wear(segment_index(self._segments, timestep))
+        return self._model
 
     @torch.no_grad()
     def _wear(self, index: int) -> None:

@@ -7,6 +7,7 @@ different extractors apart.
 from collections.abc import Sequence
 from typing import Literal, get_args
 
+from deme_core.extractor_names import EXTRACTOR_NAMES, INCEPTION_NAMES
 from deme_core.metrics.base import Comparison, Counts, DecidingMetric, Metric
 from deme_core.metrics.clip_score import MeanClipScore, grouped_scores
 from deme_core.metrics.frechet import FrechetDistance
@@ -42,21 +43,6 @@ METRICS: dict[MetricName, Metric] = {
 }
 assert tuple(METRICS) == get_args(MetricName)
 
-# After clean-fid's own names for its modes; the scales of all of them differ.
-_INCEPTION_SUFFIXES = {
-    "inception": "",
-    "inception_legacy_pytorch": "_legacy_pytorch",
-    "inception_legacy_tensorflow": "_legacy_tensorflow",
-}
-_EXTRACTORS = (
-    *_INCEPTION_SUFFIXES,
-    "efficientnet_lite0",
-    "efficientnet_lite2",
-    "dinov2_vitl14",
-    "clip_vit_b_32",
-    "pixels_4x4",
-)
-
 
 def metric_name(metric: MetricName, extractor_name: str) -> str:
     """Name a score is reported under: plain 'fid' and 'kid' belong to Inception in clean-fid's mode clean alone.
@@ -71,13 +57,15 @@ def metric_name(metric: MetricName, extractor_name: str) -> str:
     Raises:
         ValueError: for an unknown metric or extractor.
     """
-    if metric not in METRICS or extractor_name not in _EXTRACTORS:
+    if metric not in METRICS or extractor_name not in EXTRACTOR_NAMES:
         raise ValueError(f"There is no metric {metric!r} of extractor {extractor_name!r}.")
     prefix = METRICS[metric].prefix
     if prefix is None:
         return metric
-    if extractor_name in _INCEPTION_SUFFIXES:
-        return f"{metric}{_INCEPTION_SUFFIXES[extractor_name]}"
+    if (
+        extractor_name in INCEPTION_NAMES
+    ):  # After clean-fid's own names for its modes; the scales of all of them differ.
+        return f"{metric}{extractor_name.removeprefix('inception')}"
     return f"{prefix}_{extractor_name}"
 
 
@@ -86,7 +74,7 @@ def metric_names(metrics: Sequence[MetricName], extractor_names: Sequence[str]) 
     return list(dict.fromkeys(metric_name(metric, name) for name in extractor_names for metric in metrics))
 
 
-_BY_REPORTED_NAME = {metric_name(metric, name): METRICS[metric] for metric in METRICS for name in _EXTRACTORS}
+_BY_REPORTED_NAME = {metric_name(metric, name): METRICS[metric] for metric in METRICS for name in EXTRACTOR_NAMES}
 
 
 def higher_is_better(name: str) -> bool:

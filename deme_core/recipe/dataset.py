@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from deme_core.recipe.base import Precision, Probability, Spec
 
 DEFAULT_IMAGE_COLUMN = "image"
+_DIGITS_SIDE = 8
 
 
 class DatasetSpec(Spec):
@@ -67,6 +68,21 @@ class DatasetSpec(Spec):
     skip_broken: bool = Field(
         False, description="Leave out images that cannot be decoded; otherwise they are an error."
     )
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of the images: 1 or 3."""
+        return self.channels or (1 if self.source == "digits" else 3)
+
+    @property
+    def side(self) -> int:
+        """Pixels of a side of the images, which are square."""
+        return self.resolution or _DIGITS_SIDE
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether latents and embeddings are computed before the trainings, where the model has any."""
+        return self.crop == "center" and not self.stream if self.cache_latents is None else self.cache_latents
 
     @model_validator(mode="after")
     def _path_and_resolution(self) -> Self:

@@ -4,13 +4,11 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from deme_core.extractor_names import FIXED_SIDES, OF_ANY_RESOLUTION, ExtractorMode, ExtractorName, mode_name
 from deme_core.metrics import METRICS, MetricName, deciding_metric, metric_names, needs_prompts
 from deme_core.recipe.base import Precision, Spec
 from deme_core.recipe.dataset import DatasetSpec
 
-ExtractorName = Literal[
-    "inception", "efficientnet_lite0", "efficientnet_lite2", "dinov2_vitl14", "clip_vit_b_32", "pixels_4x4"
-]
 Sampler = Literal["ddim", "ddpm", "flow_match_euler"]
 
 
@@ -58,7 +56,7 @@ class EvaluateSpec(Spec):
         "features, too, and may guard a search (merge.search.guards).",
     )
     # Left out of a dump where it is the default: digests made before there were modes stay.
-    extractor_mode: Literal["clean", "legacy_pytorch", "legacy_tensorflow"] = Field(
+    extractor_mode: ExtractorMode = Field(
         "clean",
         exclude_if=lambda mode: bool(mode == "clean"),
         description="inception: network and resizing as clean-fid's mode of that name, to compare with older numbers.",
@@ -103,7 +101,7 @@ class EvaluateSpec(Spec):
     )
 
     @model_validator(mode="after")
-    def _distinct_seeds(self) -> Self:
+    def _fits_together(self) -> Self:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds must differ from one another")
         if self.extractor == "pixels_4x4" and self.extractor_weights is not None:
@@ -121,8 +119,10 @@ class EvaluateSpec(Spec):
             raise ValueError(f"eta is the noise of ddim, and {self.sampler} ignores it; leave it 0")
         if needs_prompts(self.metrics) and self.prompts is None:
             raise ValueError("clip_score needs prompts; set evaluate.prompts to a text file with one per line")
-        if self.extractor == "inception" and self.extractor_resolution not in (None, 299):
-            raise ValueError("extractor_resolution: inception is defined at 299 pixels only")
+        side = FIXED_SIDES.get(self.extractor)
+        if self.extractor not in OF_ANY_RESOLUTION and self.extractor_resolution not in (None, side):
+            defined = f"is defined at {side} pixels only" if side else "takes images as they are"
+            raise ValueError(f"extractor_resolution: {self.extractor} {defined}; leave it null")
         if self.extractor != "inception" and self.extractor_mode != "clean":
             raise ValueError(f"extractor_mode {self.extractor_mode} is a mode of inception, not of {self.extractor}")
         return self
@@ -130,7 +130,7 @@ class EvaluateSpec(Spec):
     @property
     def extractor_name(self) -> str:
         """The extractor together with its mode: what `load_extractor` loads and `metric_name` names scores after."""
-        return self.extractor if self.extractor_mode == "clean" else f"{self.extractor}_{self.extractor_mode}"
+        return mode_name(self.extractor_mode) if self.extractor == "inception" else self.extractor
 
     @property
     def extractor_names(self) -> tuple[str, ...]:

@@ -68,6 +68,10 @@ class Recipe(Spec):
             raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")
         return self
 
+    def num_control_steps(self, num_segments: int) -> int:
+        """Optimizer steps of the control: as many as all copies, and the distillation, take together."""
+        return self.finetune.num_steps * num_segments + (self.distill.num_steps if self.distill else 0)
+
     def check_search(self, num_blocks: int) -> None:
         """Raises an InputError if the search's budget or grid does not suit a model of so many blocks."""
         if self.merge.search is None or self.merge.method != "block_weights":

@@ -84,11 +84,16 @@ def search_weights(
 
 def max_candidates(spec: SearchSpec, *, num_weights: int, num_segments: int, is_control: bool = False) -> int:
     """Returns how many scores, rough and full, a search takes at the most."""
+    return sum(max_scores(spec, num_weights=num_weights, num_segments=num_segments, is_control=is_control))
+
+
+def max_scores(spec: SearchSpec, *, num_weights: int, num_segments: int, is_control: bool = False) -> tuple[int, int]:
+    """Returns how many rough scores and how many full ones a search takes at the most; arguments as of `search`."""
     if spec.strategy == "grid":
         values = control_values(spec.values, num_segments) if is_control else spec.values
         num_all = len(set(values)) ** num_weights + (0.0 not in values)
     else:
         num_all = spec.max_candidates
     if spec.few_steps is None:
-        return num_all
-    return num_all + max(2, math.ceil(spec.survivors * num_all)) + 1
+        return 0, num_all
+    return num_all, max(2, math.ceil(spec.survivors * num_all)) + 1

@@ -42,7 +42,6 @@ class Service:
         environment: all of its environment.
         check: raises unless the service is ready; called again and again while it starts.
         prepare: makes the files that it needs; called before it is started.
-        seconds_to_stop: how long it may take to leave.
     """
 
     name: str
@@ -51,7 +50,6 @@ class Service:
     environment: Mapping[str, str]
     check: Callable[[], None]
     prepare: Callable[[], None] = lambda: None
-    seconds_to_stop: float = 15.0
 
 
 @dataclass(frozen=True)
@@ -222,8 +220,6 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         # The default of ten seconds is felt at every start of a run.
         environment=layout.environment() | {"PREFECT_WORKER_QUERY_SECONDS": "1"},
         check=lambda: _find_worker(layout, pool, name, since),
-        # It passes the signal on to its flow runs, which say that they were stopped before they leave.
-        seconds_to_stop=30.0,
     )
 
 

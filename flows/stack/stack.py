@@ -147,6 +147,7 @@ class Stack:
             process = self._process(self._read(), name)
             if process is not None:
                 self._say(f"stopping {name}")
+                # A worker passes the signal on to its flow runs, which say that they were stopped before they leave.
                 stop_tree(process, seconds=30.0 if name.startswith("worker") else 15.0)
                 stopped.append(name)
             state = self._read()
@@ -182,7 +183,8 @@ class Stack:
         self._check_credentials(state)
         layout = Layout(self.home, state["ports"])
         built = [services.s3(layout), services.prefect(layout), services.mlflow(layout)]
-        built += [services.worker(layout, pool, since=time.time() - 120.0) for pool in ("deme-cpu", "deme-gpu")]
+        pools = (services.CPU_POOL, services.GPU_POOL)
+        built += [services.worker(layout, pool, since=time.time() - 120.0) for pool in pools]
         return {service.name: service.check for service in built}
 
     def _examine(self, state: dict[str, Any], name: str, check: Callable[[], None] | None) -> ServiceStatus:

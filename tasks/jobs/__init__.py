@@ -22,6 +22,7 @@ from tasks.jobs.training import (
     ImportJob,
     LatentsJob,
     PretrainJob,
+    pretrained_job,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "ReferenceJob",
     "ScoreJob",
     "SearchJob",
+    "pretrained_job",
 ]
 
 _TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, DistillJob)

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from deme_core.manifest import ArtifactRef
-from deme_core.recipe import DatasetSpec, DistillSpec, FinetuneSpec, TrainingSpec
+from deme_core.recipe import DatasetSpec, DistillSpec, FinetuneSpec, Recipe, TrainingSpec
 from tasks.jobs.base import Job
 
 PRETRAINED_STAGE = "pretrained"
@@ -48,6 +48,21 @@ class ImportJob(Job):
     source: str
     revision: str | None = None
     allow_pickle: bool = False
+
+
+def pretrained_job(recipe: Recipe) -> PretrainJob | ImportJob:
+    """Returns the job whose artifact is theta_0."""
+    source = recipe.pretrained
+    if source.source != "pretrain":
+        return ImportJob(source=source.source, revision=source.revision, allow_pickle=source.allow_pickle)
+    assert source.training is not None
+    return PretrainJob(
+        dataset=recipe.dataset,
+        unet=source.unet,
+        noise_scheduler=source.noise_scheduler,
+        training=source.training,
+        text_encoder=source.text_encoder,
+    )
 
 
 class LatentsJob(Job):

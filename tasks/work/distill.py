@@ -48,14 +48,13 @@ def run(job: DistillJob, context: JobContext, out: Path, digest: str) -> Work:
     tensors, metrics = yield from run_training(
         context,
         digest,
-        load_denoiser(folder),
-        folder.adapter(context.device),
-        context.training_images(job.dataset),
-        job.dataset,
-        job.distill,
-        plan,
-        Teacher([load_denoiser(context.open_model(expert)) for expert in job.experts], segments),
-        open_encodings(job, context),
+        model=load_denoiser(folder),
+        adapter=folder.adapter(context.device),
+        dataset=job.dataset,
+        spec=job.distill,
+        plan=plan,
+        teacher=Teacher([load_denoiser(context.open_model(expert)) for expert in job.experts], segments),
+        encodings=open_encodings(job, context),
     )
     write_like(out, folder, tensors=tensors)
     return metrics | {"weights_digest": describe_model(out)["weights_digest"]}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.encodings import distinct_captions, write_embeddings
+from deme_core.precision import DTYPES
 from tasks.jobs import EmbeddingsJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.encodings import DTYPES, encoder_settings
+from tasks.work.encodings import encoder_settings
 
 
 def identity(job: EmbeddingsJob, context: JobContext) -> Identity:

@@ -3,15 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.encodings import Embeddings, Latents, distinct_captions
 from deme_core.families import check_conditioned
 from tasks.jobs import DistillJob, EmbeddingsJob, FinetuneJob, LatentsJob
 from tasks.work.base import JobContext
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, eq=False)

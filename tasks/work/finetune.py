@@ -36,7 +36,6 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
     """Finetunes, and writes the EMA weights with their projections beside the stock tensors, or the LoRA adapter."""
     from tasks.work.training_run import run_training  # Seconds of imports, for what is not in the store alone.
 
-    images = context.training_images(job.dataset)
     folder = context.open_model(job.pretrained)
     model, lora = load_denoiser(folder), job.finetune.lora
     plan = TrainingPlan(
@@ -62,14 +61,13 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
     tensors, metrics = yield from run_training(
         context,
         digest,
-        model,
-        folder.adapter(context.device),
-        images,
-        job.dataset,
-        job.finetune,
-        plan,
-        teacher,
-        open_encodings(job, context),
+        model=model,
+        adapter=folder.adapter(context.device),
+        dataset=job.dataset,
+        spec=job.finetune,
+        plan=plan,
+        teacher=teacher,
+        encodings=open_encodings(job, context),
     )
     if lora is not None:
         write_lora_copy(out, folder, trained_factors(tensors, lora), copy_of=job.pretrained.digest)

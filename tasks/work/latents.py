@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from deme_core.encodings import write_latents
+from deme_core.precision import DTYPES
 from tasks.jobs import LatentsJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.encodings import DTYPES, encoder_settings
+from tasks.work.encodings import encoder_settings
 
 
 def identity(job: LatentsJob, context: JobContext) -> Identity:

@@ -52,9 +52,14 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
             num_steps=job.training.num_steps,
             seed=job.training.seed,
         )
-        model, adapter = load_denoiser(folder), folder.adapter(context.device)
         tensors, metrics = yield from run_training(
-            context, digest, model, adapter, images, job.dataset, job.training, plan
+            context,
+            digest,
+            model=load_denoiser(folder),
+            adapter=folder.adapter(context.device),
+            dataset=job.dataset,
+            spec=job.training,
+            plan=plan,
         )
         write_like(out, folder, tensors=tensors)
     return metrics | describe_model(out)

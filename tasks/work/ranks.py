@@ -48,11 +48,11 @@ def all_ranks(job: Job, digest: str, context: JobContext) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         point = Path(folder) / "meeting-point"
         order = {"job": type(job).__name__, "content": job.model_dump(mode="json"), "digest": digest}
-        others = [
-            _start(order | {"rank": rank, "meeting_point": str(point)}, context.device, lost, dismissed)
-            for rank in range(1, count)
-        ]
+        others: list[subprocess.Popen[str]] = []
         try:
+            for rank in range(1, count):
+                own = order | {"rank": rank, "meeting_point": str(point)}
+                others.append(_start(own, context.device, lost, dismissed))
             with join(Share(0, count), point, context.device):
                 yield
         except Exception as error:

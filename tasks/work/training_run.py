@@ -32,9 +32,9 @@ _MAX_DECODERS = 8
 def run_training(
     context: JobContext,
     digest: str,
+    *,
     model: nn.Module,
     adapter: Adapter,
-    images: ImageSubset,
     dataset: DatasetSpec,
     spec: TrainingSpec,
     plan: TrainingPlan,
@@ -43,41 +43,36 @@ def run_training(
 ) -> Generator[Record, None, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
     """Trains ``model`` to the end of ``plan``; yields progress records, returns EMA tensors and metrics.
 
+    Args:
+        context: of the job.
+        digest: of what is trained; its checkpoints are found by it.
+        model: where training begins, with what it trains attached; it is changed.
+        adapter: of the model's family.
+        dataset: the images, less those held out.
+        spec: how.
+        plan: on which timesteps, with which losses, for how long.
+        teacher: what the consistency loss, replay or a distillation asks for predictions.
+        encodings: the data set encoded; without them images and captions are encoded batch by batch.
+
     Raises:
         WorkerStoppedError: the process was told to leave; a checkpoint of that very step is in the store.
     """
+    images = context.training_images(dataset)
+    if images.num_skipped:
+        yield {"message": f"leaves out {images.num_skipped} images that cannot be decoded"}
+    settings: dict[str, Any] = {
+        "batch_size": spec.batch_size,
+        "seed": plan.seed,
+        "random_flip": dataset.random_flip,
+        "caption_dropout": dataset.caption_dropout,
+    }
 
     def batches(start_batch: int) -> Iterable[EncodedBatch]:
-        settings: dict[str, Any] = {
-            "batch_size": spec.batch_size,
-            "seed": plan.seed,
-            "random_flip": dataset.random_flip,
-            "caption_dropout": dataset.caption_dropout,
-            "start_batch": start_batch,
-        }
-        if encodings is not None:
-            return EncodedBatches(images, images.indices, encodings.latents, encodings.embeddings, adapter, **settings)
-        random_crop = dataset.crop == "random"
-        # Cores that wait for a GPU decode ahead; where they do the computing themselves there is nothing to gain.
-        decoders = min(torch.get_num_threads(), _MAX_DECODERS) if context.device == "cuda" else 0
-        return (
-            encode_batch(
-                adapter,
-                batch.clean_images,
-                captions=batch.captions,
-                labels=batch.labels,
-                original_sizes=batch.original_sizes,
-                crop_top_lefts=batch.crop_top_lefts,
-                target_sizes=batch.target_sizes,
-            )
-            for batch in TrainingBatches(
-                images,
-                random_crop=random_crop,
-                num_workers=decoders,
-                kept=_kept(context, images, random_crop),
-                **settings,
-            )
-        )
+        if encodings is None:
+            random_crop = dataset.crop == "random"
+            return _encoded_here(context, images, adapter, random_crop, start_batch=start_batch, **settings)
+        latents, embeddings = encodings.latents, encodings.embeddings
+        return EncodedBatches(images, images.indices, latents, embeddings, adapter, start_batch=start_batch, **settings)
 
     training = Training(
         model,
@@ -103,6 +98,17 @@ def run_training(
         if stopped:
             raise WorkerStoppedError(plan.label, progress.global_step)
     return training.averaged_tensors(), {"history": history, "timestep_histogram": _histogram(training.timestep_counts)}
+
+
+def _encoded_here(
+    context: JobContext, images: ImageSubset, adapter: Adapter, random_crop: bool, **settings: Any
+) -> Iterator[EncodedBatch]:
+    """Yields batches that are encoded as they come, from the frozen parts of the model."""
+    # Cores that wait for a GPU decode ahead; where they do the computing themselves there is nothing to gain.
+    decoders = min(torch.get_num_threads(), _MAX_DECODERS) if context.device == "cuda" else 0
+    kept = _kept(context, images, random_crop)
+    for batch in TrainingBatches(images, random_crop=random_crop, num_workers=decoders, kept=kept, **settings):
+        yield encode_batch(adapter, batch.clean_images, captions=batch.captions, labels=batch.labels, sizes=batch.sizes)
 
 
 def _kept(context: JobContext, images: ImageSubset, random_crop: bool) -> CropsInMemory | None:

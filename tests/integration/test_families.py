@@ -15,6 +15,7 @@ from deme_core.errors import InputError, ModelFolderError
 from deme_core.families import FAMILIES, Adapter, encode_batch
 from deme_core.families.adapter import NO_LABEL
 from deme_core.generate import Sampling, SingleModel, generate, initial_noise
+from deme_core.images.training_batch import CropSizes
 from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from deme_core.projection import attach_projections, fold_projections, is_projection
 from deme_core.prompts import Prompts
@@ -311,17 +312,6 @@ def test_images_of_another_size_are_refused(folders: Folders) -> None:
         adapter.encode_images(tiny_images(1))
 
 
-def test_released_parts_are_loaded_again(folders: Folders) -> None:
-    adapter = folders("PixArtAlphaPipeline").adapter()
-    assert "vae" not in vars(adapter)
-    before = adapter.encode_prompts(["a cat"])["encoder_hidden_states"]
-    adapter.encode_images(tiny_images(1, size=16, channels=3))
-    assert {"vae", "_text_pipeline"} <= vars(adapter).keys()
-    adapter.release()
-    assert not {"vae", "_text_pipeline"} & vars(adapter).keys()
-    assert adapter.encode_prompts(["a cat"])["encoder_hidden_states"].equal(before)
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @every_pipeline
@@ -357,12 +347,8 @@ def test_the_label_dropout_of_the_model_itself_is_off_while_it_is_trained(folder
 
 def test_sdxl_is_told_the_sizes_it_is_given(folders: Folders) -> None:
     adapter = folders("StableDiffusionXLPipeline").adapter()
-    given = {
-        "original_sizes": torch.tensor([[480, 640]]),
-        "crop_top_lefts": torch.tensor([[0, 80]]),
-        "target_sizes": torch.tensor([[16, 16]]),
-    }
-    assert adapter.encode_sizes(1, **given)["time_ids"].tolist() == [[480, 640, 0, 80, 16, 16]]
+    given = CropSizes(*(torch.tensor([pair]) for pair in ([480, 640], [0, 80], [16, 16])))
+    assert adapter.encode_sizes(1, given)["time_ids"].tolist() == [[480, 640, 0, 80, 16, 16]]
     assert adapter.encode_sizes(2)["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 

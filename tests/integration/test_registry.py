@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
@@ -138,3 +139,16 @@ def test_a_recipe_whose_experiment_was_deleted_runs_again(settings: Settings) ->
     Tracker(settings, experiment="tidy", run_name="second", flow_run_id="flow")
     assert client.get_experiment_by_name("tidy").lifecycle_stage == "active"
     assert len(client.search_runs([found.experiment_id])) == 2
+
+
+def test_a_champion_that_cannot_be_looked_up_is_not_replaced(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def be_locked(*_: Any) -> None:
+        raise MlflowException("database is locked", error_code=TEMPORARILY_UNAVAILABLE)
+
+    register(settings, report("locked", "a"), RowScores([3.0, 3.1, 3.2]), source=tmp_path.as_uri(), metric=METRIC)
+    monkeypatch.setattr(MlflowClient, "get_model_version_by_alias", be_locked)
+    with pytest.raises(MlflowException, match="locked"):
+        register(settings, report("locked", "b"), RowScores([9.0, 9.1, 9.2]), source=tmp_path.as_uri(), metric=METRIC)
+    assert champion(settings, "deme-locked") == "1"

@@ -123,3 +123,14 @@ def test_a_killed_download_is_swept(tmp_path: Path) -> None:
         path.write_bytes(b"")
     artifacts.sweep(ANY_AGE)
     assert not half.exists() and whole.exists()
+
+
+def test_a_malformed_manifest_keeps_no_other_artifact_from_being_swept(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(FileStore(tmp_path / "store"), tmp_path / "cache")
+    upload = f"upload-{'0' * 32}/a"
+    for key in (f"merged/bad/{upload}", f"merged/killed/{upload}"):
+        artifacts.store.put_bytes(key, b"half")
+    artifacts.store.put_bytes("merged/bad/manifest.json", b"{}")
+    assert artifacts.sweep(ANY_AGE) == 1
+    assert artifacts.store.exists(f"merged/bad/{upload}")
+    assert not artifacts.store.exists(f"merged/killed/{upload}")

@@ -216,10 +216,10 @@ def test_batches_pair_images_with_captions_and_labels(
     label_of_size = {dataset.resized(index).original_size: dataset.labels[index] for index in range(5)}
     for batch in first(5, dataset, random_crop=random_crop, num_workers=num_workers):
         assert (len(batch), batch.clean_images.shape) == (4, (4, 3, 16, 16))
-        assert batch.original_sizes is not None
+        assert batch.sizes is not None
         assert batch.labels is not None
         assert batch.labels.dtype == torch.int64
-        assert batch.labels.tolist() == [label_of_size[tuple(size)] for size in batch.original_sizes.tolist()]
+        assert batch.labels.tolist() == [label_of_size[tuple(size)] for size in batch.sizes.original_sizes.tolist()]
         assert batch.captions == tuple(("cat", "dog", "frog")[label] for label in batch.labels.tolist())
 
 
@@ -229,7 +229,8 @@ def test_sizes_say_where_in_the_mirrored_or_plain_image_the_square_lies(folder: 
     num_mirrored = 0
     for random_crop in (False, True):
         for batch in first(8, dataset, random_crop=random_crop, random_flip=True):
-            sizes = (batch.original_sizes, batch.crop_top_lefts, batch.target_sizes)
+            assert batch.sizes is not None
+            sizes = (batch.sizes.original_sizes, batch.sizes.crop_top_lefts, batch.sizes.target_sizes)
             for image, *(size, corner, target) in zip(batch.clean_images, *sizes, strict=True):
                 assert target.tolist() == [16, 16]
                 resized = by_size[tuple(size.tolist())].float() / 127.5 - 1

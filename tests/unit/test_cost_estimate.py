@@ -65,12 +65,18 @@ def test_images_cost_a_pass_per_step_and_two_with_guidance() -> None:
 
 
 @pytest.mark.parametrize(
-    ("search", "candidates"),
-    [({"max_candidates": 6}, 12), ({"strategy": "grid", "values": [0.0, 0.5]}, 2**3 + 2)],
+    ("search", "passes"),
+    [
+        ({"max_candidates": 6}, 2 * 6 * 5),
+        # The grid of the control reaches further: 0, 0.5, 1, 1.5.
+        ({"strategy": "grid", "values": [0.0, 0.5]}, (2**3 + 4) * 5),
+        # All of 6 in 2 steps, and in full the better half and theta_0.
+        ({"max_candidates": 6, "few_steps": 2, "survivors": 0.5}, 2 * (6 * 2 + (3 + 1) * 5)),
+    ],
 )
-def test_searches_cost_all_their_candidates(search: dict[str, Any], candidates: int) -> None:
+def test_searches_cost_all_their_candidates(search: dict[str, Any], passes: int) -> None:
     settings = {"weights": None, "search": search | {"num_images": 20, "seeds": [7, 8]}}
-    assert cost(merge=settings).search_flops == candidates * 2 * 20 * 5 * 1000
+    assert cost(merge=settings).search_flops == passes * 2 * 20 * 1000
 
 
 def test_memory_is_weights_gradients_moments_average_and_the_frozen_model() -> None:

@@ -70,9 +70,7 @@ def from_images(adapter: Adapter, training: ImageSubset, **settings: Any) -> Ite
             batch.clean_images,
             captions=batch.captions,
             labels=batch.labels,
-            original_sizes=batch.original_sizes,
-            crop_top_lefts=batch.crop_top_lefts,
-            target_sizes=batch.target_sizes,
+            sizes=batch.sizes,
         )
         assert FROZEN_PARTS & vars(adapter).keys()
         yield encoded

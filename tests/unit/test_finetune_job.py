@@ -43,8 +43,8 @@ class Planner:
             num_steps=3,
         )
 
-        def begin(*arguments: Any) -> None:
-            raise Planned(next(each for each in arguments if isinstance(each, TrainingPlan)))
+        def begin(*_: Any, plan: TrainingPlan, **__: Any) -> None:
+            raise Planned(plan)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Planned) as planned:
             patch.setattr(training_run, "run_training", begin)

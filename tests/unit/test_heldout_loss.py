@@ -37,8 +37,8 @@ class Constant(torch.nn.Module):
         self.value = value
         self.seen: list[torch.Tensor] = []
 
-    def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> Any:
-        self.seen.append(timesteps)
+    def forward(self, noisy: torch.Tensor, timestep: torch.Tensor) -> Any:
+        self.seen.append(timestep)
         return type("Output", (), {"sample": torch.full_like(noisy, self.value)})
 
 

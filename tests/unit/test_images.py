@@ -72,7 +72,7 @@ def test_digits_are_scaled_from_sixteen_levels(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
     dataset = load_images(DatasetSpec(source="digits"), cache=tmp_path)
-    assert (len(dataset), dataset.num_images, dataset.channels, dataset.resolution) == (1797, 1797, 1, 8)
+    assert (len(dataset), dataset.channels, dataset.resolution) == (1797, 1, 8)
     expected = torch.tensor(load_digits().images).mul(255 / 16).round().to(torch.uint8)
     assert torch.equal(pixels_of(dataset), expected[:, None])
 

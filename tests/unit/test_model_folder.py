@@ -340,18 +340,6 @@ def test_an_expert_loads_folded(tmp_path: Path) -> None:
     torch.testing.assert_close(predict(loaded.eval()), predict(expert), atol=1e-5, rtol=1e-5)
 
 
-def test_an_expert_loads_with_its_projections_if_asked(tmp_path: Path) -> None:
-    expert = expert_with_projections()
-    loaded = load_denoiser(open_model_folder(write_tiny_folder(tmp_path, expert)), keep_projections=True)
-    assert tensor_infos(loaded.state_dict()) == tensor_infos(expert.state_dict())
-    assert predict(loaded.eval()).equal(predict(expert))
-
-
-def test_projections_that_are_not_there_cannot_be_kept(folder: Path) -> None:
-    with pytest.raises(ModelFolderError, match=r"missing tensors: .*channel_projection"):
-        load_denoiser(open_model_folder(folder), keep_projections=True)
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_loads_as_float32(folder: Path, dtype: torch.dtype) -> None:
     half = tiny_unet().to(dtype).state_dict()

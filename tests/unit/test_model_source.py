@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from deme_core.errors import StoreUnavailableError
+from deme_core.errors import ModelFolderError, StoreUnavailableError
 from deme_core.model_source import fetch_source
 from tests.http_server import serving, url_of
 from tests.tiny_models import one_level_unet, write_tiny_folder
@@ -79,3 +79,17 @@ def test_a_model_of_the_hub_that_the_disk_cannot_hold_is_not_begun(hub: type[Hub
     with pytest.raises(StoreUnavailableError, match=r"hf \(1000000000\.0 GB are needed.*HF_HOME"):
         fetch_source("a/model", revision=None, cache=tmp_path / "cache")
     assert hub.got == []
+
+
+def test_an_error_without_a_text_is_told_by_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def be_slow(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.model_info", be_slow)
+    with pytest.raises(ModelFolderError, match=r"could not be had from the hub \(TimeoutError: TimeoutError\)"):
+        fetch_source("a/model", revision=None, cache=tmp_path / "cache")
+
+
+def test_a_wrong_address_is_told_as_the_recipe_calls_it(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError, match=r"pretrained\.source is no object-store URI"):
+        fetch_source("https://example.org/a/model", revision=None, cache=tmp_path / "cache")

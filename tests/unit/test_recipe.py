@@ -142,6 +142,13 @@ def test_an_evaluation_is_of_something_that_is_defined(change: dict[str, Any]) -
     assert recipe(evaluate={"num_images": 10, "extractor": "efficientnet_lite0", "extractor_resolution": 64})
 
 
+@pytest.mark.parametrize(("extractor", "side"), [("dinov2_vitl14", 224), ("clip_vit_b_32", 224), ("pixels_4x4", None)])
+def test_an_extractor_takes_no_resolution_but_its_own(extractor: str, side: int | None) -> None:
+    with pytest.raises(ValidationError, match=rf"extractor_resolution: {extractor} .*; leave it null"):
+        recipe(evaluate={"num_images": 10, "extractor": extractor, "extractor_resolution": 64})
+    assert recipe(evaluate={"num_images": 10, "extractor": extractor, "extractor_resolution": side})
+
+
 @pytest.mark.parametrize("metrics", [["clip_score"], ["fid", "clip_score"]])
 def test_a_metric_that_needs_prompts_is_refused_without(metrics: list[str]) -> None:
     with pytest.raises(ValidationError, match=r"clip_score needs prompts; set evaluate\.prompts to"):

@@ -1,9 +1,13 @@
-"""The Prefect tasks of stages: what they try again."""
+"""The Prefect tasks of stages: what they try again, and what theta_0 is."""
+
+import json
 
 import pytest
 from prefect.states import Completed, Failed
 
 from deme_core.errors import DemeError, InputError, NoAnswerError, StoreUnavailableError, WorkerDiedError
+from deme_core.recipe_file import load_recipe
+from tasks.jobs import ImportJob, PretrainJob, pretrained_job
 from tasks.stages import _is_passing, _is_store_away
 
 
@@ -27,3 +31,19 @@ def test_only_what_may_pass_by_itself_is_tried_again(error: Exception, is_passin
 
 def test_what_succeeded_is_not_tried_again() -> None:
     assert not _is_passing(None, None, Completed(data=1))
+
+
+def test_a_model_is_pretrained_as_all_of_its_recipe_says() -> None:
+    recipe = load_recipe("cifar10_text_tiny", ["dataset.path=/images"])
+    job = pretrained_job(recipe)
+    assert isinstance(job, PretrainJob)
+    assert recipe.pretrained.text_encoder
+    asked = recipe.pretrained.model_dump(include={"unet", "noise_scheduler", "training", "text_encoder"})
+    assert job.model_dump(include=set(asked)) == asked
+
+
+def test_a_model_that_is_there_is_imported_as_the_recipe_says() -> None:
+    source = {"source": "a/model", "revision": "v1", "allow_pickle": True}
+    job = pretrained_job(load_recipe("digits", [f"pretrained={json.dumps(source)}"]))
+    assert isinstance(job, ImportJob)
+    assert job.model_dump() == source

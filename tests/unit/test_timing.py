@@ -1,11 +1,12 @@
 """What each stage of a run cost."""
 
 import time
+from typing import get_args
 
 import pytest
 
 from deme_core.manifest import ArtifactRef
-from deme_core.recipe import EvaluateSpec, MethodSpec
+from deme_core.recipe import EvaluateSpec, ExecutionSpec, MethodSpec
 from tasks.jobs import JOBS, GeneratedFeaturesJob, GeneratedImages, Job, JobResult, MergeJob, ScoreJob
 from tasks.timing import LABELS, Timing
 
@@ -21,6 +22,11 @@ MERGE = MergeJob(**MERGING)
 
 def test_every_stage_has_a_name_for_people() -> None:
     assert {job.stage for job in JOBS.values()} == LABELS.keys()
+
+
+def test_every_stage_that_computes_may_need_a_gpu() -> None:
+    stage, _ = get_args(ExecutionSpec.model_fields["gpu_stages"].annotation)
+    assert {job.stage for job in JOBS.values()} - {"problem"} == set(get_args(stage))
 
 
 def add(timing: Timing, job: Job, seconds: float, *, cached: bool = False) -> None:
