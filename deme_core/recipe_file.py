@@ -167,7 +167,11 @@ def _sentence(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{key} is missing"
     message = details["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]} (got {details['input']!r})" if location else message
+    sentence = f"{key}: {message[0].lower()}{message[1:]}"
+    if not location:
+        return message
+    # A whole section would bury what is said of it.
+    return sentence if isinstance(details["input"], dict | list) else f"{sentence} (got {details['input']!r})"
 
 
 def what_was_meant(name: str, known: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, cast, get_args
 from rich.console import Console
 from rich.progress import track
 
-from deme_core.artifacts import ArtifactStore
+from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.errors import InputError
 from deme_core.local_files import local_errors
 from deme_core.manifest import ArtifactRef
@@ -26,7 +26,7 @@ def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
     """Writes the merged or distilled model of a run, by default the newest that has one, into ``out``."""
     artifacts, ref = _find_model(run, row)
     with new_folder(out) as folder:
-        shutil.copytree(artifacts.fetch(ref), folder, dirs_exist_ok=True)
+        shutil.copytree(fetch_or_withdraw(artifacts, ref), folder, dirs_exist_ok=True)
     return out
 
 

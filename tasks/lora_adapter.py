@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from deme_core.artifacts import ArtifactStore
+from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.errors import ArtifactNotFoundError, InputError
 from deme_core.lora import LORA_NAME, LoraFactors, sum_adapters, truncate, truncate_difference, write_factors
 from deme_core.manifest import ArtifactRef, Manifest
@@ -66,7 +66,7 @@ def write_merged_adapter(artifacts: ArtifactStore, merged: ArtifactRef, rank: in
         found = truncate(factors, rank) if rank else None
     else:
         assert rank is not None
-        found = truncate_difference(_differences(base, artifacts.fetch(merged), adapters[0]), rank)
+        found = truncate_difference(_differences(base, fetch_or_withdraw(artifacts, merged), adapters[0]), rank)
     factors = found.factors if found else factors
     digest = weights_digest(base)
     write_factors(out / LORA_NAME, factors, part=base.index.family.denoiser_part, base_digest=digest)
@@ -95,7 +95,7 @@ def _open(artifacts: ArtifactStore, stage: str, digest: str) -> ModelFolder:
     ref = artifacts.find(stage, digest)
     if ref is None:
         raise ArtifactNotFoundError(f"The model {stage}/{digest}, which was merged, is not in the store.")
-    return open_model_folder(artifacts.fetch(ref))
+    return open_model_folder(fetch_or_withdraw(artifacts, ref))
 
 
 def _check_takes_lora(base: ModelFolder) -> None:

@@ -6,7 +6,7 @@ Prefect is not imported here: `deme report` answers at once.
 import tempfile
 from pathlib import Path
 
-from deme_core.artifacts import ArtifactStore
+from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.local_files import local_errors, temporary_beside
 from deme_core.manifest import ArtifactRef
 from deme_core.settings import Settings
@@ -50,4 +50,4 @@ def _fetch(settings: Settings, run_id: str, uri: str, path: Path) -> None:
 def _from_store(settings: Settings, uri: str) -> Path:
     store_uri, _, digest = uri.rpartition(f"/{STAGE}/")
     artifacts = ArtifactStore(open_store(store_uri), settings.cache_folder)
-    return artifacts.fetch(ArtifactRef(uri, digest)) / PAGE
+    return fetch_or_withdraw(artifacts, ArtifactRef(uri, digest)) / PAGE

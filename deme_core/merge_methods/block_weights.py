@@ -1,4 +1,6 @@
-"""Task arithmetic with one weight per expert and per block of the network.
+"""Task arithmetic with one weight per expert and block of the network.
+
+By layer these are the weights of AdaMerging (Yang et al., ICLR 2024, arXiv 2310.02575), which finds them by entropy.
 
 The blocks of a diffusers UNet are its resolutions: ``level k`` is down block k and the up block of the same
 resolution, ``mid`` the mid block. Those of a transformer are quarters of its depth, ``depth 0`` to ``depth 3``; FLUX's
@@ -55,8 +57,7 @@ def transformer_depth(names: Iterable[str]) -> tuple[int, int]:
 
 def block_names(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the blocks that the tensors called ``names`` belong to, sorted."""
-    names = list(names)
-    levels, depth = num_levels(names), transformer_depth(names)
+    levels, depth = num_levels(names := list(names)), transformer_depth(names)
     return tuple(sorted({block_of(name, num_levels=levels, depth=depth) for name in names}))
 
 
@@ -84,9 +85,7 @@ class BlockWeights:
     def __post_init__(self) -> None:
         for row in self.weights:
             if len(row) != len(self.blocks):
-                raise InputError(
-                    f"{len(row)} merge weights were given for {len(self.blocks)} blocks; give one for each."
-                )
+                raise InputError(f"{len(row)} merge weights were given for {len(self.blocks)} blocks; give as many.")
         if not any(self.depth) and any(block.startswith("depth ") for block in self.blocks):
             raise InputError("The blocks are those of a transformer, so give the numbers of its transformer blocks.")
 

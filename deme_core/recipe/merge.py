@@ -77,6 +77,8 @@ class SearchSpec(Spec):
                 f"each take {num_weights + 1}"
             )
         size = len(set(self.values)) ** num_weights
+        if set(self.values) == {0.0}:
+            return "a grid of the value 0 alone has theta_0 and no merge; give more values"
         if size <= _LARGEST_GRID:
             return None
         return (

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from deme_core.artifacts import ArtifactStore
+from deme_core.errors import DamagedArtifactError
 from deme_core.lora import LoraFactors
 from deme_core.model_folder import open_model_folder
 from deme_core.model_folder_writer import write_lora_copy
+from deme_core.store import open_store
 from flows.cli import main
+from flows.model_commands import export_model
 from tests.family_method import two_classes
 from tests.tiny_pipelines import save_pipeline
 
@@ -127,6 +132,23 @@ def test_what_an_export_gets_wrong(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert refused(monkeypatch, capsys, "export", *arguments, "--out", "out") == message
+
+
+def test_a_damaged_merged_model_is_made_anew_by_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifacts = ArtifactStore(open_store((tmp_path / "store").as_uri()), tmp_path / "cache")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "weights").write_bytes(b"sound")
+    ref = artifacts.publish("merged", "d" * 64, tmp_path / "made", settings={}, inputs={})
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    monkeypatch.setattr("tasks.tracked_runs.find_tag", lambda *_: ref.uri)
+    export_model(None, tmp_path / "out")
+    shutil.rmtree(tmp_path / "cache")
+    (file,) = (tmp_path / "store").rglob("weights")
+    file.write_bytes(b"souud")
+    with pytest.raises(DamagedArtifactError, match="it was taken out of the store: run again, which makes it anew"):
+        export_model(None, tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+    assert artifacts.find("merged", "d" * 64) is None
 
 
 def test_captions_that_are_missing_and_segments_out_of_range_of_a_model_from_elsewhere(

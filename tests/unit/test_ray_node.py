@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from deme_core.errors import InputError
-from deme_core.recipe import ExecutionSpec
+from deme_core.manifest import ArtifactRef
+from deme_core.recipe import DatasetSpec, ExecutionSpec, MethodSpec, TrainingSpec
 from deme_core.settings import Settings
 from deme_core.store import open_store
+from tasks.jobs import MergeJob, PretrainJob
 from tasks.ray_node import Mailbox, SentEnvironment
 from tasks.ray_pool import RayPool, cluster_address
 
@@ -113,3 +115,28 @@ def test_a_busy_head_is_asked_again(tmp_path: Path, failures: list[str], joins: 
     with contextlib.nullcontext() if joins else refused, pool._joined(build) as runner:
         assert runner == "runner"
     assert len(attempts) == num_attempts
+
+
+@pytest.mark.parametrize(
+    ("device", "has_gpus", "processes", "gpus"),
+    [
+        ("auto", True, 1, 1),
+        ("auto", True, 2, 2),
+        ("auto", False, 2, None),
+        ("cuda", False, 1, 1),
+        ("cpu", True, 1, None),
+    ],
+)
+def test_a_training_reserves_a_gpu_for_each_of_its_processes(
+    device: str, has_gpus: bool, processes: int, gpus: int | None, tmp_path: Path
+) -> None:
+    execution = ExecutionSpec.model_validate({"runner": "ray", "device": device, "cpus_per_job": 3})
+    pool = RayPool(execution, Settings(), open_store(tmp_path.as_uri()))
+    pool._has_gpus = has_gpus
+    training = TrainingSpec(num_steps=1, num_processes=processes)
+    dataset = DatasetSpec(source="digits")
+    reserved = pool._reservation(PretrainJob(dataset=dataset, unet={}, noise_scheduler={}, training=training))
+    assert (reserved["num_cpus"], reserved.get("num_gpus")) == (3 * processes, gpus)
+    model = ArtifactRef("file:///store/pretrained/a", "a")
+    merge = MergeJob(pretrained=model, experts=(model,), method=MethodSpec(), weights=(1.0,))
+    assert "num_gpus" not in pool._reservation(merge), "what is no stage of execution.gpu_stages takes none"

@@ -183,6 +183,8 @@ def test_a_search_that_cannot_end_or_see_is_refused() -> None:
     assert recipe(segments={"count": 6}, merge={"search": grid})
     with pytest.raises(ValidationError, match="5 values has 78,125 combinations of 7 weights"):
         recipe(segments={"count": 7}, merge={"search": grid})
+    with pytest.raises(ValidationError, match="a grid of the value 0 alone has theta_0 and no merge"):
+        recipe(merge={"search": grid | {"values": [0.0, 0.0]}})
     with pytest.raises(ValidationError, match="same images twice"):
         recipe(merge={"search": {"seeds": [1001, 1001]}})
     evaluate = {"num_images": 10, "num_inference_steps": 20}
