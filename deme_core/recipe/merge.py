@@ -31,13 +31,13 @@ class SearchSpec(Spec):
     max_weight: float = Field(
         2.0,
         gt=0,
-        description="quadratic, tpe, cma_es, gp: no weight is tried beyond it; no scale of the control beyond it or 2.",
+        description="quadratic, tpe, cma_es, gp: upper bound of each weight; the control's scale may always reach 2.",
     )
     min_weight: float = Field(
         0.0,
         le=0,
-        description="tpe, cma_es, gp: no weight is tried below it; no scale of the control below 0. A weight below 0 "
-        "subtracts what a copy learnt.",
+        description="tpe, cma_es, gp: lower bound of each weight, for the control 0. A weight below 0 subtracts what a "
+        "copy learnt.",
     )
     few_steps: int | None = Field(
         None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."
@@ -54,8 +54,8 @@ class SearchSpec(Spec):
         (),
         exclude_if=lambda guards: not guards,
         description="Scores, by the names that they are reported under, that shall not become worse than the "
-        "pretrained model's, such as fd_pixels_4x4: by how many per cent one does, the candidate's score counts as "
-        "worse by as many.",
+        "pretrained model's, such as fd_pixels_4x4. One that is 5 % worse makes the candidate's score count as 5 % "
+        "worse.",
     )
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."

@@ -34,5 +34,7 @@ class PretrainedSpec(Spec):
         if self.source != "pretrain" and (
             self.training or self.unet or self.noise_scheduler or self.text_encoder is not None
         ):
-            raise ValueError("training, unet, noise_scheduler and text_encoder apply to source 'pretrain' only")
+            raise ValueError(
+                "training, unet, noise_scheduler and text_encoder apply to source 'pretrain' only; leave them out"
+            )
         return self

@@ -16,11 +16,15 @@ import pytest
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.manifest import ArtifactRef
-from deme_core.recipe import EvaluateSpec, MethodSpec
+from deme_core.recipe import DistillSpec, EvaluateSpec, MethodSpec, RegMeanSpec
 from tasks.jobs import (
+    ConfineJob,
+    DistillJob,
+    EmbeddingsJob,
     EvaluateJob,
     GeneratedFeaturesJob,
     GeneratedImages,
+    GramsJob,
     HeldoutJob,
     ImportJob,
     Job,
@@ -74,8 +78,8 @@ def _import_models(context: JobContext, folder: Path) -> tuple[JobResult, JobRes
     return pixels, latents
 
 
-def _measure_all(context: JobContext, folder: Path) -> None:
-    """Does the stages that train nothing: features, reference, scores, held-out loss, a search's candidate, latents."""
+def _do_the_rest(context: JobContext, folder: Path) -> None:
+    """Does every stage that `run_all` does not, as a distillation of one expert."""
     pixels, latents = _import_models(context, folder)
 
     def do(job: Job) -> ArtifactRef:
@@ -92,6 +96,13 @@ def _measure_all(context: JobContext, folder: Path) -> None:
     do(ScoreJob(label="candidate", **merge, **sampling, weights=(0.5,), reference=reference))
     captioned = DATASET.model_copy(update={"resolution": 16, "channels": 3, "caption_template": "a {label}"})
     do(LatentsJob(pretrained=latents.ref, dataset=captioned, low=0, high=40))
+    do(EmbeddingsJob(pretrained=latents.ref, dataset=captioned, low=0, high=40))
+    spec, everything = RegMeanSpec(num_images=8), (0, 1000)
+    grams = do(GramsJob(expert=pixels.ref, dataset=DATASET, low=0, high=1000, spec=spec))
+    do(ConfineJob(pretrained=pixels.ref, expert=pixels.ref, grams=(grams,), index=0, spec=spec))
+    training = DistillSpec(num_steps=5, batch_size=4, learning_rate=1e-3, checkpoint_every=3)
+    models: dict[str, Any] = {"pretrained": pixels.ref, "merged": pixels.ref, "experts": (pixels.ref,)}
+    do(DistillJob(label="distilled", **models, segment_edges=everything, dataset=DATASET, distill=training))
 
 
 def _die_at(number: int, home: Path) -> None:
@@ -144,20 +155,21 @@ def test_killed_at_every_change_of_the_file_system(undisturbed: ArtifactStore, t
     assert len(reached) == 4 and sum(reached) > 100
 
 
-def test_stages_that_train_nothing_are_killed_at_every_change_of_the_file_system(tmp_path: Path) -> None:
+@pytest.mark.timeout(1200)
+def test_the_other_stages_are_killed_at_every_change_of_the_file_system(tmp_path: Path) -> None:
     models, undisturbed = tmp_path / "models", make_context(tmp_path / "undisturbed")
-    _measure_all(undisturbed, models)
+    _do_the_rest(undisturbed, models)
     home = tmp_path / "killed"
     _import_models(make_context(home), models)
 
     def run(number: int) -> None:
         _die_at(number, home)
-        _measure_all(make_context(home), models)
+        _do_the_rest(make_context(home), models)
 
     reached = _attempt_until_done(
         lambda number: in_child(lambda: run(number)), make_context(home).artifacts, undisturbed.artifacts
     )
-    assert len(reached) == 1 + 7 and sum(reached) > 100
+    assert len(reached) == 1 + 11 and sum(reached) > 100
 
 
 def test_killed_at_every_request_to_the_object_store(

@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,23 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from deme_core.artifacts import ArtifactStore
 from deme_core.settings import Settings
+from deme_core.store import open_store
 from flows.stack.processes import stop_tree
 from tasks import patient_client, training_log
 from tasks.databases import start_from_copy
 from tasks.tracking import Tracker
 from tasks.training_log import TrainingLog
 from tasks.work.base import execute
+from tests.e2e.command_line import CommandLine
+from tests.e2e.conftest import WriteRecipe, write_recipe
 from tests.e2e.waiting import wait_for
 from tests.fault_proxy import FaultProxy
 from tests.integration.conftest import free_ports
 from tests.small_run import contents, finetune_job, make_context, pretrain_job
+
+__all__ = ["write_recipe"]
 
 pytestmark = pytest.mark.timeout(280)
 NAMES = ("loss/diffusion", "loss/consistency", "lr", "grad_norm", "images_per_sec", "gpu_memory_gb")
@@ -125,6 +133,53 @@ def test_a_training_goes_on_and_its_metrics_arrive_once(
         _check(server, run_id, result.metrics["history"])
         tracker.finish(run_id)
     assert f"finetune/{result.ref.digest}" in contents(context.artifacts)
+
+
+@dataclass(frozen=True)
+class TrackedCommandLine(CommandLine):
+    """The ``deme`` command, with its runs on an MLflow server."""
+
+    server: str = ""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return super().environment | {"MLFLOW_TRACKING_URI": self.server}
+
+
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_through_a_minute_without_mlflow(
+    server: Server, write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    steps = {"num_steps": 2500, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10_000}
+    recipe = write_recipe(name="minute", finetune=steps)
+    run = TrackedCommandLine(tmp_path, server=server.url).start("run", recipe)
+    try:
+        wait_for(lambda: _child_runs(server, "minute", "finetune/all"), timeout_sec=200)
+        (control,) = _child_runs(server, "minute", "finetune/all")
+        wait_for(lambda: _history(server, control)["lr"])
+        server.kill()
+        time.sleep(60)
+        server.start()
+        assert run.wait(timeout=600) == 0
+    finally:
+        run.kill()
+        run.wait()
+    artifacts = ArtifactStore(open_store((tmp_path / "store").as_uri()), tmp_path / "cache")
+    histories = [artifacts.manifest(ref).metrics["history"] for ref in artifacts.list_refs("finetune")]
+    (expected,) = [history for history in histories if history[-1]["global_step"] == 2 * steps["num_steps"]]
+    _check(server, control, expected)
+    client = MlflowClient(server.url)
+    times = sorted(metric.timestamp for metric in client.get_metric_history(control, "lr"))
+    assert max(after - before for before, after in pairwise(times)) < 30_000, "the training waited for MLflow"
+    found = client.search_runs([client.get_experiment_by_name("minute").experiment_id])
+    assert {each.info.status for each in found} == {"FINISHED"}
+
+
+def _child_runs(server: Server, experiment: str, name: str) -> list[str]:
+    client = MlflowClient(server.url)
+    if (found := client.get_experiment_by_name(experiment)) is None:
+        return []
+    return [run.info.run_id for run in client.search_runs([found.experiment_id]) if run.info.run_name == name]
 
 
 @pytest.mark.parametrize("kind", ["lost answer", "cut", "InternalError", "ServiceUnavailable"])

