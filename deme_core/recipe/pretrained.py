@@ -7,6 +7,9 @@ from pydantic import Field, model_validator
 from deme_core.recipe.base import Spec
 from deme_core.recipe.training import TrainingSpec
 
+# Of both UNets of diffusers.
+_DEFAULT_CHANNELS = range(4)
+
 
 class PretrainedSpec(Spec):
     """Where the pretrained model comes from."""
@@ -26,6 +29,14 @@ class PretrainedSpec(Spec):
         "UNet2DConditionModel, and the encoder, whose random weights stay, knows the words of the captions.",
     )
     training: TrainingSpec | None = Field(None, description="How to pretrain, for source 'pretrain'.")
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the UNet that is trained here, as `merge_methods.block_weights` counts them; 1 of other models."""
+        if self.source != "pretrain":
+            return 1
+        has_mid = self.unet.get("mid_block_type", "default") is not None
+        return len(self.unet.get("block_out_channels", _DEFAULT_CHANNELS)) + has_mid + 1
 
     @model_validator(mode="after")
     def _training_belongs_to_pretrain(self) -> Self:

@@ -54,8 +54,9 @@ class Recipe(Spec):
                 )
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
-        # Of block weights there are more, which only the model tells: `check_search`.
-        if self.merge.search and (shortcoming := self.merge.search.shortcoming(num_segments)):
+        # Of block weights there are more, which of a model from elsewhere is known once it is there: `check_search`.
+        num_weights = num_segments * (self.pretrained.num_blocks if self.merge.method == "block_weights" else 1)
+        if self.merge.search and (shortcoming := self.merge.search.shortcoming(num_weights)):
             raise ValueError(f"merge.search: {shortcoming}")
         if self.merge.search and (unknown := set(self.merge.search.guards) - set(self.evaluate.score_names[1:])):
             able = ", ".join(self.evaluate.score_names[1:]) or "none"

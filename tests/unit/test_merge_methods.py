@@ -3,6 +3,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.merge_utils import ties as peft_ties
@@ -14,7 +15,7 @@ from deme_core.merge_methods import METHODS, Average, BlockWeights, Dare, TaskAr
 from deme_core.merge_methods.block_weights import block_names, block_of, num_levels, transformer_depth
 from deme_core.merge_methods.ties import trim
 from deme_core.projection import attach_projections
-from deme_core.recipe import MethodSpec
+from deme_core.recipe import MethodSpec, PretrainedSpec
 from tests.tiny_models import randomize, same_bits, tiny_conditional_unet, tiny_unet
 
 NAME = "conv_in.weight"
@@ -286,3 +287,19 @@ def test_weights_for_a_transformer_need_its_depth() -> None:
 
 def test_a_recipe_names_the_methods_of_the_registry() -> None:
     assert get_args(MethodSpec.model_fields["method"].annotation) == (*METHODS, "regmean")  # A stage of its own
+
+
+SMALL = {
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "down_block_types": ["DownBlock2D"] * 2,
+    "up_block_types": ["UpBlock2D"] * 2,
+}
+
+
+@pytest.mark.parametrize("unet", [{}, SMALL, SMALL | {"mid_block_type": None}])
+def test_a_recipe_counts_the_blocks_of_its_model_before_there_is_one(unet: dict[str, Any]) -> None:
+    spec = PretrainedSpec.model_validate({"source": "pretrain", "unet": unet, "training": {"num_steps": 1}})
+    with torch.device("meta"):
+        model = UNet2DModel(sample_size=8, **unet)
+    assert spec.num_blocks == len(block_names(model.state_dict()))

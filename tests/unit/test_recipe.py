@@ -178,6 +178,17 @@ def test_a_search_can_try_every_weight(strategy: str) -> None:
     assert recipe(segments={"count": 4}, merge={"search": search | {"strategy": "grid"}})
 
 
+def test_a_search_of_block_weights_must_know_every_block_before_anything_is_trained() -> None:
+    unet = {"block_out_channels": [8, 16], "norm_num_groups": 4}
+    pretrained = {"source": "pretrain", "unet": unet, "training": {"num_steps": 1}}
+    merge = {"method": "block_weights", "search": {"strategy": "coordinate", "max_candidates": 8}}
+    with pytest.raises(ValidationError, match="max_candidates 8 is too small for 8 weights"):
+        recipe(pretrained=pretrained, segments={"count": 2}, merge=merge)
+    smaller = pretrained | {"unet": unet | {"mid_block_type": None}}
+    assert recipe(pretrained=smaller, segments={"count": 2}, merge=merge).pretrained.num_blocks == 3
+    assert recipe(pretrained={"source": "a/model"}, segments={"count": 2}, merge=merge)
+
+
 def test_a_search_that_cannot_end_or_see_is_refused() -> None:
     grid = {"strategy": "grid", "values": [0.0, 0.25, 0.5, 0.75, 1.0]}
     assert recipe(segments={"count": 6}, merge={"search": grid})
