@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from typing import Literal
 
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -100,10 +101,10 @@ def _open_tracker(settings: Settings, recipe: Recipe, flow_run_id: str) -> Futur
 def _tracked(opening: Future[Tracker]) -> Iterator[None]:
     try:
         yield
-    except BaseException:
+    except BaseException as error:
+        # Ctrl-C, SIGTERM and a cancellation are no exceptions of the work.
+        status: Literal["FAILED", "KILLED"] = "FAILED" if isinstance(error, Exception) else "KILLED"
         with contextlib.suppress(Exception):  # What failed before is what must be told.
-            tracker = opening.result(timeout=_SECONDS_TO_OPEN)
-            tracker.finish_flow(failed=True)
+            opening.result(timeout=_SECONDS_TO_OPEN).finish_flow(status)
         raise
-    tracker = opening.result()
-    tracker.finish_flow()
+    opening.result().finish_flow("FINISHED")

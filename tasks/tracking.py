@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deme_core.settings import Settings
 from tasks.databases import start_from_copy
@@ -154,13 +154,13 @@ class Tracker:
         """Ends a run."""
         self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
 
-    def finish_flow(self, *, failed: bool = False) -> None:
+    def finish_flow(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Ends the parent run, and what else of this flow run is still said to be running.
 
         That is what was at work when it failed, and runs whose creation was not answered, or begun before a restart.
         """
-        self.finish(self.run_id, failed=failed)
-        self._end_rest([self.run_id], "FAILED" if failed else "KILLED")
+        self._client.set_terminated(self.run_id, status)
+        self._end_rest([self.run_id], "FAILED" if status == "FAILED" else "KILLED")
         self.end_killed(self._flow_run_id)
 
     def end_killed(self, flow_run_id: str) -> None:

@@ -1,6 +1,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,15 +67,14 @@ def test_mlflow_hears_of_what_was_killed_and_of_nothing_else(settings: Settings)
     assert _statuses(settings, live.run_id, live_child) == ["RUNNING", "RUNNING"]
 
 
-@pytest.mark.parametrize(("failed", "rest"), [(False, "KILLED"), (True, "FAILED")])
-def test_a_flow_ends_with_all_its_runs(settings: Settings, failed: bool, rest: str) -> None:
+@pytest.mark.parametrize(("status", "rest"), [("FINISHED", "KILLED"), ("FAILED", "FAILED"), ("KILLED", "KILLED")])
+def test_a_flow_ends_with_all_its_runs(settings: Settings, status: Any, rest: str) -> None:
     before = Tracker(settings, experiment="one", run_name="one", flow_run_id="flow")
     child_before = before.child("heldout/pretrained")
     tracker = Tracker(settings, experiment="one", run_name="one", flow_run_id="flow")
     at_work = tracker.child("heldout/pretrained")
-    tracker.finish_flow(failed=failed)
-    parent = "FAILED" if failed else "FINISHED"
-    assert _statuses(settings, tracker.run_id, at_work) == [parent, rest]
+    tracker.finish_flow(status)
+    assert _statuses(settings, tracker.run_id, at_work) == [status, rest]
     assert _statuses(settings, before.run_id, child_before) == ["KILLED", "KILLED"]
 
 
