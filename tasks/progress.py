@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
+# What a job says of its progress, as JSON: the numbers of a training step, or a ``message``.
 Record = dict[str, Any]
 R = TypeVar("R")
 

@@ -25,11 +25,10 @@ from tasks.jobs import Job, JobResult
 from tasks.slots import Slot, visible_gpus
 from tasks.worker_pool import WorkerPool
 
+_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # Of the flow's environment, what jobs need. AWS_PROFILE and files of keys name things of the flow's machine.
 _SENT = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
+    *_KEYS,
     "AWS_DEFAULT_REGION",
     "AWS_REGION",
     "AWS_ENDPOINT_URL",
@@ -39,7 +38,6 @@ _SENT = (
     "HF_HUB_OFFLINE",
     "HF_TOKEN",
 )
-_KEYS = _SENT[:3]
 _ANSWER_SECONDS = 20.0
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.errors import TrackingUnavailableError
@@ -15,11 +15,10 @@ from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
-from tasks.progress import Event, tell
+from tasks.progress import Event, Record, tell
 from tasks.timing import Timing
 from tasks.tracking import Tracker
 
-Record = dict[str, Any]
 Work = Callable[[Callable[[Record], None], Callable[[], None]], JobResult]
 
 

@@ -32,8 +32,8 @@ from tasks.jobs import (
     pretrained_job,
 )
 from tasks.prefect_artifacts import progress_bar
-from tasks.progress import Event, tell
-from tasks.runtime import Record, current_runtime
+from tasks.progress import Event, Record, tell
+from tasks.runtime import current_runtime
 from tasks.training_log import TrainingLog
 from tasks.weight_search import search_artifact
 

@@ -106,5 +106,5 @@ def _naming_prefix() -> Iterator[None]:
     """Makes messages of the object store speak of the prefix, and not of the store that DeMe itself uses."""
     try:
         yield
-    except (StoreUnavailableError, InputError) as error:
+    except InputError as error:
         raise type(error)(str(error).replace("DEME_STORE_URI", "the prefix")) from error

@@ -4,8 +4,7 @@ By layer these are the weights of AdaMerging (Yang et al., ICLR 2024, arXiv 2310
 
 The blocks of a diffusers UNet are its resolutions: ``level k`` is down block k and the up block of the same
 resolution, ``mid`` the mid block. Those of a transformer are quarters of its depth, ``depth 0`` to ``depth 3``; FLUX's
-single blocks come after its others.
-``rest`` is what lies outside of both: input and output convolutions, embeddings, final norms.
+single blocks come after its others. ``rest`` lies outside of both: in- and output layers, embeddings, final norms.
 """
 
 import re

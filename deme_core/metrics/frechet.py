@@ -110,7 +110,7 @@ def _frechet_once(
     gram = root @ root.T if root.shape[0] <= root.shape[1] else root.T @ root
     trace_of_root = float(np.sqrt(np.linalg.eigvalsh(gram).clip(min=0)).sum())
     shift = mean - real_mean
-    return max(float(shift @ shift) + trace + real_trace - 2 * trace_of_root, 0.0)
+    return _assemble(shift, trace + real_trace, trace_of_root)
 
 
 def _trace_of_root(factor: Float64Array, covariance: Float64Array) -> float:

@@ -13,8 +13,8 @@ import psutil
 
 # In the environment of all that a stack starts, and so of what those processes start in turn.
 STACK_VARIABLE = "DEME_STACK"
-# Of the same environments: the servers that those processes talk to.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Of the same environments: the servers that those processes talk to.
 _ADDRESSES = ("PREFECT_API_URL", "MLFLOW_TRACKING_URI", "AWS_ENDPOINT_URL")
 
 

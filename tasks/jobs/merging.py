@@ -65,7 +65,7 @@ class CandidateJob(Job):
 
     Attributes:
         label: name for messages; no part of the result.
-        weights: as `deme_core.merge_methods.build_method` takes them.
+        weights: as `deme_core.merge_methods.build.build_method` takes them.
     """
 
     stage: ClassVar[str] = "search"
@@ -115,7 +115,7 @@ class MergeJob(Job):
     """Merge experts into theta_0; with one expert, scale its task vector.
 
     Attributes:
-        weights: as `deme_core.merge_methods.build_method` takes them.
+        weights: as `deme_core.merge_methods.build.build_method` takes them.
     """
 
     stage: ClassVar[str] = "merged"

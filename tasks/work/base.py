@@ -31,10 +31,9 @@ from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import CHECKPOINTS, PRETRAINED_STAGE, Job, JobResult
 from tasks.patience import patiently
-from tasks.progress import exhaust
+from tasks.progress import Record, exhaust
 
 T = TypeVar("T")
-Record = dict[str, Any]
 Work = Generator[Record, None, dict[str, Any]]
 
 

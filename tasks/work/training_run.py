@@ -21,7 +21,8 @@ from deme_core.training import Training
 from deme_core.training_checkpoint import restore_checkpoint, save_checkpoint
 from deme_core.training_plan import TrainingPlan
 from tasks.patience import patiently
-from tasks.work.base import JobContext, Record, checkpoint_stage
+from tasks.progress import Record
+from tasks.work.base import JobContext, checkpoint_stage
 from tasks.work.encodings import Encodings
 
 _NUM_CHECKPOINTS_KEPT = 2

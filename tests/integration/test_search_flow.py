@@ -20,7 +20,8 @@ from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import Job, JobResult, ScoreJob, SearchJob
-from tasks.runtime import Record, Runtime, use_runtime
+from tasks.progress import Record
+from tasks.runtime import Runtime, use_runtime
 from tasks.stages import search
 from tasks.timing import Timing
 from tasks.tracking import Tracker
