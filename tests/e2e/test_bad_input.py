@@ -104,11 +104,17 @@ def _write_model(folder: Path, model: torch.nn.Module) -> str:
     return str(write_tiny_folder(folder, model, **blocks))
 
 
-def test_too_few_candidates_for_all_blocks_are_told_before_copies_are_trained(
-    fresh_deme: CommandLine, write_recipe: WriteRecipe
+def test_too_few_candidates_for_all_blocks_are_told_before_anything_is_trained(
+    fresh_deme: CommandLine, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
-    merge = {"method": "block_weights", "search": {"max_candidates": 8, "num_images": 8}}
-    _refused(fresh_deme.run("run", write_recipe(merge=merge)), "max_candidates 8 is too small for 8 weights")
+    def merge(candidates: int) -> dict[str, Any]:
+        return {"method": "block_weights", "search": {"max_candidates": candidates, "num_images": 8}}
+
+    _refused(fresh_deme.run("run", write_recipe(merge=merge(8))), "max_candidates 8 is too small for 8 weights")
+    assert not fresh_deme.home.joinpath("store").exists()
+    elsewhere = {"source": _write_model(tmp_path / "model", one_level_unet())}
+    done = fresh_deme.run("run", write_recipe(merge=merge(6), pretrained=elsewhere))
+    _refused(done, "max_candidates 6 is too small for 6 weights")
     made = {folder.parent.name for folder in fresh_deme.home.glob("store/*/*")}
     assert "pretrained" in made and "finetune" not in made
 
