@@ -6,7 +6,7 @@ every finetuning and, unless all share one, the pretraining. It moves a score mo
 section 5.2), but where training seeds share sampling seeds and a pretrained model, they share its luck: so a row is
 judged by the intervals over training seeds, over sampling seeds, and over resampled images, which must agree. None of
 them sees the luck of a shared pretrained model: the claim is then about that model alone (docs/science.md has a gain
-that went with it), and ``--set pretrained.training.seed=N`` asks another.
+that another gave with two training seeds of three), and ``--set pretrained.training.seed=N`` asks another.
 """
 
 import argparse
