@@ -85,8 +85,11 @@ def _open_tracker(settings: Settings, recipe: Recipe, flow_run_id: str) -> Futur
             tracker = Tracker(settings, experiment=recipe.name, run_name=recipe.name, flow_run_id=flow_run_id)
             tracker.log_params(tracker.run_id, flatten(recipe.model_dump(mode="json")))
             tracker.log_text(tracker.run_id, dump_recipe(recipe), "recipe.yaml")
-            for killed in killed_runs(settings):
-                tracker.end_killed(killed)
+            with contextlib.suppress(
+                Exception
+            ):  # What became of other runs must not fail this one; the next tries again.
+                for killed in killed_runs(settings):
+                    tracker.end_killed(killed)
         except BaseException as error:
             opening.set_exception(error)
         else:

@@ -4,8 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mlflow.exceptions import MlflowException
 
+from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
+from flows.flow_runtime import _open_tracker
 from tasks.databases import start_from_copy
 from tasks.live_runs import killed_runs, live_run
 from tasks.mlflow_client import mlflow_client
@@ -76,6 +79,19 @@ def test_a_flow_ends_with_all_its_runs(settings: Settings, status: Any, rest: st
     tracker.finish_flow(status)
     assert _statuses(settings, tracker.run_id, at_work) == [status, rest]
     assert _statuses(settings, before.run_id, child_before) == ["KILLED", "KILLED"]
+
+
+def test_a_run_begins_though_mlflow_does_not_take_the_end_of_another(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MlflowException("not yours")
+
+    _kill(settings, "killed")
+    monkeypatch.setattr(Tracker, "end_killed", refuse)
+    tracker = _open_tracker(settings, load_recipe("digits"), "mine").result(timeout=120)
+    assert _statuses(settings, tracker.run_id) == ["RUNNING"]
+    assert list(killed_runs(settings)) == ["killed"], "the next run tries again"
 
 
 def _statuses(settings: Settings, *runs: str) -> list[str]:
