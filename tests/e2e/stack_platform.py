@@ -41,7 +41,12 @@ class Platform:
         return pid
 
     def api(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
-        answer = httpx.request(method, f"{self.variables['PREFECT_API_URL']}/{path}", json=content, timeout=30)
+        """Asks Prefect's server; a 503 (SQLite was locked) is asked again, as Prefect's own client does."""
+        for seconds in (1, 2, 4, 8, 0):
+            answer = httpx.request(method, f"{self.variables['PREFECT_API_URL']}/{path}", json=content, timeout=30)
+            if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                break
+            time.sleep(seconds)
         return answer.raise_for_status().json() if answer.content else None
 
     def prefect(self, *arguments: str) -> str:
