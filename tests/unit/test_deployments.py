@@ -22,7 +22,7 @@ def test_every_file_names_the_image_of_this_version() -> None:
     files = [path for path in (ROOT / "deployments").rglob("*") if path.is_file()]
     named = {
         path.name: set(re.findall(r"\bdeme:([\w.]+)", path.read_text()))
-        for path in (*files, ROOT / "docker-compose.yml", ROOT / "docs" / "operations.md")
+        for path in (*files, ROOT / "docker-compose.yml", *(ROOT / "docs").glob("*.md"))
     }
     tagged = {name: tags for name, tags in named.items() if tags}
     assert tagged.keys() == {
@@ -31,6 +31,7 @@ def test_every_file_names_the_image_of_this_version() -> None:
         "kubernetes.json",
         "ray-cluster.yaml",
         "docker-compose.yml",
+        "clusters.md",
         "operations.md",
     }
     assert set().union(*tagged.values()) == {version}
