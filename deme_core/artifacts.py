@@ -6,38 +6,29 @@ In the store::
     <stage>/<digest>/manifest.json             written last, and once: with it the artifact comes to exist
 """
 
-import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import uuid4
 
 from deme_core.code_version import code_version
-from deme_core.digests import sha256_file
 from deme_core.errors import (
     ArtifactNotFoundError,
     ChecksumMismatchError,
     DamagedArtifactError,
     DemeError,
     InputError,
-    ObjectTooLargeError,
 )
 from deme_core.file_store import FileStore
 from deme_core.local_files import check_space, local_errors, sync, temporary_beside
 from deme_core.manifest import DIGEST, UPLOADED, ArtifactRef, Manifest, StoredFile, malformed, manifest_key
-from deme_core.store import ObjectStore, check_key, store_time
-
-# Files that travel, or are hashed, side by side (benchmarks/store.py).
-_FILES_AT_ONCE = 4
-T = TypeVar("T")
-R = TypeVar("R")
+from deme_core.store import ObjectStore, store_time
+from deme_core.transfers import download_file, side_by_side, upload_folder
 
 
 class ArtifactStore:
@@ -135,7 +126,7 @@ class ArtifactStore:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         manifest.to_json()  # Before anything travels: what cannot be written must leave nothing behind.
-        files = self._upload(folder, f"{stage}/{digest}/upload-{uuid4().hex}")
+        files = upload_folder(self.store, folder, f"{stage}/{digest}/upload-{uuid4().hex}")
         text = replace(manifest, files=files).to_json().encode()
         # A retry after a lost answer finds our own manifest: then we have won all the same.
         if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
@@ -168,7 +159,7 @@ class ArtifactStore:
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
             check_space(temporary, sum(file.size for file in manifest.files))
-            _side_by_side(lambda file: self._download(ref, file, temporary / file.name), manifest.files)
+            side_by_side(lambda file: self._download(ref, file, temporary / file.name), manifest.files)
             try:
                 temporary.rename(folder)
             except OSError:
@@ -240,57 +231,9 @@ class ArtifactStore:
         except ArtifactNotFoundError:
             return set()
 
-    def _upload(self, folder: Path, prefix: str) -> tuple[StoredFile, ...]:
-        """Store all files of a folder under ``prefix``, and hash them meanwhile."""
-        names = _names(folder)
-        work: list[Callable[[], Any]] = []
-        for name in names:
-            path = folder / name
-            work += [partial(self.store.put_file, f"{prefix}/{name}", path), partial(sha256_file, path)]
-        try:
-            digests = _side_by_side(lambda act: act(), work)[1::2]
-        except BaseException:
-            # Above all on a full disk; if it fails too, sweep will do it.
-            with suppress(DemeError):
-                for name in names:
-                    self.store.delete(f"{prefix}/{name}")
-            raise
-        return tuple(
-            StoredFile(name, f"{prefix}/{name}", (folder / name).stat().st_size, sha256)
-            for name, sha256 in zip(names, digests, strict=True)
-        )
-
     def _download(self, ref: ArtifactRef, file: StoredFile, path: Path) -> None:
-        first = self._receive(ref, file, path)
-        if first is None:
-            return
-        # Once more: the way from the store may be what does damage or loses it, and nothing is thrown away for that.
-        second = self._receive(ref, file, path)
-        if second is not None and second != first:
-            raise ChecksumMismatchError(
-                f"{self.store.uri}/{file.key} arrives with other bytes each time it is read; check the network and "
-                "this machine."
-            )
-        if second is not None:
-            raise _damaged(ref, second)
-
-    def _receive(self, ref: ArtifactRef, file: StoredFile, path: Path) -> str | None:
-        """Download a file; returns what is wrong with it."""
-        uri = f"{self.store.uri}/{file.key}"
-        promised = f"but its manifest promises {file.size} bytes with {file.sha256}"
-        digest = hashlib.sha256()
-        try:
-            self.store.get_file(file.key, path, digest, max_bytes=file.size)
-        except ArtifactNotFoundError:
-            return f"{uri} is lost"
-        except ChecksumMismatchError as error:
-            return str(error).rstrip(".")
-        except ObjectTooLargeError:
-            return f"{uri} holds more than {file.size} bytes, {promised}"
-        size, sha256 = path.stat().st_size, digest.hexdigest()
-        if (size, sha256) == (file.size, file.sha256):
-            return None
-        return f"{uri} holds {size} bytes with SHA-256 {sha256}, {promised}"
+        if problem := download_file(self.store, file, path):
+            raise _damaged(ref, problem)
 
     def _delete_files(self, files: tuple[StoredFile, ...]) -> None:
         for file in files:
@@ -307,28 +250,11 @@ class ArtifactStore:
         return located
 
 
-def _names(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder to publish.")
-    return sorted(check_key(path.relative_to(folder).as_posix()) for path in folder.rglob("*") if path.is_file())
-
-
-def _side_by_side(act: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """Returns what ``act`` returned for each item; after a failure nothing more begins and all that began has ended."""
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
-        futures = [threads.submit(act, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-
-
 def _move(folder: Path, place: Path) -> None:
     """Moves a folder into the cache; where that cannot be, it stays, and a fetch downloads what it held."""
     with suppress(OSError):
         # Side by side, since one commit of the file system's journal then does for several.
-        _side_by_side(sync, [path for path in folder.rglob("*") if path.is_file()])
+        side_by_side(sync, [path for path in folder.rglob("*") if path.is_file()])
         place.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(place)
 

@@ -2,10 +2,6 @@
 
 import json
 import os
-import signal
-import sys
-import threading
-import time
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +10,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from deme_core.errors import DemeError, InputError
+from deme_core.errors import InputError
+from flows.ending import leave_soon_after_interrupt, run_to_its_end
 from flows.stack.commands import app as stack_app
 
 app = typer.Typer(
@@ -29,11 +26,6 @@ app = typer.Typer(
 recipes_app = typer.Typer(help="List and show recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(stack_app)
-
-_STOPPED = 128 + signal.SIGTERM
-_INTERRUPTED = "interrupted; run the same command again to go on."
-# What the last checkpoint of a training may take.
-_SECONDS_TO_LEAVE = 28.0
 
 RecipeArgument = Annotated[str, typer.Argument(help="Name of a recipe, or path or object-store URI of a YAML file.")]
 ModelArgument = Annotated[str, typer.Argument(help="A diffusers folder, an object-store URI, or a hub id.")]
@@ -152,7 +144,7 @@ def _run_flow(
         module, name = path.split(":")
         flow = getattr(import_module(module), name)
         from flows.progress_display import ProgressDisplay
-    signal.signal(signal.SIGINT, _interrupt)
+    leave_soon_after_interrupt()
     with ProgressDisplay(console):
         result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
     return result
@@ -312,40 +304,9 @@ def doctor(
     raise typer.Exit(examine(Console(), found))
 
 
-def _leave(*_: object) -> None:
-    sys.exit(_STOPPED)
-
-
-def _interrupt(*_: object) -> None:
-    threading.Thread(target=_leave_soon, daemon=True).start()
-    raise KeyboardInterrupt
-
-
-def _leave_soon() -> None:
-    """A terminal sends Ctrl-C to Prefect's temporary server, too, which Prefect would then try to reach for minutes."""
-    if runtime := sys.modules.get("flows.flow_runtime"):
-        runtime.ended.wait(_SECONDS_TO_LEAVE)
-    time.sleep(3.0)
-    os.write(2, f"deme: {_INTERRUPTED}\n".encode())
-    os._exit(130)
-
-
 def main() -> None:
-    """Runs the command line; what DeMe foresaw is one sentence, with its exit code."""
-    # Prefect's flows handle it, and then call this: without it a temporary server would outlive its command.
-    signal.signal(signal.SIGTERM, _leave)
-    try:
-        app()
-    except DemeError as error:
-        Console(stderr=True).print(f"deme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
-    except SystemExit as leaving:
-        if leaving.code == _STOPPED:
-            Console(stderr=True).print("deme: stopped; run the same command again to go on.", style="red")
-        raise
-    except KeyboardInterrupt:
-        Console(stderr=True).print(f"deme: {_INTERRUPTED}", style="red")
-        sys.exit(130)
+    """Runs the command line."""
+    run_to_its_end(app)
 
 
 if __name__ == "__main__":

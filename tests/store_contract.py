@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 
-from deme_core import artifacts as artifacts_module
-from deme_core import file_store, s3_store
+from deme_core import file_store, s3_store, transfers
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import sha256_file
 from deme_core.errors import (
@@ -275,7 +274,7 @@ class ArtifactContract:
                     self.publish(other, folder)
 
         with monkeypatch.context() as patch:
-            patch.setattr(artifacts_module, "_FILES_AT_ONCE", 1)
+            patch.setattr(transfers, "_FILES_AT_ONCE", 1)
             patch.setattr(artifacts.store, "get_file", get_slowly)
             with pytest.raises(DamagedArtifactError, match="another was put in its place meanwhile"):
                 fetch_or_withdraw(artifacts, ref)
