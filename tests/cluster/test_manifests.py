@@ -77,6 +77,20 @@ def test_pods_of_the_ray_cluster_are_valid(name: str, template: dict[str, Any]) 
     _validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, **template})
 
 
+@pytest.mark.parametrize(
+    ("name", "spec"), [("job", _job()["spec"]["template"]["spec"]), *((name, pod["spec"]) for name, pod in _pods())]
+)
+def test_pods_are_what_restricted_namespaces_admit(name: str, spec: dict[str, Any]) -> None:
+    """The level "restricted" of Kubernetes' Pod Security Standards."""
+    of_pod = spec["securityContext"]
+    assert of_pod["runAsNonRoot"] and of_pod["runAsUser"] > 0, name
+    assert of_pod["seccompProfile"] == {"type": "RuntimeDefault"}, name
+    options = yaml.safe_load(RAY_CLUSTER.read_text())["spec"]["autoscalerOptions"]
+    for each in (*(container["securityContext"] for container in spec["containers"]), options["securityContext"]):
+        assert each == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}, name
+    assert {kind for volume in spec["volumes"] for kind in volume if kind != "name"} == {"emptyDir"}, name
+
+
 def test_only_the_gpu_group_reserves_gpus_and_the_head_takes_no_job() -> None:
     requests = {name: pod["spec"]["containers"][0]["resources"]["requests"] for name, pod in _pods()}
     assert {name for name, each in requests.items() if "nvidia.com/gpu" in each} == {"gpu"}
