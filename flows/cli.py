@@ -37,6 +37,29 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the logs of the flow and its workers.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from deme_core.code_version import code_version
+
+        print(code_version())  # noqa: T201
+        raise typer.Exit
+
+
+@app.callback()
+def deme(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_print_version,
+            help="Print version and digest of the sources, which a run and its workers must share, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Takes what holds for all commands."""
+
+
 @app.command(epilog="Example: deme run digits --set finetune.num_steps=50")
 def run(
     recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
@@ -269,13 +292,17 @@ def sweep(
 @recipes_app.command("list", epilog="Example: deme recipes list")
 def list_recipes() -> None:
     """List the recipes that come with DeMe."""
+    from rich.table import Table
+
     from deme_core.recipe_file import RECIPES_FOLDER, recipe_names
 
+    table = Table.grid("name", "summary", padding=(0, 2))
     for name in recipe_names():
         lines = (RECIPES_FOLDER / f"{name}.yaml").read_text().splitlines()
         about = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
         summary = next((line for line in about if line and not line.startswith("deme run")), "")
-        Console().print(f"{name:<20} {summary}", highlight=False)
+        table.add_row(name, summary)
+    Console().print(table, highlight=False)
 
 
 @recipes_app.command("show", epilog="Example: deme recipes show digits --set segments.count=8")

@@ -167,7 +167,8 @@ class RayPool:
             ) from error
         if found != (expected := code_version()):
             raise InputError(
-                f"Node {name} of the Ray cluster has DeMe {found}, this machine {expected}; install the same on both."
+                f"Node {name} of the Ray cluster has DeMe {found}, this machine {expected}; install the same on "
+                "both (deme --version)."
             )
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:

@@ -89,7 +89,8 @@ def check_sender(store: ObjectStore, flow_run_id: str) -> None:
         ) from error
     if expected != code_version():
         raise InputError(
-            f"This worker has DeMe {code_version()}, the run which sent the job {expected}; install the same on both."
+            f"This worker has DeMe {code_version()}, the run which sent the job {expected}; install the "
+            "same on both (deme --version)."
         )
 
 

@@ -2,8 +2,11 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+from typer.testing import CliRunner
+
 import deme_core
 from deme_core.code_version import code_version, version_of
+from flows.cli import app
 
 ROOT = Path(deme_core.__file__).parents[1]
 
@@ -12,6 +15,11 @@ def test_it_begins_with_the_version_of_the_package() -> None:
     release, _, digest = code_version().partition("+")
     assert release == version("deme")
     assert len(digest) == 12
+
+
+def test_the_command_line_tells_it() -> None:
+    told = CliRunner().invoke(app, ["--version"])
+    assert (told.exit_code, told.stdout) == (0, f"{code_version()}\n")
 
 
 def test_copies_of_the_sources_have_the_same_version_wherever_they_lie(tmp_path: Path) -> None:
