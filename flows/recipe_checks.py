@@ -69,6 +69,8 @@ class RecipeChecks:
             yield "real images", self._reference
         if evaluate.prompts:
             yield "prompts", self._prompts
+        if self._adapter and self._adapter.conditioned_on == "labels":
+            yield "classes", self._classes
         yield "extractor", self._extractor
         if needs_prompts(evaluate.metrics):
             yield "CLIP score", self._clip
@@ -173,7 +175,22 @@ class RecipeChecks:
 
     def _prompts(self) -> str:
         prompts = load_prompts(str(self.recipe.evaluate.prompts), self.cache)
-        return f"{len(prompts.texts):,} for {self.recipe.evaluate.num_images:,} images, as '{prompts.texts[0]}'"
+        return f"'{prompts.texts[0]}' and so on, {self._shares(len(prompts.texts), 'prompts')}"
+
+    def _classes(self) -> str:
+        assert self._adapter is not None
+        return self._shares(self._adapter.num_classes, "classes")
+
+    def _shares(self, number: int, kind: str) -> str:
+        """Returns how many images each prompt or class has: image i has the one that is i modulo their number."""
+        search = self.recipe.merge.search
+        sets = {"the report": self.recipe.evaluate.num_images} | ({"the search": search.num_images} if search else {})
+        found = []
+        for who, num_images in sets.items():
+            each, rest = divmod(num_images, number)
+            share = f"{each} of each" if not rest else f"{each} or {each + 1} of each"
+            found.append(f"{who}'s {num_images:,} images are " + (share if each else f"of the first {rest:,} alone"))
+        return f"{number:,} {kind}; {' and '.join(found)}"
 
     def _extractor(self) -> str:
         evaluate = self.recipe.evaluate

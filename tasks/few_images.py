@@ -1,4 +1,4 @@
-"""A reference too small for a Fréchet distance: no error, but the user should know."""
+"""Too few images for a Fréchet distance: no error, but the user should know."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,19 @@ from deme_core.recipe import EvaluateSpec
 
 
 def few_images_warning(evaluate: EvaluateSpec, reference: Mapping[str, Any]) -> str | None:
-    """Returns what to tell the user, if a Fréchet distance is asked for of fewer real images than features.
+    """Returns what to tell the user, if a Fréchet distance is asked for of fewer images than features.
 
     Args:
-        evaluate: which metrics are computed, with which extractor.
+        evaluate: which metrics are computed, with which extractor, of how many generated images.
         reference: metrics of the reference's artifact; older ones do not say how many features there are.
     """
-    num_images, num_features = reference["num_images"], reference.get("num_features", 0)
-    if "fid" not in evaluate.metrics or num_images >= num_features:
+    num_features = reference.get("num_features", 0)
+    sets = {"real": reference["num_images"], "generated": evaluate.num_images}
+    few = [f"{number:,} {kind}" for kind, number in sets.items() if number < num_features]
+    if "fid" not in evaluate.metrics or not few:
         return None
     return (
-        f"the reference holds {num_images} real images, fewer than the {num_features} features of "
-        f"{' and '.join(evaluate.extractor_names)}: their covariance is singular, and the Fréchet distance depends on "
-        "the number of images; kid suits few images (evaluate.metrics: [kid, fid])."
+        f"{' and '.join(few)} images are fewer than the {num_features:,} features of "
+        f"{' and '.join(evaluate.extractor_names)}: a Fréchet distance of so few depends on their number, and is lower "
+        "for images that vary less; kid has no such bias (evaluate.metrics: [kid, fid])."
     )

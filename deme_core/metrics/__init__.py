@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Literal, get_args
 
 from deme_core.extractor_names import EXTRACTOR_NAMES, INCEPTION_NAMES
-from deme_core.metrics.base import Comparison, Counts, DecidingMetric, Metric
+from deme_core.metrics.base import Comparison, Counts, DecidingMetric, Metric, Resamples
 from deme_core.metrics.clip_score import MeanClipScore, grouped_scores
 from deme_core.metrics.frechet import FrechetDistance
 from deme_core.metrics.kernel import KernelDistance
@@ -21,6 +21,7 @@ __all__ = [
     "DecidingMetric",
     "Metric",
     "MetricName",
+    "Resamples",
     "deciding_metric",
     "direction",
     "grouped_scores",
@@ -118,7 +119,7 @@ def deciding_metric(name: MetricName) -> DecidingMetric | None:
 
 
 def needs_features(metrics: Sequence[MetricName]) -> bool:
-    """Whether a reference must keep the features themselves; for the Fréchet distance mean and covariance do."""
+    """Whether a score needs the features of the real images; for the Fréchet distance mean and covariance do."""
     return any(METRICS[metric].needs == "features" for metric in metrics)
 
 

@@ -13,6 +13,19 @@ Counts = npt.NDArray[np.int64]
 Needs = Literal["statistics", "features", "prompts"]
 
 
+@dataclass(frozen=True, eq=False)
+class Resamples:
+    """How often each image occurs in each of B resamples, see `deme_core.bootstrap`.
+
+    Attributes:
+        generated: of the n generated images, (B, n), rows summing to n.
+        real: of the m real images, (B, m), rows summing to m; None where these stay as they are.
+    """
+
+    generated: Counts
+    real: Counts | None = None
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Comparison:
     """One set of generated images, and the real ones.
@@ -67,13 +80,8 @@ class Metric(Protocol):
 class DecidingMetric(Metric, Protocol):
     """A metric that may come first in a recipe: it can be resampled, and so decide a verdict."""
 
-    def replicates(self, comparison: Comparison, counts: Counts) -> Float64Array:
-        """Scores of every resample, (B,).
-
-        Args:
-            comparison: the images.
-            counts: how often each generated image occurs in each resample, (B, n), see `deme_core.bootstrap`.
-        """
+    def replicates(self, comparison: Comparison, resamples: Resamples) -> Float64Array:
+        """Returns the score of every resample, (B,)."""
         ...
 
 

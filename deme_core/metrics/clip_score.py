@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deme_core.feature_statistics import Float64Array
-from deme_core.metrics.base import Comparison, Counts, Needs
+from deme_core.metrics.base import Comparison, Needs, Resamples
 
 # Columns of a table of prompts by which scores are told apart: those of PartiPrompts.
 _GROUPING_COLUMNS = ("category", "challenge")
@@ -26,8 +26,9 @@ class MeanClipScore:
         """Returns the mean."""
         return float(_by_image(comparison).mean())
 
-    def replicates(self, comparison: Comparison, counts: Counts) -> Float64Array:
-        """Returns the mean of each resample."""
+    def replicates(self, comparison: Comparison, resamples: Resamples) -> Float64Array:
+        """Returns the mean of each resample; real images are nothing to it."""
+        counts = resamples.generated
         found: Float64Array = counts @ _by_image(comparison) / counts.sum(axis=1)
         return found
 

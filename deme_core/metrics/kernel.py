@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from deme_core.feature_statistics import Features, Float64Array, check_features
-from deme_core.metrics.base import Comparison, Counts, Needs, check_same_width, real_features
+from deme_core.metrics.base import Comparison, Needs, Resamples, check_same_width, real_features
 
 _ROWS = 1024
 
@@ -25,9 +25,9 @@ class KernelDistance:
             comparison.features, real, subset_size=comparison.kid_subset_size, seed=comparison.kid_seed
         )
 
-    def replicates(self, comparison: Comparison, counts: Counts) -> Float64Array:
+    def replicates(self, comparison: Comparison, resamples: Resamples) -> Float64Array:
         """Returns the unbiased estimate of each resample's whole set."""
-        return kernel_replicates(comparison.features, real_features(comparison.reference), counts)
+        return kernel_replicates(comparison.features, real_features(comparison.reference), resamples)
 
 
 def kernel_distance(
@@ -65,42 +65,42 @@ def kernel_distance(
     return float(distance)
 
 
-def kernel_replicates(features: Features, real: Features, counts: Counts) -> Float64Array:
+def kernel_replicates(features: Features, real: Features, resamples: Resamples) -> Float64Array:
     """Unbiased squared MMD over pairs of different images, of every resample.
-
-    A resample of one image x alone, as half of those of two images are, has no pair. It stands for a model that makes
-    nothing else, all of whose pairs are k(x, x).
 
     Args:
         features: features of the generated images, (n, D); must be finite (else InputError).
         real: features of the real images, (m, D).
-        counts: resamples (B, n).
+        resamples: B of them.
     """
     features = check_features(features)
-    weights = counts.astype(np.float64)
-    within, across, alone = np.zeros((3, len(counts)))
+    ours = resamples.generated.astype(np.float64)
+    theirs = np.ones((1, len(real))) if resamples.real is None else resamples.real.astype(np.float64)
+    across = np.zeros(len(ours))
     for start in range(0, len(features), _ROWS):
-        block = features[start : start + _ROWS]
-        own = weights[:, start : start + _ROWS]
+        kernel = _cubic(features[start : start + _ROWS], real)
+        across += ((ours[:, start : start + _ROWS] @ kernel) * theirs).sum(axis=1)
+    across /= len(features) * len(real)
+    return _mean_of_pairs(features, ours) - 2 * across + _mean_of_pairs(real, theirs)
+
+
+def _mean_of_pairs(features: Features, weights: Float64Array) -> Float64Array:
+    """Mean kernel (B,) of all pairs of different images, each image taken as often as a row of (B, n) says.
+
+    A resample of one image x alone, as half of those of two images are, has no pair. It stands for a model that makes
+    nothing else, all of whose pairs are k(x, x).
+    """
+    total, alone = np.zeros((2, len(weights)))
+    for start in range(0, len(features), _ROWS):
+        block, own = features[start : start + _ROWS], weights[:, start : start + _ROWS]
         kernel = _cubic(block, features)
         rows = np.arange(len(block))
         alone += own @ kernel[rows, start + rows] / len(features)
         kernel[rows, start + rows] = 0.0
-        within += ((own @ kernel) * weights).sum(axis=1)
-        across += own @ _cubic(block, real).mean(axis=1)
+        total += ((own @ kernel) * weights).sum(axis=1)
     # The sum of w_i w_j over different images is smaller than n (n − 1), since duplicates make no pair.
     pairs = np.square(weights.sum(axis=1)) - np.square(weights).sum(axis=1)
-    within = np.where(pairs > 0, within / np.maximum(pairs, 1), alone)
-    return within - 2 * across / len(features) + _mean_of_pairs(real)
-
-
-def _mean_of_pairs(features: Features) -> float:
-    """Mean kernel of all pairs of different images."""
-    num, total = len(features), 0.0
-    for start in range(0, num, _ROWS):
-        kernel = _cubic(features[start : start + _ROWS], features)
-        total += float(kernel.sum() - np.trace(kernel, offset=start))
-    return total / (num * (num - 1))
+    return np.where(pairs > 0, total / np.maximum(pairs, 1), alone)
 
 
 def _cubic(left: Features, right: Features) -> Float64Array:

@@ -97,7 +97,7 @@ class EvaluateSpec(Spec):
     num_bootstrap: int = Field(
         100,
         ge=0,
-        description="Resamples of the generated images for the verdict's second interval, at least 2; 0 for none.",
+        description="Resamples of generated and real images for the verdict's second interval, at least 2; 0 for none.",
     )
 
     @model_validator(mode="after")

@@ -70,8 +70,11 @@ def _replicates(comparison: Comparison, evaluate: EvaluateSpec, seed: int) -> li
         return []
     metric = deciding_metric(evaluate.metrics[0])
     assert metric is not None, evaluate.metrics
-    counts = resample(len(comparison.features), num_replicates=evaluate.num_bootstrap, seed=seed)
-    return [float(f"{value:.7g}") for value in metric.replicates(comparison.parts[0], counts)]
+    part = comparison.parts[0]
+    # Of so many real images that their features were not kept, the draw hardly matters.
+    num_real = None if part.reference.features is None else part.reference.num_images
+    resamples = resample(len(part.features), num_real, num_replicates=evaluate.num_bootstrap, seed=seed)
+    return [float(f"{value:.7g}") for value in metric.replicates(part, resamples)]
 
 
 def _details(comparison: Comparison, prompts: Prompts | None) -> dict[str, dict[str, float]]:

@@ -1,32 +1,37 @@
 """The reference: what the scores need of the real images' features, read slice by slice."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from deme_core.digests import sha256_bytes
 from deme_core.extractors import JointExtractor
 from deme_core.feature_file import read_features
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import needs_features
+from deme_core.metrics import MetricName, needs_features
 from deme_core.reference import Reference, save_reference
 from tasks.jobs import ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.real_features import extractor_of, indices_digest, real_indices
 
+# Of more real images the draw hardly matters to a score, and the features of 100,000 take 0.8 GB.
+_MOST_KEPT = 100_000
+
 
 def identity(job: ReferenceJob, context: JobContext) -> Identity:
     """The real images that are used, and the extractor; how they were sliced is no part of it."""
+    indices = real_indices(job, context)
     return Identity(
         settings={
-            "indices": indices_digest(real_indices(job, context)),
+            "indices": indices_digest(indices),
             "extractor": extractor_of(job.evaluate, context).digest,
-            "keeps_features": needs_features(job.evaluate.metrics),
+            "keeps_features": _keeps_features(job.evaluate.metrics, len(indices)),
         },
         dataset=context.images(job.dataset).reference_fingerprint,
     )
 
 
 def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
-    """Writes the features, or mean and covariance where these suffice; at most 1024 images' features are in memory."""
+    """Writes the features, of very many images mean and covariance; those of at most 1024 images are in memory."""
     images, extractor = context.images(job.dataset), extractor_of(job.evaluate, context)
     indices = real_indices(job, context)
     batches = read_features([context.fetch(ref) for ref in job.features])
@@ -37,7 +42,7 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
         "extractor_digest": extractor.digest,
         "images_digest": sha256_bytes(f"{images.reference_fingerprint} {indices_digest(indices)}".encode()),
     }
-    if needs_features(job.evaluate.metrics):
+    if _keeps_features(job.evaluate.metrics, len(indices)):
         save_reference(out, batches, num_images=len(indices), widths=widths, **names)
     else:
         statistics = FeatureStatistics.from_batches(batches)
@@ -48,3 +53,8 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
         "num_features": max(widths, default=extractor.num_features),
         "shape": [images.channels, images.resolution, images.resolution],
     }
+
+
+def _keeps_features(metrics: Sequence[MetricName], num_images: int) -> bool:
+    """Whether a reference has the features: for metrics that need them, and for resamples of the real images."""
+    return needs_features(metrics) or num_images <= _MOST_KEPT

@@ -118,7 +118,8 @@ def test_the_doctor_finds_all_that_a_recipe_needs(name: str, stand_ins: Path) ->
     assert [line for line in found if line.startswith("storage") and " of models" in line and ", 1 at once)" in line]
     assert [line for line in found if line.startswith("disk") and "cache, scratch and object store" in line]
     if name in TEXT:
-        assert "a photo of a tench" in said or "2 for" in said
+        assert "1,000 prompts; " in said or "2 prompts; " in said
+        assert " of each and the search's " in said
 
 
 def test_jobs_of_real_images_take_those_that_the_recipe_names_for_them() -> None:

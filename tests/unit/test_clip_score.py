@@ -23,10 +23,10 @@ def test_it_is_the_mean_over_the_images_whatever_the_extractor() -> None:
 
 
 def test_a_replicate_is_the_mean_of_the_repeated_images() -> None:
-    metric, counts = deciding_metric("clip_score"), resample(7, num_replicates=5, seed=1)
+    metric, resamples = deciding_metric("clip_score"), resample(7, 3, num_replicates=5, seed=1)
     assert metric is not None
-    expected = [np.repeat(SCORES.astype(np.float64), count).mean() for count in counts]
-    assert metric.replicates(COMPARISON, counts) == pytest.approx(expected, rel=1e-12)
+    expected = [np.repeat(SCORES.astype(np.float64), count).mean() for count in resamples.generated]
+    assert metric.replicates(COMPARISON, resamples) == pytest.approx(expected, rel=1e-12)
 
 
 def test_groups_are_means_over_the_images_of_their_prompts() -> None:

@@ -12,7 +12,7 @@ from tasks.few_images import few_images_warning
 from tasks.progress import Event, tell
 from tasks.work.scoring import check_extractor
 
-FID = EvaluateSpec(num_images=2)
+FID = EvaluateSpec(num_images=5000)
 KID = EvaluateSpec(num_images=2, metrics=("kid",))
 SMALL = {"num_images": 500, "num_features": 2048}
 
@@ -20,8 +20,14 @@ SMALL = {"num_images": 500, "num_features": 2048}
 def test_a_reference_smaller_than_its_features_is_warned_of_with_both_numbers() -> None:
     warning = few_images_warning(FID, SMALL)
     assert warning is not None
-    for word in ("500", "2048", "inception", "kid"):
+    for word in ("500 real images", "2,048", "inception", "kid"):
         assert word in warning
+
+
+def test_few_generated_images_are_warned_of_too() -> None:
+    few = FID.model_copy(update={"num_images": 600})
+    assert "600 generated images are fewer" in str(few_images_warning(few, {**SMALL, "num_images": 5000}))
+    assert "500 real and 600 generated images" in str(few_images_warning(few, SMALL))
 
 
 @pytest.mark.parametrize(

@@ -52,13 +52,16 @@ def test_a_reference_does_not_depend_on_how_many_tasks_made_it(
     metrics: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.work.real_features.REAL_BATCH_SIZE", 4)  # Slices hold whole batches, as in a flow.
+    monkeypatch.setattr("tasks.work.reference._MOST_KEPT", 0)
     whole, sliced = Machine(tmp_path / "one task"), Machine(tmp_path / "three tasks")
     first, other = whole.reference(metrics=metrics), sliced.reference(4, 12, metrics=metrics)
     assert not other.cached
     assert other.ref.digest == first.ref.digest
     ours, theirs = whole.load(first), sliced.load(other)
     assert (ours.num_images, ours.images_digest) == (theirs.num_images, theirs.images_digest)
-    assert (ours.features is None) == (metrics == ("fid",)), "the Fréchet distance keeps statistics only"
+    assert (ours.features is None) == (metrics == ("fid",)), (
+        "of very many images the Fréchet distance has statistics only"
+    )
     assert ours.statistics.covariance.dtype == np.float64
     scale = np.abs(ours.statistics.covariance).max()
     np.testing.assert_allclose(theirs.statistics.mean, ours.statistics.mean, rtol=1e-9, atol=1e-12)
@@ -74,7 +77,9 @@ def test_at_most_one_slice_of_the_features_is_in_memory(tmp_path: Path, monkeypa
             yield np.full((rows, 4096), low, np.float32)
 
     machine = Machine(tmp_path)
-    machine.reference(metrics=("fid",), num_images=num_images)  # All but the features is loaded now.
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.work.reference._MOST_KEPT", 0)
+        machine.reference(metrics=("fid",), num_images=num_images)  # All but the features is loaded now.
     monkeypatch.setattr("tasks.work.reference.read_features", read_wide_features)
     tracemalloc.start()
     try:
