@@ -54,7 +54,7 @@ def cut_tiles(path: Path, *, side: int, count: int) -> list[Any]:
     from PIL import Image
 
     tile = side * max(1, math.ceil(_SMALLEST_TILE / side))
-    with Image.open(path) as grid:
+    with Image.open(path, formats=["PNG"]) as grid:
         columns = (grid.width - _MARGIN) // (tile + _MARGIN)
         rows = (grid.height - _MARGIN) // (tile + _MARGIN)
         places = [divmod(index, columns) for index in range(min(count, rows * columns))]

@@ -20,7 +20,7 @@ def read_picture(path: Path, caption: str | None = None) -> Picture:
     """
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=["PNG"]) as image:
         if image.width <= _WIDEST:
             return Picture(_data_uri(path.read_bytes(), "image/png"), image.width, caption)
         buffer = io.BytesIO()

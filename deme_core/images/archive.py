@@ -13,7 +13,7 @@ from deme_core.images.metadata import is_metadata_name, read_columns
 from deme_core.images.pixels import BrokenImageError
 from deme_core.images.source import Column, is_image_name, stat_listing
 
-# A few kilobytes of a zip may inflate to any size; no encoded image takes so much.
+# A few kilobytes of a zip may inflate to any size; no encoded image takes so much, nor do all metadata together.
 _MAX_BYTES = 2**29
 
 
@@ -57,8 +57,10 @@ class ZipSource:
 
     @cached_property
     def _columns(self) -> dict[str, Column]:
-        names = filter(is_metadata_name, self._zip.namelist())
+        names = set(filter(is_metadata_name, self._zip.namelist()))
         try:
+            if (size := sum(self._zip.getinfo(name).file_size for name in names)) > _MAX_BYTES:
+                raise BrokenImageError(f"inflate to {size} bytes")
             files = {name: self._content(name) for name in names}
             return read_columns(self._names, files, source=self.description)
         except BrokenImageError as error:
@@ -71,15 +73,18 @@ class ZipSource:
             raise BrokenImageError(f"inflates to {size} bytes")
         try:
             return self._zip.read(name)  # Never more than it declares.
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise BrokenImageError("damaged in the zip") from error
+        except NotImplementedError as error:  # Of strong encryption and patches, which have flags of their own.
+            raise BrokenImageError("packed in a way that is not read") from error
         except OSError as error:
             raise DatasetError(f"Cannot read {self.description} ({error.strerror or error}).") from error
 
     def _open(self) -> None:
         try:
             self._zip = zipfile.ZipFile(self._path)
-        except (OSError, zipfile.BadZipFile) as error:
+        # A later version of the format is not implemented, a name that is not UTF-8 a ValueError.
+        except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is damaged or no zip"
             raise DatasetError(f"Cannot read {self.description} ({reason}); check dataset.path.") from error
         self._process = os.getpid()

@@ -9,6 +9,8 @@ from deme_core.errors import DatasetError
 from deme_core.images.source import Column, ImageSource, first_names
 from deme_core.recipe import DatasetSpec
 
+_LARGEST_LABEL = 2**63 - 1  # Batches have them as int64.
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -96,16 +98,20 @@ def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | 
     """Return the class of every image of the source, so that a part of it has the same classes."""
     present = [value for value in column.values if value is not None]
     if all(isinstance(value, int) for value in present):
+        if (largest := max(present, default=0)) > _LARGEST_LABEL:
+            raise DatasetError(
+                f"Column '{name}' of {source.description} holds numbers such as {largest!r:.60}, too large for a "
+                "class; set dataset.label_column."
+            )
         labels = [int(value) if value is not None and value >= 0 else None for value in column.values]
         return labels, column.class_names
     if all(isinstance(value, str) for value in present):
         numbers = {name: number for number, name in enumerate(sorted(set(present)))}
         return [None if value is None else numbers[value] for value in column.values], tuple(numbers)
-    wrong = next(value for value in present if not isinstance(value, int | str))
-    raise DatasetError(
-        f"Column '{name}' of {source.description} holds values such as {wrong!r:.60}, neither classes nor their names; "
-        "set dataset.label_column."
-    )
+    wrong = next((value for value in present if not isinstance(value, int | str)), None)
+    such = f"values such as {wrong!r:.60}, neither classes nor their names"
+    held = "both classes and names" if wrong is None else such
+    raise DatasetError(f"Column '{name}' of {source.description} holds {held}; set dataset.label_column.")
 
 
 def _refuse_missing(source: ImageSource, indices: Sequence[int], values: Sequence[Any], what: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from deme_core.errors import DatasetError, first_line
 from deme_core.images.pixels import BrokenImageError
-from deme_core.images.source import Column, stat_listing
+from deme_core.images.source import Column, first_names, stat_listing
 from deme_core.recipe import DatasetSpec
 
 
@@ -63,7 +63,8 @@ class HubSource:
         if name not in self.columns:
             return None
         names = getattr(self._table.features[name], "names", None)
-        return Column(self._table.with_format(None)[name][:], names)
+        # As Arrow has them: of a column of images, which Pillow would open, datasets itself gives pixels.
+        return Column(self._table.with_format("arrow")[name][:].to_pylist(), names)
 
 
 def count_rows(spec: DatasetSpec) -> int | None:
@@ -74,6 +75,8 @@ def count_rows(spec: DatasetSpec) -> int | None:
     """
     try:
         info = _builder(spec).info
+    except DatasetError:
+        raise
     except Exception as error:  # As below.
         raise _cannot_load(spec, error) from error
     num_rows = _count(info.splits, spec) if info.splits else None
@@ -124,6 +127,8 @@ def _load(spec: DatasetSpec) -> Any:
             return datasets.load_dataset(_location(spec), name=spec.name, split=spec.split)
         builder.download_and_prepare()
         return builder.as_dataset(spec.split)
+    except DatasetError:
+        raise
     except Exception as error:  # Builders, file systems and HTTP clients each raise their own.
         raise _cannot_load(spec, error) from error
 
@@ -137,7 +142,7 @@ def _builder(spec: DatasetSpec) -> Any:
 
     cache = _split_cache(spec)
     try:
-        return datasets.load_dataset_builder(_location(spec), name=spec.name, cache_dir=cache)
+        builder = datasets.load_dataset_builder(_location(spec), name=spec.name, cache_dir=cache)
     except Exception:
         if cache is None:
             raise
@@ -145,6 +150,29 @@ def _builder(spec: DatasetSpec) -> Any:
         if whole.name != "cache":  # The hub answers again: to fail is better than to bring all splits.
             raise
         return whole
+    _refuse_foreign_files(builder, spec)
+    return builder
+
+
+def _refuse_foreign_files(builder: Any, spec: DatasetSpec) -> None:
+    """Refuse a data set that takes its rows from files which are not its own: its README may name any, of any place."""
+    is_local = Path(str(spec.path)).expanduser().is_dir()
+    folders = [folder.resolve() for folder in _own_folders(spec)]
+    place = f"hf://datasets/{builder.repo_id}@" if builder.repo_id else f"{builder.base_path}/"
+
+    def is_own(file: str) -> bool:
+        if "::" in file:  # a::b is the member a of the archive b, wherever that lies.
+            return False
+        if not is_local:
+            return file.startswith(place)
+        return "://" not in file and any(map(Path(os.path.realpath(file)).is_relative_to, folders))
+
+    files = [file for split in (builder.config.data_files or {}).values() for file in split]
+    if foreign := [file for file in files if not is_own(file)]:
+        raise DatasetError(
+            f"The data set {spec.path} names data files that are not in it ({first_names(foreign)}); bring them into "
+            "its folder, or take them out of its README.md."
+        )
 
 
 def _restrict(builder: Any, spec: DatasetSpec) -> bool:

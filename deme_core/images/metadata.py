@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from io import BytesIO
 from pathlib import PurePosixPath
 from posixpath import normpath
 from typing import Any
@@ -53,14 +54,15 @@ def read_columns(names: Sequence[str], files: Mapping[str, bytes], *, source: st
 
 def _rows(content: bytes, parent: PurePosixPath, called: str) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yield the image's path relative to the folder, the number of the line, and its other values."""
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    for number, line in enumerate(BytesIO(content), start=1):  # No list of lines, which may all be empty.
         if not line.strip():
             continue
         try:
             row = json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", "not UTF-8")
             raise DatasetError(
-                f"{called} is no JSON lines (line {number}: {getattr(error, 'msg', 'not UTF-8')}); write one JSON "
+                f"{called} is no JSON lines (line {number}: {reason}); write one JSON "
                 f"object with {FILE_NAME} in each line."
             ) from error
         if not isinstance(row, dict) or not isinstance(row.get(FILE_NAME), str):

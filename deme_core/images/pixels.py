@@ -12,6 +12,10 @@ from PIL.ExifTags import Base
 PIXELS_VERSION = 1
 
 PIL_MODES = {1: "L", 3: "RGB"}
+# Whatever a file is called, Pillow would try all that it knows: for EPS it runs Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+# A line of a million pixels is two kilobytes of PNG, and 786 GB once its shorter side is 512.
+_MAX_ASPECT_RATIO = 100
 
 
 class BrokenImageError(Exception):
@@ -22,10 +26,13 @@ def decode(encoded: bytes, *, channels: int) -> Image.Image:
     """Decode one image, upright, as grey (``channels`` 1) or RGB (3) with 8 bits.
 
     Raises:
-        BrokenImageError: the bytes are damaged, no image, or of a kind without a range of values.
+        BrokenImageError: the bytes are damaged, no image of ``FORMATS``, or of a kind without a range of values, or
+            one side is more than 100 times as long as the other.
     """
     try:
-        image: Image.Image = Image.open(BytesIO(encoded))
+        image: Image.Image = Image.open(BytesIO(encoded), formats=FORMATS)
+        if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+            raise BrokenImageError(f"{image.width}×{image.height} pixels are longer than {_MAX_ASPECT_RATIO} to 1")
         image.load()
         if image.getexif().get(Base.Orientation) is not None:
             image = ImageOps.exif_transpose(image)

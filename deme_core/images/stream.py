@@ -134,7 +134,8 @@ class StreamedTars(TarSource):
             return self._index_store.get_bytes(key)
         except ArtifactNotFoundError:
             with self._shards.reading(tar) as file:
-                content = json.dumps(self._rows(tar, file), ensure_ascii=False).encode()
+                # Surrogates are bytes of names that are not UTF-8; json.loads takes them back.
+                content = json.dumps(self._rows(tar, file), ensure_ascii=False).encode(errors="surrogatepass")
         self._index_store.put_bytes(key, content)
         return content
 

@@ -12,13 +12,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from deme_core.errors import DatasetError
 from deme_core.images.source import IMAGE_SUFFIXES, LABEL, Column, folder_labels, is_hidden, stat_listing
 
 TEXTS, CLASSES, JSON = ("txt", "text"), ("cls",), "json"
 TAR_SUFFIX = ".tar"
+# Headers that tell more of the next member, such as a long name, are read whole before that.
+_EXTENDING = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+_MAX_EXTENDING_BYTES = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +48,18 @@ class Sample:
     key: str
     members: dict[str, Member]
     image: str = ""
+
+
+class _BoundedHeader(tarfile.TarInfo):
+    """A header that makes ``tarfile`` neither read any number of bytes into memory nor go back."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Take a header from its block; ReadError if its size cannot be meant."""
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or (header.type in _EXTENDING and header.size > _MAX_EXTENDING_BYTES):
+            raise tarfile.ReadError(f"a header of {header.size} bytes")
+        return header
 
 
 class TarSource:
@@ -124,8 +145,9 @@ class TarSource:
             return {}
         try:
             content = json.loads(self.read_member(member))
-        except ValueError as error:
-            raise DatasetError(f"{self._member_name(sample, JSON)} is no JSON; pack the tar anew.") from error
+        except (ValueError, RecursionError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else "no JSON"
+            raise DatasetError(f"{self._member_name(sample, JSON)} is {reason}; pack the tar anew.") from error
         return content if isinstance(content, dict) else {}
 
     def _member_name(self, sample: Sample, extension: str) -> str:
@@ -197,10 +219,15 @@ def _samples(tar: Path, number: int, file: BinaryIO | None) -> dict[str, Sample]
 
 def _members(tar: Path, file: BinaryIO | None) -> Iterator[tarfile.TarInfo]:
     try:
-        with tarfile.open(tar, "r:", file) as archive:
+        with tarfile.open(tar, "r:", file, tarinfo=_BoundedHeader) as archive:
             for member in archive:
+                if member.size < 0:  # As a pax header may have it; what follows it would lie before it.
+                    raise tarfile.ReadError(f"{member.name} has {member.size} bytes")
+                member.pax_headers = {}  # Each has a copy of the global ones, and tarfile keeps all members.
                 if member.isreg() and not member.issparse():
                     yield member
-    except (OSError, tarfile.TarError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # tarfile answers damage with nearly any exception.
         reason = getattr(error, "strerror", None) or "it is damaged, compressed or no tar"
         raise DatasetError(f"Cannot read the tar {tar} ({reason}); give a whole, uncompressed tar.") from error

@@ -225,6 +225,18 @@ def test_columns_of_a_hub_that_does_not_describe_them_are_read_without_the_other
     assert downloads(hub) == ["validation"]
 
 
+@pytest.mark.parametrize("place", ["{tmp}/private.parquet", "hf://datasets/other/pets/data/*.parquet"])
+def test_a_hub_data_set_that_names_files_of_others_is_refused(
+    hub: type[Hub], published: Path, tmp_path: Path, place: str
+) -> None:
+    rows("train").to_parquet(tmp_path / "private.parquet")
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": place.format(tmp=tmp_path)}]}]
+    (published / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    with pytest.raises(DatasetError, match=r"some/pets (names data files that|\(Data files don't belong)"):
+        load("some/pets", "train", tmp_path)
+    assert not downloads(hub)
+
+
 def test_a_hub_that_refuses_once_does_not_make_all_splits_come(hub: type[Hub], published: Path, tmp_path: Path) -> None:
     hub.num_refusals = 1
     with pytest.raises(DatasetError, match="Cannot load split 'validation'"):

@@ -24,6 +24,7 @@ from deme_core.images import (
     normalize,
     source,
 )
+from deme_core.images.pixels import FORMATS, decode
 from deme_core.images.preview import preview_images
 from deme_core.images.remote import FileKind, fetch_images
 from deme_core.recipe import DatasetSpec
@@ -66,6 +67,60 @@ def zipped(folder: Path, path: Path) -> Path:
 
 
 # Pixels
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])  # As which many cameras write what they call .jpg.
+def test_every_kind_of_image_is_read(kind: str) -> None:
+    file = io.BytesIO()
+    pages = {"save_all": True, "append_images": [Image.new("RGB", (8, 8))]} if kind == "MPO" else {}
+    Image.new("RGB", (8, 8), (255, 0, 0)).save(file, kind, **pages)
+    read = np.array(decode(file.getvalue(), channels=3)).astype(int)
+    assert read.shape == (8, 8, 3) and np.abs(read - (255, 0, 0)).max() <= 1
+
+
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that shows that Ghostscript was run."""
+    program, shown = tmp_path / "gs", tmp_path / "gs-was-run"
+    program.write_text(f"#!/bin/sh\ntouch {shown}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", str(program))
+    return shown
+
+
+POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_postscript_is_not_run_whatever_a_file_is_called(tmp_path: Path, ghostscript: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(POSTSCRIPT)
+    with pytest.raises(DatasetError, match=r"^0.png \(not an image\)"):
+        load(tmp_path / "images", tmp_path)
+    assert not ghostscript.exists()
+
+
+def test_a_column_that_is_no_text_but_images_is_not_decoded(
+    folder: Path, parquet: Path, tmp_path: Path, ghostscript: Path
+) -> None:
+    import datasets
+
+    rows = {"image": [(folder / "a" / "0.png").read_bytes()], "text": [POSTSCRIPT]}
+    table = datasets.Dataset.from_dict({name: [{"bytes": cell, "path": None} for cell in rows[name]] for name in rows})
+    for name in rows:
+        table = table.cast_column(name, datasets.Image())
+    table.to_parquet(parquet / "train.parquet")
+    with pytest.raises(DatasetError, match=r"Column 'text' .*, not texts"):
+        load(parquet, tmp_path, source="hub", caption_column="text")
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize("size", [(1, 101), (101, 1)])
+def test_a_line_of_pixels_is_broken(folder: Path, tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", (3, 300)).save(folder / "long.png")
+    assert load(folder, tmp_path).image(7).shape == (3, 16, 16)
+    Image.new("RGB", size).save(folder / "line.png")
+    with pytest.raises(DatasetError, match=rf"^line.png \({size[0]}×{size[1]} pixels are longer than 100 to 1\)"):
+        load(folder, tmp_path)
 
 
 def test_digits_are_scaled_from_sixteen_levels(tmp_path: Path) -> None:
@@ -253,10 +308,46 @@ def test_a_member_that_inflates_beyond_any_image_is_not_read(
     (folder / name).write_bytes(bytes(2**20 + 1))
     path = zipped(folder, tmp_path / "images.zip")
     assert path.stat().st_size < 2**17
-    with pytest.raises(DatasetError, match=r"inflates to 1048577 bytes"):
+    with pytest.raises(DatasetError, match=r"inflates? to 1048577 bytes"):
         load(path, tmp_path, caption_column="text")
     if name.endswith(".png"):
         assert load(path, tmp_path, skip_broken=True).num_skipped == 1
+
+
+def test_metadata_that_inflate_together_beyond_any_are_not_read(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "_MAX_BYTES", 2**20)
+    for name in ("metadata.jsonl", "a/metadata.jsonl"):
+        (folder / name).write_bytes(b"\n" * (2**19 + 1))
+    path = zipped(folder, tmp_path / "images.zip")
+    with pytest.raises(DatasetError, match=r"^The metadata in the zip .* \(inflate to 1048578 bytes\); pack it anew"):
+        load(path, tmp_path, caption_column="text")
+    assert len(load(path, tmp_path)) == len(SIZES)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (6, 99, "^Cannot read the zip .*damaged or no zip"),  # Version 9.9.
+        (8, 0x20, r"^0.png \(packed in a way that is not read\) in the zip"),  # A patch.
+        (8, 0x40, r"^0.png \(packed in a way that is not read\) in the zip"),  # Strong encryption.
+        (9, 0x08, "^Cannot read the zip .*damaged or no zip"),  # The name is UTF-8, and is not.
+    ],
+)
+def test_a_zip_with_a_hostile_header_is_named(tmp_path: Path, offset: int, value: int, message: str) -> None:
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("0.png", b"no image")
+    data = bytearray(path.read_bytes())
+    entry = data.rfind(b"PK\x01\x02")
+    data[entry + offset] = value
+    if offset == 9:
+        data[entry + 46] = 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=message) as caught:
+        load(path, tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_member_that_inflates_to_more_than_it_declares_is_broken(folder: Path, tmp_path: Path) -> None:
@@ -458,6 +549,34 @@ def test_a_row_may_name_a_file_of_the_data_set_or_of_a_cache(
         image.symlink_to(tmp_path / "hub" / "blobs" / "0")
     refer(parquet, image)
     assert len(load(parquet, tmp_path, source="hub")) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "all"])
+@pytest.mark.parametrize(
+    "name",
+    ["{tmp}/private.parquet", "../private.parquet", "{tmp}/parquet/link.parquet", "file://{tmp}/private.parquet"],
+)
+def test_a_readme_that_names_a_file_of_the_machine_is_refused(
+    parquet: Path, tmp_path: Path, name: str, split: str
+) -> None:
+    shutil.copy(parquet / "train.parquet", tmp_path / "private.parquet")
+    (parquet / "link.parquet").symlink_to(tmp_path / "private.parquet")
+    write_readme(parquet, name.format(tmp=tmp_path))
+    spec = DatasetSpec(source="hub", path=str(parquet), image_column="picture", resolution=16, split=split)
+    for use in (lambda: load_images(spec, cache=tmp_path / "cache"), lambda: preview_images(spec, tmp_path / "cache")):
+        with pytest.raises(DatasetError, match=r"^The data set .*/parquet names data files that are not in it \(/"):
+            use()
+
+
+def test_a_readme_may_name_files_of_the_data_set(folder: Path, parquet: Path, tmp_path: Path) -> None:
+    write_readme(parquet, "train.*")
+    assert len(load(parquet, tmp_path, source="hub", image_column="picture")) == len(SIZES)
+
+
+def write_readme(parquet: Path, data_files: str) -> None:
+    """Writes which files a data set has its rows from."""
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": data_files}]}]
+    (parquet / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,7 @@ def test_images_without_a_caption_are_counted_and_named(folder: Path, tmp_path: 
             r"^metadata.jsonl in the (folder|zip) .* is no JSON lines \(line 2: ",
         ),
         (b'{"file_name": "top.png", "text": "\xff"}', r"is no JSON lines \(line 1: not UTF-8\)"),
+        (b'{"file_name": "top.png", "text": ' + b"[" * 100_000, r"is no JSON lines \(line 1: nested too deeply\)"),
         (b'[{"file_name": "top.png", "text": "a"}]', "has in line 1 no JSON object with a text file_name"),
         (b'{"file": "top.png", "text": "a"}', "has in line 1 no JSON object with a text file_name"),
         (b'{"file_name": "top.png"}\n{"file_name": "b/../top.png"}', "has in line 2 another row of top.png"),
@@ -109,6 +110,13 @@ def test_metadata_that_cannot_be_used_is_named(folder: Path, tmp_path: Path, con
         with pytest.raises(DatasetError, match=message) as caught:
             load(path, tmp_path, caption_column="text")
         assert "\n" not in str(caught.value)
+
+
+def test_labels_are_classes_or_names_and_not_both(folder: Path, tmp_path: Path) -> None:
+    rows = [{"file_name": "top.png", "kind": 1}, {"file_name": "b/0.png", "kind": "cat"}]
+    write(folder, *rows)
+    with pytest.raises(DatasetError, match=r"^Column 'kind' of the folder .* holds both classes and names; set"):
+        load(folder, tmp_path, label_column="kind")
 
 
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs shared/data beside the checkout")

@@ -25,6 +25,7 @@ from PIL import Image
 from deme_core.errors import ArtifactNotFoundError, DatasetError, StoreUnavailableError
 from deme_core.file_store import FileStore
 from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
+from deme_core.images.dataset import open_source
 from deme_core.images.draws import ShardWindows
 from deme_core.images.inspection import verdict
 from deme_core.images.preview import preview_images
@@ -94,6 +95,18 @@ def test_images_captions_and_their_fingerprint_are_those_of_a_copy_on_disk(tars:
     assert streamed.captions == local.captions
     for index in (0, 17, NUM_TARS * PER_TAR - 1):
         assert torch.equal(streamed.image(index), local.image(index))
+
+
+def test_names_that_are_not_utf8_are_streamed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    (tmp_path / "tars").mkdir()
+    Image.new("RGB", (16, 16)).save(tmp_path / name)
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w", format=tarfile.GNU_FORMAT) as archive:
+        archive.add(tmp_path / name, name)
+    for _ in range(2):  # Once the index is made, then it is read.
+        index = FileStore(tmp_path / "index")
+        source = open_source(_spec(tmp_path / "tars"), tmp_path / "cache", index_store=index)
+        assert [source.name(number) for number in range(len(source))] == [f"0.tar/{name}"]
 
 
 def test_the_cache_stays_under_its_bound_while_epochs_pass_through_it(

@@ -159,6 +159,44 @@ def test_tars_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> Non
         load(tmp_path / "twice.tar", tmp_path)
 
 
+def header(name: str, kind: bytes, size: bytes) -> bytes:
+    """A header whose field of the size is given, 12 bytes."""
+    block = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    block[124:136], block[148:156], block[156:157] = size, b" " * 8, kind
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def pax(records: bytes) -> bytes:
+    return header("pax", tarfile.XHDTYPE, b"%011o\0" % len(records)) + records.ljust(512, b"\0")
+
+
+SIZES = {f"2^{bits}": b"\x80" + (2**bits).to_bytes(11) for bits in (40, 62, 70)}
+SIZES |= {f"-{size}": b"\xff" + (256**11 - size).to_bytes(11) for size in (512, 2**70)}
+RECORDS = [b"9" * 23 + b" a=b\n", b"13 size=-512\n", b"20 GNU.sparse.map=x\n"]
+RECORDS += [b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"]
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        *(
+            pytest.param(header("b.png", kind, field), id=f"{kind.decode()} of {size}")
+            for kind in (b"0", b"x", b"g", b"X", b"L", b"K")
+            for size, field in SIZES.items()
+        ),
+        *(pytest.param(pax(records), id=records[:24].decode().strip()) for records in RECORDS),
+        pytest.param(pax(b"12 path=a.b\n") * 3000, id="3000 pax headers"),
+    ],
+)
+def test_a_tar_with_a_hostile_header_is_named(tmp_path: Path, hostile: bytes) -> None:
+    sound = header("a.png", b"0", b"%011o\0" % 0)
+    (tmp_path / "a.tar").write_bytes(sound + hostile + header("c.png", b"0", b"%011o\0" % 512) + bytes(2048))
+    with pytest.raises(DatasetError, match=r"^Cannot read the tar .*a\.tar \(.*\); give a whole") as caught:
+        load(tmp_path / "a.tar", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("members", "settings", "message"),
     [
@@ -171,6 +209,12 @@ def test_tars_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> Non
         (sample(0) | {"0000.cls": b"cat"}, {"label_column": "cls"}, "a.tar/0000.cls is no whole number"),
         (sample(0) | {"0000.txt": b"\xff"}, {"caption_column": "txt"}, "a.tar/0000.txt is not UTF-8"),
         (sample(0) | {"0000.json": b"{"}, {"caption_column": "caption"}, "a.tar/0000.json is no JSON"),
+        (
+            sample(0) | {"0000.json": b"[" * 100_000},
+            {"caption_column": "caption"},
+            "a.tar/0000.json is nested too deeply; pack",
+        ),
+        (sample(0) | {"0000.cls": b"1" * 30}, {"label_column": "cls"}, "such as 1{30}, too large for a class"),
     ],
 )
 def test_columns_that_cannot_be_used_are_named(
