@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from deme_core.errors import InputError, NonFiniteImagesError
+from deme_core.errors import InputError, ModelFolderError, NonFiniteImagesError, first_line
 from deme_core.families import Adapter
 from deme_core.guidance import image_guidance
 from deme_core.precision import DTYPES
@@ -18,6 +18,8 @@ from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment, segment_index
 from deme_core.tf32 import without_tf32
 
+# Leading steps are T // n long, and may leave timesteps out at the noisy end: at most a fifth of them.
+_LEAST_REACH = 0.8
 _SCHEDULERS: dict[Sampler, str] = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -63,7 +65,7 @@ class Sampling:
         sampler: ddim or ddpm for diffusion, flow_match_euler for flow matching.
         num_inference_steps: sampling steps.
         eta: noise of DDIM; 0 is deterministic.
-        timestep_spacing: None keeps the scheduler config's.
+        timestep_spacing: None keeps the scheduler config's; but ddim, which has no linspace, takes leading for that.
         guidance_scale: of classifier-free guidance; 1 is none.
         batch_size: images per batch; changes images by rounding alone.
         precision: autocast type of the denoiser; all else, as the scheduler's steps, is float32.
@@ -81,11 +83,10 @@ class Sampling:
         """Returns the diffusers scheduler, its timesteps set.
 
         Raises:
-            InputError: the sampler is not for such models or takes no timestep spacing, there are too many steps, or
-                guidance of a model that takes no conditions.
+            InputError: the sampler is not for such models, or takes no timestep spacing or not so many steps of it;
+                there are too many steps, or guidance of a model that takes no conditions.
+            ModelFolderError: the scheduler config cannot be used.
         """
-        import diffusers
-
         if self.sampler not in (known := adapter.noise_process.samplers):
             raise InputError(
                 f"The sampler {self.sampler} does not fit a {adapter.pipeline}; set evaluate.sampler, or --sampler on "
@@ -103,15 +104,64 @@ class Sampling:
             )
         if self.sampler == "flow_match_euler" and self.timestep_spacing:
             raise InputError("The sampler flow_match_euler has one spacing only; leave evaluate.timestep_spacing out.")
-        overrides = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
+        overrides: dict[str, Any] = {"timestep_spacing": self.timestep_spacing} if self.timestep_spacing else {}
         is_learned = adapter.scheduler_config.get("variance_type") in ("learned", "learned_range")
         if self.sampler == "ddpm" and is_learned:
             # DDPM's posterior variance and diffusers' default; DDIM, which takes no learned one, has it at eta 1.
             overrides["variance_type"] = "fixed_small"
-        scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
-        scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)
-        scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings(self.num_inference_steps))
+        scheduler = self._scheduler(adapter, overrides)
+        if self.sampler == "ddim" and not self.timestep_spacing and scheduler.config.timestep_spacing == "linspace":
+            # Models that came with a multistep sampler have it; its steps are longer than the T // n that DDIM goes.
+            scheduler = self._scheduler(adapter, {**overrides, "timestep_spacing": "leading"})
+        if self.sampler != "flow_match_euler":
+            self._check_timesteps(scheduler.config, num_timesteps)
         return scheduler
+
+    def _scheduler(self, adapter: Adapter, overrides: dict[str, Any]) -> Any:
+        import diffusers
+
+        scheduler_class = getattr(diffusers, _SCHEDULERS[self.sampler])
+        try:
+            scheduler = scheduler_class.from_config(dict(adapter.scheduler_config), **overrides)
+            scheduler.set_timesteps(self.num_inference_steps, **adapter.timestep_settings(self.num_inference_steps))
+        except ModelFolderError:
+            raise
+        except Exception as error:  # diffusers raises many kinds for what it cannot use.
+            problem = f"makes no {_SCHEDULERS[self.sampler]} ({first_line(error)})"
+            raise ModelFolderError(f"The scheduler_config.json of this {adapter.pipeline} {problem}.") from error
+        return scheduler
+
+    def _check_timesteps(self, config: Any, num_timesteps: int) -> None:
+        """Raises an InputError if the sampler would not start at noise, or step over the timesteps that it stops at."""
+        num_steps, spacing = self.num_inference_steps, config.timestep_spacing
+
+        def fits(num_steps: int) -> bool:
+            length = num_timesteps // num_steps
+            if spacing == "leading":
+                reaches = num_steps * length >= _LEAST_REACH * num_timesteps
+                return reaches and (num_steps - 1) * length + config.steps_offset < num_timesteps
+            # DDIM goes T // n timesteps down from wherever it is; DDPM goes to the next one of its list.
+            return self.sampler == "ddpm" or (spacing == "trailing" and num_timesteps % num_steps == 0)
+
+        if fits(num_steps):
+            return
+        steps = f"{num_steps} {spacing} steps of the model's {num_timesteps} timesteps"
+        if spacing == "linspace":
+            mend = "set evaluate.timestep_spacing to leading, or leave it out"
+            raise InputError(f"The sampler ddim does not stop where {steps} do; {mend}.")
+        nearest = [
+            next(filter(fits, range(num_steps, end, sign)), None) for end, sign in ((0, -1), (num_timesteps + 1, 1))
+        ]
+        able = " or ".join(str(number) for number in nearest if number is not None)
+        mend = f"set evaluate.num_inference_steps, or --num-inference-steps on the command line, to {able}"
+        if spacing == "trailing":
+            raise InputError(
+                f"The sampler ddim does not stop where {steps} do, since they are not all of one length; {mend}, or "
+                "evaluate.timestep_spacing to leading."
+            )
+        first = (num_steps - 1) * (num_timesteps // num_steps) + config.steps_offset
+        where = "past the last" if first >= num_timesteps else "far from noise, which they start with"
+        raise InputError(f"{steps} begin at timestep {first}, {where}; {mend}.")
 
     def step_settings(self, generators: list[torch.Generator]) -> dict[str, Any]:
         """Returns what the scheduler's ``step`` takes besides prediction, timestep and latents."""

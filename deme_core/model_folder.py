@@ -17,7 +17,16 @@ from deme_core.families import Adapter
 from deme_core.lora.expert import LoraExpert
 from deme_core.lora.factors import LORA_NAME, LoraFactors, read_factors
 from deme_core.model_digest import tensors_digest
-from deme_core.model_json import INDEX_NAME, PICKLE_NAME, WEIGHTS_NAME, read_json, shard_names
+from deme_core.model_json import (
+    INDEX_NAME,
+    PICKLE_NAME,
+    PICKLE_SUFFIX,
+    WEIGHTS_NAME,
+    check_part,
+    is_pickled,
+    read_json,
+    shard_names,
+)
 from deme_core.needed_files import needed_files
 from deme_core.pipeline_index import PipelineIndex, read_index
 from deme_core.projection import fold_projections, is_projection
@@ -88,12 +97,15 @@ class ModelFolder:
         """Returns the files of the frozen parts, and the pipeline's index.
 
         Raises:
-            ModelFolderError: the only weights of a part are pickled, and that was not allowed.
+            ModelFolderError: the only weights of a part are pickled, and that was not allowed; or what loads it would
+                read other files than those of its folder.
         """
         parts = self.index.frozen_parts
+        for part in parts:
+            check_part(self.path / part)
         present = [file.relative_to(self.path) for part in parts for file in (self.path / part).rglob("*")]
         files = [self.path / name for name in needed_files(name.as_posix() for name in present)]
-        pickled = [file for file in files if file.suffix == ".bin"]
+        pickled = [file for file in files if is_pickled(file)]
         if pickled and not allow_pickle:
             raise _pickled(pickled[0])
         return [self.path / INDEX_NAME, *files] if parts else []
@@ -105,11 +117,11 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
     Args:
         path: the folder.
         frozen: for a finetuned copy, folder of its pretrained model.
-        allow_pickle: accept pickled weights.
+        allow_pickle: accept pickled weights, of frozen parts, too.
 
     Raises:
-        ModelFolderError: a file is missing or damaged, weights are pickled and that was not allowed, or the model is
-            of a family or class that DeMe does not know.
+        ModelFolderError: a file is missing or damaged, weights are pickled and that was not allowed, what would load a
+            frozen part would leave its folder, or the model is of a family or class that DeMe does not know.
     """
     if not path.is_dir():
         raise ModelFolderError(f"There is no model folder {path}.")
@@ -121,7 +133,7 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
     scheduler_config = read_json(scheduler / "scheduler_config.json")
     if problem := index.family.unsupported(config, scheduler_config):
         raise ModelFolderError(f"{path} has {problem}; DeMe cannot finetune it.")
-    return ModelFolder(
+    folder = ModelFolder(
         path=path,
         index=index,
         weights=(path / LORA_NAME,) if index.lora_base else _find_weights(denoiser, allow_pickle=allow_pickle),
@@ -129,6 +141,8 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
         scheduler_config=scheduler_config,
         frozen=frozen if index.pretrained else path,
     )
+    folder.frozen_files(allow_pickle=allow_pickle)  # For its checks, since whoever opens a model may load it.
+    return folder
 
 
 def _part(path: Path, name: str) -> Path:
@@ -167,16 +181,24 @@ def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
         if folder.frozen is None:
             raise ModelFolderError(f"{folder.path} holds a LoRA adapter alone; give a whole {folder.index.pipeline}.")
         return folder.expert(open_model_folder(folder.frozen)).tensors()
-    if folder.weights[0].suffix == ".bin":
-        try:
-            tensors = torch.load(folder.weights[0], map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises many kinds for a damaged or unsafe file
-            raise ModelFolderError(f"{folder.weights[0]} cannot be read safely ({error}).") from error
-        if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-            raise ModelFolderError(f"{folder.weights[0]} does not hold named tensors and nothing else.")
-    else:
-        tensors = folder.checkpoint().tensors()
+    pickled = folder.weights[0].suffix == PICKLE_SUFFIX
+    tensors = read_pickled_tensors(folder.weights[0]) if pickled else folder.checkpoint().tensors()
     return {_current_name(name): tensor for name, tensor in tensors.items()}
+
+
+def read_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """Returns the named tensors of a pickled file, of which no code is run.
+
+    Raises:
+        ModelFolderError: it is damaged, or holds anything else.
+    """
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged or unsafe file
+        raise ModelFolderError(f"{file} cannot be read safely ({error}).") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelFolderError(f"{file} does not hold named tensors and nothing else.")
+    return tensors
 
 
 def weights_digest(folder: ModelFolder) -> str:

@@ -1,7 +1,8 @@
 """Model folders as they are written: in the layout that stock diffusers loads.
 
-The frozen parts of a pipeline are copied byte for byte. Only a finetuned copy of such a pipeline is written without
-them, with the digest of the pretrained artifact that holds them; and of a copy that is a LoRA, the adapter alone.
+The frozen parts of a pipeline are copied byte for byte, but for pickled weights, which become safetensors. Only a
+finetuned copy of such a pipeline is written without them, with the digest of the pretrained artifact that holds them;
+and of a copy that is a LoRA, the adapter alone.
 """
 
 import json
@@ -14,8 +15,8 @@ import torch
 from deme_core.checkpoint import save_tensors
 from deme_core.errors import ModelFolderError
 from deme_core.lora.factors import LORA_NAME, LoraFactors, write_factors
-from deme_core.model_folder import ModelFolder, weights_digest
-from deme_core.model_json import INDEX_NAME, WEIGHTS_NAME
+from deme_core.model_folder import ModelFolder, read_pickled_tensors, weights_digest
+from deme_core.model_json import INDEX_NAME, WEIGHTS_NAME, is_pickled, read_json, safetensors_name
 from deme_core.pipeline_index import COPY_NAME
 
 
@@ -67,10 +68,10 @@ def write_like(
 
     Args:
         path: the folder, made if need be.
-        model: what it is like; its frozen parts and configs are copied byte for byte.
+        model: what it is like; its frozen parts and configs are copied byte for byte, but for pickled weights.
         tensors: weights of the denoiser; without them the caller writes to the path that is returned.
         copy_of: digest of the pretrained artifact: leave the frozen parts out, for they are there.
-        allow_pickle: copy frozen parts with pickled weights.
+        allow_pickle: take frozen parts with pickled weights, as safetensors: what reads the folder is asked no more.
 
     Returns:
         The path of the weights.
@@ -93,7 +94,7 @@ def write_like(
         _write_json(path / COPY_NAME, {"pipeline": model.index.pipeline, "pretrained": copy_of})
     else:
         for file in model.frozen_files(allow_pickle=allow_pickle):
-            _copy_file(file, path / file.relative_to(model.path))
+            _copy_frozen_file(file, path / file.relative_to(model.path))
     if tensors is not None:
         save_tensors(path / part / WEIGHTS_NAME, tensors)
     return path / part / WEIGHTS_NAME
@@ -114,6 +115,20 @@ def write_lora_copy(path: Path, model: ModelFolder, factors: dict[str, LoraFacto
     pipeline = model.index.pipeline or model.index.family.pipelines[0]
     _write_json(path / COPY_NAME, {"pipeline": pipeline, "pretrained": copy_of, "lora_base": base})
     write_factors(path / LORA_NAME, factors, part=part, base_digest=base)
+
+
+def _copy_frozen_file(source: Path, destination: Path) -> None:
+    if not is_pickled(source):
+        _copy_file(source, destination)
+        return
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    destination = destination.with_name(safetensors_name(source.name))
+    if source.suffix == ".json":
+        index = read_json(source)
+        names = {name: safetensors_name(shard) for name, shard in index["weight_map"].items()}
+        _write_json(destination, index | {"weight_map": names})
+    else:
+        save_tensors(destination, read_pickled_tensors(source))
 
 
 def _copy_file(source: Path, destination: Path) -> None:

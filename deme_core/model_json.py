@@ -10,6 +10,7 @@ from deme_core.errors import ModelFolderError
 _MAX_BYTES = 16 * 2**20
 INDEX_NAME = "model_index.json"
 WEIGHTS_NAME, PICKLE_NAME = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
+PICKLE_SUFFIX = ".bin"
 # What a model folder is read from; anything else beside it is none of it.
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
 
@@ -44,17 +45,52 @@ def parse_json(text: bytes, path: str) -> dict[str, Any]:
     return content
 
 
-def shard_names(index: dict[str, Any], path: str) -> list[str]:
+def shard_names(index: dict[str, Any], path: str, *, suffix: str = ".safetensors") -> list[str]:
     """Returns the files that the index of sharded weights names, which lie beside it.
 
     Raises:
-        ModelFolderError: it names none, or one that lies elsewhere.
+        ModelFolderError: it names none, one that lies elsewhere, or one of another kind than ``suffix`` says.
     """
     weight_map = index.get("weight_map")
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) and is_plain_name(name) for name in names):
         raise ModelFolderError(f"{path} has no weight_map, which names the files of the weights beside it.")
+    if others := [name for name in names if not name.endswith(suffix)]:
+        # Libraries read a file of any other name as pickled.
+        raise ModelFolderError(f"{path} names {others[0]!r} in its weight_map, which is no {suffix} file.")
     return sorted(set(names))
+
+
+def safetensors_name(name: str) -> str:
+    """Returns what the libraries call the safetensors file, or the index, that stands for one of pickled weights."""
+    stem = name if name.startswith("diffusion_") else name.replace("pytorch_model", "model", 1)
+    return stem.replace(PICKLE_SUFFIX, ".safetensors")
+
+
+def is_pickled(file: Path) -> bool:
+    """Whether a file of those that `needed_files` leaves is pickled weights, or the index of such."""
+    if not file.name.endswith(f"{PICKLE_SUFFIX}.index.json"):
+        return file.suffix == PICKLE_SUFFIX
+    index = file.with_name(safetensors_name(file.name))
+    return not index.is_file() and not index.with_suffix("").with_suffix("").is_file()
+
+
+def check_part(folder: Path) -> None:
+    """Checks that the libraries which load a frozen part take its weights from safetensors files in its folder alone.
+
+    Raises:
+        ModelFolderError: an index of shards names other files, or a config another model or other weights.
+    """
+    for suffix in (".safetensors", PICKLE_SUFFIX):
+        for index in folder.rglob(f"*{suffix}.index.json"):
+            shard_names(read_json(index), str(index), suffix=suffix)
+    for name in (INDEX_NAME, "adapter_config.json"):
+        if (file := next(folder.rglob(name), None)) is not None:
+            raise ModelFolderError(f"{file} makes {folder.name} more than one model, which DeMe does not load.")
+    if (config := folder / "config.json").is_file() and "transformers_weights" in read_json(config):
+        raise ModelFolderError(
+            f"{config} names the file of its weights (transformers_weights), which DeMe does not read."
+        )
 
 
 def is_plain_name(name: str) -> bool:

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
-from deme_core.objectives import NoiseScheduler, training_target
+from deme_core.errors import ModelFolderError, first_line
+from deme_core.objectives import PREDICTION_TYPES, NoiseScheduler, training_target
 
 # Classes of diffusers whose config is that of `Diffusion`, a schedule of betas: any of them may have come with a model.
 BETA_SCHEDULERS = (
@@ -36,6 +37,10 @@ BETA_SCHEDULERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
+_CONFIG = "The model's scheduler_config.json"
+# Of a scheduler's config, what adding noise does not take, but sampling does.
+_SAMPLING_NUMBERS = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset")
+_SPACINGS = ("leading", "trailing", "linspace")
 # More than float32 loses of a timestep below 10,000.
 _TIMESTEP_ERROR = 1e-2
 FLOW_SCHEDULERS = (
@@ -78,10 +83,19 @@ class Diffusion:
 
     @classmethod
     def from_config(cls, scheduler_config: Mapping[str, Any]) -> "Diffusion":
-        """Reads beta schedule and prediction type from the config of whatever scheduler the model came with."""
+        """Reads beta schedule and prediction type from the config of whatever scheduler the model came with.
+
+        Raises:
+            ModelFolderError: the config describes no noise.
+        """
         from diffusers import DDPMScheduler
 
-        return cls(DDPMScheduler.from_config(dict(scheduler_config)))
+        try:
+            scheduler = DDPMScheduler.from_config(dict(scheduler_config))
+        except Exception as error:  # diffusers raises many kinds for what it cannot build.
+            raise ModelFolderError(f"{_CONFIG} describes no noise schedule ({first_line(error)}).") from error
+        _check_diffusion(scheduler)
+        return cls(scheduler)
 
     @property
     def num_train_timesteps(self) -> int:
@@ -103,6 +117,23 @@ class Diffusion:
     def training_timestep(self, model_timestep: float) -> int:
         """Returns t itself."""
         return int(model_timestep)
+
+
+def _check_diffusion(scheduler: Any) -> None:
+    """Raises a ModelFolderError if a DDPMScheduler that could be built cannot add noise, or could not be sampled."""
+    config, signal = scheduler.config, scheduler.alphas_cumprod
+    if len(signal) != config.num_train_timesteps or not bool(((signal >= 0) & (signal <= 1)).all()):
+        raise ModelFolderError(
+            f"{_CONFIG} gives no beta between 0 and 1 for each of {config.num_train_timesteps} timesteps."
+        )
+    for name, known in {"prediction_type": PREDICTION_TYPES, "timestep_spacing": _SPACINGS}.items():
+        if config[name] not in known:
+            raise ModelFolderError(f"{_CONFIG} gives {name} as {config[name]!r}, not as one of {', '.join(known)}.")
+    for name in _SAMPLING_NUMBERS:
+        if not isinstance(config[name], int | float):
+            raise ModelFolderError(f"{_CONFIG} gives {name} as {config[name]!r}, not as a number.")
+    if type(config.steps_offset) is not int or not 0 <= config.steps_offset < config.num_train_timesteps:
+        raise ModelFolderError(f"{_CONFIG} gives steps_offset as {config.steps_offset!r}, which is no timestep.")
 
 
 @dataclass(frozen=True)

@@ -39,10 +39,15 @@ def untrained_scheduler(settings: Mapping[str, Any], family: type[Adapter]) -> A
     """
     from diffusers import DDPMScheduler
 
+    _check_scheduler(settings, family)  # Before it is built, which of too many timesteps takes all memory.
     try:
         scheduler = DDPMScheduler(**settings)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise InputError(f"pretrained.noise_scheduler cannot be built: {' '.join(str(error).split())}.") from error
-    if problem := family.unsupported({}, scheduler.config):
-        raise InputError(f"pretrained.noise_scheduler has {problem}; change it.")
+    _check_scheduler(scheduler.config, family)
     return scheduler
+
+
+def _check_scheduler(config: Mapping[str, Any], family: type[Adapter]) -> None:
+    if problem := family.unsupported({}, config):
+        raise InputError(f"pretrained.noise_scheduler has {problem}; change it.")

@@ -142,12 +142,15 @@ class RecipeChecks:
     def _check_sampling(self, adapter: Adapter) -> None:
         evaluate = self.recipe.evaluate
         recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
-        Sampling(
-            evaluate.sampler,
-            evaluate.num_inference_steps,
-            timestep_spacing=evaluate.timestep_spacing,
-            guidance_scale=evaluate.guidance_scale,
-        ).build_scheduler(adapter)
+        search = self.recipe.merge.search
+        few_steps = [search.few_steps] if search and search.few_steps else []
+        for num_steps in (evaluate.num_inference_steps, *few_steps):
+            Sampling(
+                evaluate.sampler,
+                num_steps,
+                timestep_spacing=evaluate.timestep_spacing,
+                guidance_scale=evaluate.guidance_scale,
+            ).build_scheduler(adapter)
         if self.recipe.dataset.cache_latents and not isinstance(adapter, LatentAdapter):
             raise InputError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
 

@@ -29,7 +29,7 @@ def untrained_adapter(recipe: Recipe) -> Adapter:
         config = {**getattr(diffusers, config["_class_name"]).from_config(config).config, **config}
     except InputError:
         raise
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"pretrained.unet or text_encoder cannot be built: {error}.") from error
     scheduler = untrained_scheduler(source.noise_scheduler, family)
     adapter = family(denoiser_config=config, scheduler_config=dict(scheduler.config))

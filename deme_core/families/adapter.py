@@ -16,6 +16,33 @@ from deme_core.images.training_batch import CropSizes
 from deme_core.noise_process import BETA_SCHEDULERS, Diffusion, NoiseProcess
 
 ConditioningTensors = dict[str, torch.Tensor]
+# More than any model has; a config may name numbers for which no machine has memory.
+_MAX_TIMESTEPS = 100_000
+_MAX_NUMBERS = 2**28
+
+
+def whole_number(config: Mapping[str, Any], name: str, *, file: str = "The config.json of the denoiser") -> int:
+    """Returns a size or number that the config of a part gives.
+
+    Raises:
+        ModelFolderError: it gives none, or none above 0.
+    """
+    value = config.get(name)
+    if type(value) is not int or value < 1:
+        raise ModelFolderError(f"{file} gives {name} as {value!r}, not as a whole number above 0.")
+    return value
+
+
+def check_shape(channels: int, height: int, width: int) -> tuple[int, int, int]:
+    """Returns the shape of an image or its latents, (C, H, W).
+
+    Raises:
+        ModelFolderError: it is larger than any model's.
+    """
+    if channels * height * width > _MAX_NUMBERS:
+        shape = f"{channels} x {height} x {width}"
+        raise ModelFolderError(f"The configs of the model give its images or latents as {shape}, which none is.")
+    return channels, height, width
 
 
 class Adapter:
@@ -67,6 +94,9 @@ class Adapter:
         A scheduler's config means what its class says: flow matching's, read as betas, would noise images otherwise
         than the model knows them.
         """
+        timesteps = scheduler_config.get("num_train_timesteps", 1000)
+        if type(timesteps) is not int or not 1 <= timesteps <= _MAX_TIMESTEPS:
+            return f"num_train_timesteps {timesteps!r}, which is no whole number from 1 to {_MAX_TIMESTEPS:,}"
         scheduler = scheduler_config.get("_class_name", cls.schedulers[0])
         if scheduler not in cls.schedulers:
             return f"a {scheduler}, and not one of {', '.join(cls.schedulers)}"
@@ -105,10 +135,15 @@ class Adapter:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the denoiser works on."""
-        size = self.denoiser_config["sample_size"]
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.denoiser_config["in_channels"], height, width
+        """(C, H, W) of what the denoiser works on.
+
+        Raises:
+            ModelFolderError: its config does not say it.
+        """
+        size = self.denoiser_config.get("sample_size")
+        pair = size if isinstance(size, list | tuple) and len(size) == 2 else (size, size)
+        height, width = (whole_number({"sample_size": side}, "sample_size") for side in pair)
+        return check_shape(whole_number(self.denoiser_config, "in_channels"), height, width)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

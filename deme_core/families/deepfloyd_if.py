@@ -21,5 +21,5 @@ class DeepFloydIF(FrozenPartsAdapter):
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns T5's hidden states (B, 77, width)."""
-        states, _ = self.text_pipeline.encode_prompt(list(texts), do_classifier_free_guidance=False, device=self.device)
+        states, _ = self.encode_by_pipeline(list(texts), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states}

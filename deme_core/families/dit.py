@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from deme_core.families.adapter import NO_LABEL, ConditioningTensors
+from deme_core.families.adapter import NO_LABEL, ConditioningTensors, whole_number
 from deme_core.families.latent_adapter import DiffusionOnLatents
 
 
@@ -22,7 +22,7 @@ class DiT(DiffusionOnLatents):
     @property
     def num_classes(self) -> int:
         """Number of class labels; the one after the last stands for no class."""
-        return int(self.denoiser_config["num_embeds_ada_norm"])
+        return whole_number(self.denoiser_config, "num_embeds_ada_norm")
 
     def encode_labels(self, labels: Sequence[int]) -> ConditioningTensors:
         """Returns ``class_labels``, int64 (B,).

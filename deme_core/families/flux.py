@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_core.families.adapter import ConditioningTensors
+from deme_core.families.adapter import ConditioningTensors, check_shape, whole_number
 from deme_core.families.latent_adapter import FlowMatchingOnLatents
 
 # Latents' side of the images that the stock pipeline makes; no config says it.
@@ -31,8 +31,8 @@ class Flux(FlowMatchingOnLatents):
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, H, W): of 1024 pixels, or as ``sample_size`` says, which may be added to the denoiser's config."""
-        side = int(self.denoiser_config.get("sample_size", _SIDE))
-        return self.denoiser_config["in_channels"] // 4, side, side
+        side = whole_number({"sample_size": _SIDE, **self.denoiser_config}, "sample_size")
+        return check_shape(whole_number(self.denoiser_config, "in_channels") // 4, side, side)
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +48,7 @@ class Flux(FlowMatchingOnLatents):
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns T5's hidden states (B, 512, width), and CLIP's pooled embedding (B, width)."""
-        states, pooled, _ = self.text_pipeline.encode_prompt(list(texts), None, device=self.device)
+        states, pooled, _ = self.encode_by_pipeline(list(texts), None)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def predict(

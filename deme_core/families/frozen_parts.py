@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from deme_core.errors import ModelFolderError
+from deme_core.errors import ModelFolderError, first_line
 from deme_core.families.adapter import Adapter
-from deme_core.model_json import INDEX_NAME, read_json
+from deme_core.model_json import INDEX_NAME, check_part, read_json
 
 _TEXT = "_text_pipeline"
 # An index may name any module, and whoever imports a module runs it.
@@ -59,12 +59,34 @@ class FrozenPartsAdapter(Adapter):
         import diffusers
 
         index = self._index
+        for name in index:
+            check_part(self.frozen / name)
         absent = [name for name, (library, _) in index.items() if library is None]
         parts: dict[str, Any] = dict.fromkeys((*self.parts_left_out, *absent))
         parts[self.denoiser_part] = self.denoiser_of_text_pipeline()
         parts |= {name: self._load(name) for name in index if name.startswith("text_encoder") and name not in absent}
-        with _no_progress_bars():
-            return getattr(diffusers, self.pipeline).from_pretrained(self.frozen, local_files_only=True, **parts)
+        with _loading(self.frozen):
+            pipeline = getattr(diffusers, self.pipeline).from_pretrained(
+                self.frozen, local_files_only=True, use_safetensors=True, **parts
+            )
+        for name, part in pipeline.components.items():
+            if name.startswith("tokenizer") and part is not None:
+                _check_vocabulary(self.frozen / name, part)
+        return pipeline
+
+    def encode_by_pipeline(self, *texts: list[str] | None, **settings: Any) -> Any:
+        """Returns what the ``encode_prompt`` of the stock pipeline does.
+
+        Raises:
+            ModelFolderError: tokenizers and text encoders are damaged, or do not fit together.
+        """
+        pipeline = self.text_pipeline
+        try:
+            return pipeline.encode_prompt(*texts, device=self.device, **settings)
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            raise ModelFolderError(
+                f"The tokenizers and text encoders of {self.frozen} encode no prompt ({first_line(error)})."
+            ) from error
 
     def denoiser_of_text_pipeline(self) -> Any:
         """Returns what stands for the denoiser while prompts are encoded."""
@@ -78,8 +100,8 @@ class FrozenPartsAdapter(Adapter):
         """Loads a frozen model, float32.
 
         Raises:
-            ModelFolderError: its library has no such class of models, or it does not hold all tensors of its class,
-                which stock loaders start at random.
+            ModelFolderError: its library has no such class of models, it is damaged, or it does not hold all tensors
+                of its class, which stock loaders start at random.
         """
         library, class_name = self._index[part]
         model_class: Any = getattr(import_module(library), class_name, None)
@@ -89,9 +111,14 @@ class FrozenPartsAdapter(Adapter):
                 f"{self.frozen / INDEX_NAME} says that {part} is a {class_name}, which is no model of {library} here; "
                 f"install another version of {library}."
             )
-        with _no_progress_bars():
+        check_part(self.frozen / part)
+        with _loading(self.frozen / part):
             model, info = model_class.from_pretrained(
-                self.frozen / part, torch_dtype=torch.float32, local_files_only=True, output_loading_info=True
+                self.frozen / part,
+                torch_dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,  # What was pickled became safetensors when the model was imported.
+                output_loading_info=True,
             )
         if missing := sorted(info["missing_keys"]):
             raise ModelFolderError(f"{self.frozen / part} misses the tensors {', '.join(missing)}; fetch it again.")
@@ -109,6 +136,23 @@ class FrozenPartsAdapter(Adapter):
 
 def _is_class(part: list[Any]) -> bool:
     return len(part) == 2 and part[0] in _LIBRARIES and isinstance(part[1], str) and part[1].isidentifier()
+
+
+def _check_vocabulary(folder: Path, tokenizer: Any) -> None:
+    # transformers makes a tokenizer that knows no word of a folder without any.
+    files = getattr(tokenizer, "vocab_files_names", {}).values()
+    if not any((folder / file).is_file() for file in files):
+        raise ModelFolderError(f"{folder} holds no vocabulary; fetch it again.")
+
+
+@contextmanager
+def _loading(path: Path) -> Iterator[None]:
+    """Turns what diffusers and transformers say of a part that they cannot load, in errors of any kind, into ours."""
+    try:
+        with _no_progress_bars():
+            yield
+    except Exception as error:
+        raise ModelFolderError(f"{path} cannot be loaded ({first_line(error)}); fetch it again.") from error
 
 
 @contextmanager

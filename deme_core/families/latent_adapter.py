@@ -7,10 +7,14 @@ from typing import Any, ClassVar
 import torch
 
 from deme_core.errors import ModelFolderError
+from deme_core.families.adapter import check_shape, whole_number
 from deme_core.families.frozen_parts import FrozenPartsAdapter
 from deme_core.model_json import read_json
 from deme_core.noise_process import FLOW_SCHEDULERS, FlowMatching, NoiseProcess
 from deme_core.tf32 import without_tf32
+
+# Each halves the image: more than any image can be halved.
+_MAX_BLOCKS = 16
 
 
 class LatentAdapter(FrozenPartsAdapter):
@@ -23,23 +27,34 @@ class LatentAdapter(FrozenPartsAdapter):
         """The autoencoder, float32; it takes one image at a time, so that memory does not grow with the batch.
 
         Raises:
-            ModelFolderError: it does more to latents than to shift and scale them.
+            ModelFolderError: it is no autoencoder of such latents, or does more to them than to shift and scale them.
         """
-        vae = self._load("vae")
+        vae, path = self._load("vae"), self.frozen / "vae"
+        is_autoencoder = all(hasattr(vae, name) for name in ("encode", "decode", "enable_slicing"))
+        scale, shift = (getattr(vae.config, name, None) for name in ("scaling_factor", "shift_factor"))
+        if not is_autoencoder or not isinstance(scale, int | float) or not isinstance(shift, int | float | None):
+            raise ModelFolderError(f"{path} is no autoencoder with a scaling_factor; fetch it again.")
+        if (found := getattr(vae.config, "latent_channels", None)) != (wanted := self.latent_shape[0]):
+            raise ModelFolderError(f"{path} makes latents of {found} channels, and the denoiser takes {wanted}.")
         if getattr(vae.config, "latents_mean", None) is not None:
-            raise ModelFolderError(
-                f"{self.frozen / 'vae'} normalizes latents by latents_mean and latents_std, which DeMe does not."
-            )
+            raise ModelFolderError(f"{path} normalizes latents by latents_mean and latents_std, which DeMe does not.")
         vae.enable_slicing()
         return vae
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of an image: latents times the autoencoder's factor."""
-        config = read_json(self.frozen / "vae" / "config.json")
-        factor = 2 ** (len(config["block_out_channels"]) - 1)
+        """(C, H, W) of an image: latents times the autoencoder's factor.
+
+        Raises:
+            ModelFolderError: the configs do not say it.
+        """
+        config = read_json(path := self.frozen / "vae" / "config.json")
+        blocks = config.get("block_out_channels")
+        if not isinstance(blocks, list) or not 1 <= len(blocks) <= _MAX_BLOCKS:
+            raise ModelFolderError(f"{path} lists no block_out_channels; fetch it again.")
+        factor = 2 ** (len(blocks) - 1)
         _, height, width = self.latent_shape
-        return config["in_channels"], factor * height, factor * width
+        return check_shape(whole_number(config, "in_channels", file=str(path)), factor * height, factor * width)
 
     @torch.no_grad()
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:

@@ -26,14 +26,12 @@ class PixArt(DiffusionOnLatents):
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns T5's hidden states (B, tokens, width), and which tokens are text, (B, tokens)."""
-        states, mask, _, _ = self.text_pipeline.encode_prompt(
-            list(texts), do_classifier_free_guidance=False, device=self.device
-        )
+        states, mask, _, _ = self.encode_by_pipeline(list(texts), do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
 
     def encode_sizes(self, batch_size: int, sizes: CropSizes | None = None) -> ConditioningTensors:
         """Returns ``resolution`` (B, 2) and ``aspect_ratio`` (B, 1), float32, for the models that are told them."""
-        if self.denoiser_config["sample_size"] != _SIDE_OF_1024:
+        if self.denoiser_config.get("sample_size") != _SIDE_OF_1024:
             return {}
         targets = sizes.target_sizes if sizes else torch.tensor(self.image_shape[1:]).expand(batch_size, 2)
         resolution = targets.to(self.device, torch.float32)

@@ -24,5 +24,5 @@ class StableDiffusion(DiffusionOnLatents):
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns CLIP's last hidden states, float32 (B, tokens, width)."""
-        states, _ = self.text_pipeline.encode_prompt(list(texts), self.device, 1, False)
+        states, _ = self.encode_by_pipeline(list(texts), num_images_per_prompt=1, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states}

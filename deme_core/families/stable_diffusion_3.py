@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from deme_core.families.adapter import ConditioningTensors
+from deme_core.families.adapter import ConditioningTensors, whole_number
 from deme_core.families.latent_adapter import FlowMatchingOnLatents
 
 
@@ -23,16 +23,14 @@ class StableDiffusion3(FlowMatchingOnLatents):
     def num_tokens(self) -> int:
         """Patches of an image's latents."""
         _, height, width = self.latent_shape
-        patch: int = self.denoiser_config["patch_size"]
+        patch = whole_number(self.denoiser_config, "patch_size")
         return (height // patch) * (width // patch)
 
     @torch.no_grad()
     def encode_prompts(self, texts: Sequence[str]) -> ConditioningTensors:
         """Returns the states of all text encoders as one sequence (B, tokens, width), and CLIP's pooled embeddings."""
         prompts = list(texts)
-        states, _, pooled, _ = self.text_pipeline.encode_prompt(
-            prompts, prompts, prompts, device=self.device, do_classifier_free_guidance=False
-        )
+        states, _, pooled, _ = self.encode_by_pipeline(prompts, prompts, prompts, do_classifier_free_guidance=False)
         return {"encoder_hidden_states": states, "pooled_projections": pooled}
 
     def denoiser_of_text_pipeline(self) -> Any:

@@ -34,9 +34,7 @@ class StableDiffusionXL(DiffusionOnLatents):
 
         The empty text is all zeros where the pipeline says so: what its own sampler guides away from.
         """
-        states, _, pooled, _ = self.text_pipeline.encode_prompt(
-            list(texts), device=self.device, do_classifier_free_guidance=False
-        )
+        states, _, pooled, _ = self.encode_by_pipeline(list(texts), do_classifier_free_guidance=False)
         if not self.prompt_settings:
             given = torch.tensor([float(bool(text)) for text in texts], device=self.device)
             states, pooled = states * given[:, None, None], pooled * given[:, None]

@@ -20,6 +20,6 @@ class Unconditional(Adapter):
             if denoiser_config.get(name):
                 return f"{name}: it is told classes, which DeMe knows of a DiTPipeline alone"
         num_in, num_out = (denoiser_config.get(f"{which}_channels", 3) for which in ("in", "out"))
-        if num_out not in (num_in, 2 * num_in):
+        if not isinstance(num_in, int) or num_out not in (num_in, 2 * num_in):
             return f"{num_out} out_channels for {num_in} in_channels, which are neither images nor images and variances"
         return super().unsupported(denoiser_config, scheduler_config)

@@ -25,7 +25,9 @@ class EvaluateSpec(Spec):
     num_inference_steps: int = Field(50, ge=1, description="Sampling steps.")
     eta: float = Field(0.0, ge=0, le=1, description="Noise of DDIM; 0 is deterministic.")
     timestep_spacing: Literal["leading", "trailing", "linspace"] | None = Field(
-        None, description="Spacing of the sampling timesteps; default the model's own scheduler config."
+        None,
+        description="Spacing of the sampling timesteps; default the model's own scheduler config, but leading for ddim "
+        "where that is linspace.",
     )
     # Left out of a dump where it is the default, as are others below: digests made before there was a choice stay.
     guidance_scale: float = Field(

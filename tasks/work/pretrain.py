@@ -92,7 +92,7 @@ def _write_untrained(job: PretrainJob, images: ImageSubset, path: Path) -> Model
         model: Any = build_denoiser(untrained_unet("UNet2DModel", job.unet, fixed))
     except InputError:
         raise
-    except (TypeError, ValueError, ImportError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, ImportError) as error:
         raise InputError(f"pretrained.unet cannot be built: {error}.") from error
     noise_scheduler = untrained_scheduler(job.noise_scheduler, Unconditional)
     write_model_folder(

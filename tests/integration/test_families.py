@@ -65,7 +65,10 @@ def stock_images(folder: ModelFolder, guidance_scale: float, **parts: Any) -> to
     pipeline = DiffusionPipeline.from_pretrained(folder.path, **parts)
     pipeline.set_progress_bar_config(disable=True)
     if folder.index.pipeline not in ("StableDiffusion3Pipeline", "FluxPipeline"):
-        pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+        # PixArt comes with linspace, which DDIM cannot step along: see `Sampling`.
+        pipeline.scheduler = diffusers.DDIMScheduler.from_config(
+            pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
+        )
     settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "np"}
     if folder.index.pipeline == "DiTPipeline":
         settings["class_labels"] = list(range(NUM_IMAGES))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import DamagedArtifactError
@@ -90,6 +91,17 @@ def test_a_lora_of_another_base(
     assert "is not a whole safetensors file" in refused(
         monkeypatch, capsys, "merge", "--pretrained", str(model), *merge
     )
+
+
+def test_a_pickled_autoencoder(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = shutil.copytree(model, tmp_path / "pickled") / "vae" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(vae), vae.with_suffix(".bin"))
+    vae.unlink()
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    said = refused(monkeypatch, capsys, "generate", "pickled", "--prompts", "prompts.txt", "--out", "out")
+    assert "vae/diffusion_pytorch_model.bin is pickled, which can run code" in said
 
 
 def test_prompts_that_are_none(

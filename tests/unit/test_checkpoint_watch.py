@@ -360,9 +360,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing tensor": (drop_tensor, "missing tensors: conv_in.weight"),
     "impossible config": (replace_text("unet/config.json", "DownBlock2D", "NoBlock"), "configs describe no model"),
     "other class": (replace_text("unet/config.json", "UNet2DModel", "VQModel"), "describes a VQModel"),
-    "no timesteps": (replace_text("scheduler/scheduler_config.json", "1000", '"many"'), "configs describe no model"),
+    "no timesteps": (replace_text("scheduler/scheduler_config.json", "1000", '"many"'), "num_train_timesteps 'many'"),
     "other pipeline": (be_another_pipeline, "it holds no unet, which a DDPMPipeline needs"),
 }
+
+
+def test_a_link_that_leads_out_of_the_prefix_stops_no_look_at_others(watched: Watched, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "config.json"
+    (watched.add("a") / "unet" / "config.json").rename(elsewhere)
+    (watched.folder / "a" / "unet" / "config.json").symlink_to(elsewhere)
+    watched.date(watched.add("b"))
+    outcomes = {name: finding.look.verdict.outcome for name, finding in watched.look().items()}
+    assert outcomes == {"a": "waiting", "b": "whole"}
 
 
 @pytest.mark.parametrize(("damage", "sentence"), DAMAGES.values(), ids=DAMAGES.keys())

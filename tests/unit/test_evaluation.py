@@ -35,7 +35,7 @@ class QuarterMeans:
 FEATURES = np.random.default_rng(0).random((30, 4)).astype(np.float32)
 EVALUATION = Evaluation(
     adapter=tiny_adapter(),
-    sampling=Sampling(num_inference_steps=3, batch_size=4),
+    sampling=Sampling(num_inference_steps=5, batch_size=4),
     num_images=11,
     extractor=QuarterMeans(),
     reference=Reference(FEATURES, "efficientnet_lite0", "quarters", "real"),

@@ -1,15 +1,18 @@
+import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 
-from deme_core.errors import NonFiniteImagesError
-from deme_core.families import Unconditional
+from deme_core.errors import InputError, NonFiniteImagesError
+from deme_core.families import FAMILIES, Adapter, Unconditional
 from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, initial_noise, quantize
-from deme_core.recipe import Precision
+from deme_core.recipe import Precision, Sampler
 from deme_core.seeds import generator
 from deme_core.segments import equal_segments
 from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, tiny_adapter
@@ -181,6 +184,72 @@ def test_images_outside_the_range_are_clipped() -> None:
 def test_the_shape_of_an_image_follows_from_the_config(size: int | list[int], expected: tuple[int, int, int]) -> None:
     adapter = Unconditional(denoiser_config={"sample_size": size, "in_channels": 3}, scheduler_config={})
     assert adapter.latent_shape == adapter.image_shape == expected
+
+
+def adapter_of(**scheduler_config: Any) -> Adapter:
+    config = {"sample_size": 8, "in_channels": 1, "_class_name": "UNet2DModel"}
+    return Unconditional(denoiser_config=config, scheduler_config={"clip_sample": False, **scheduler_config})
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 4, 10, 20, 50, 100, 500, 1000])
+@pytest.mark.parametrize("of_model", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("spacing", [None, "leading", "trailing"])
+def test_ddim_lands_on_the_noise_of_the_timestep_it_stops_at(
+    num_steps: int, of_model: str, spacing: str | None
+) -> None:
+    adapter = adapter_of(timestep_spacing=of_model, set_alpha_to_one=False)
+    scheduler = Sampling("ddim", num_steps, timestep_spacing=spacing).build_scheduler(adapter)
+    clean, noise = torch.full((1, 1, 1, 1), 0.25), torch.ones(1, 1, 1, 1)
+    stops = torch.tensor([*scheduler.timesteps.tolist(), 0]).unsqueeze(1)
+    for here, there in itertools.pairwise(stops):
+        noisy = adapter.noise_process.add_noise(clean, noise, here)
+        reached = scheduler.step(noise, int(here), noisy).prev_sample
+        torch.testing.assert_close(reached, adapter.noise_process.add_noise(clean, noise, there), atol=1e-4, rtol=1e-4)
+
+
+def test_ddim_takes_leading_steps_of_a_model_that_came_with_linspace_and_says_so() -> None:
+    default = DPMSolverMultistepScheduler().config
+    assert default.timestep_spacing == "linspace"
+    adapters = [adapter_of(timestep_spacing="linspace"), adapter_of(**default)]
+    assert {Sampling().build_scheduler(adapter).config.timestep_spacing for adapter in adapters} == {"leading"}
+    assert Sampling("ddpm").build_scheduler(adapters[0]).config.timestep_spacing == "linspace"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "num_steps", "spacing", "sentence"),
+    [
+        ("ddim", 20, "linspace", "20 linspace steps .* set evaluate.timestep_spacing to leading, or leave it out"),
+        ("ddim", 30, "trailing", "30 trailing steps .* to 25 or 40, or evaluate.timestep_spacing to leading"),
+        ("ddim", 600, "trailing", "600 trailing steps .* to 500 or 1000, or evaluate.timestep_spacing to leading"),
+        ("ddim", 600, "leading", "begin at timestep 599, far from noise.* to 500 or 800"),
+        ("ddpm", 600, None, "begin at timestep 599, far from noise.* to 500 or 800"),
+        ("ddim", 350, None, "begin at timestep 698, far from noise.* to 333 or 400"),
+    ],
+)
+def test_steps_that_miss_the_noise_are_refused_with_some_that_do_not(
+    sampler: Sampler, num_steps: int, spacing: str | None, sentence: str
+) -> None:
+    with pytest.raises(InputError, match=rf"{sentence}\.$"):
+        Sampling(sampler, num_steps, timestep_spacing=spacing).build_scheduler(adapter_of())
+    for able in map(int, re.findall(r"(?:to|or) (\d+)", sentence)):
+        Sampling(sampler, able, timestep_spacing=spacing).build_scheduler(adapter_of())
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "linspace"])
+@pytest.mark.parametrize("num_steps", [30, 600])
+def test_ddpm_takes_any_number_of_steps_that_end_at_noise(num_steps: int, spacing: str) -> None:
+    scheduler = Sampling("ddpm", num_steps, timestep_spacing=spacing).build_scheduler(adapter_of())
+    for here, there in itertools.pairwise(scheduler.timesteps):
+        assert scheduler.previous_timestep(here) == there
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_an_offset_past_the_last_timestep_is_refused(sampler: Sampler) -> None:
+    family = FAMILIES["StableDiffusionPipeline"]  # Whose steps have an offset of 1.
+    adapter = family(denoiser_config={}, scheduler_config={"_class_name": "PNDMScheduler", "steps_offset": 1})
+    with pytest.raises(InputError, match=r"begin at timestep 1000, past the last; .* to 999\."):
+        Sampling(sampler, 1000).build_scheduler(adapter)
+    assert Sampling(sampler, 999).build_scheduler(adapter).timesteps[0] == 999
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
 from torch import nn
 
 from deme_core.checkpoint import save_tensors
@@ -20,7 +21,7 @@ from deme_core.model_folder import (
     open_model_folder,
     tensor_infos,
 )
-from deme_core.model_folder_writer import write_model_folder
+from deme_core.model_folder_writer import write_like, write_model_folder
 from deme_core.projection import attach_projections
 from tests.tiny_models import (
     SCHEDULER_CONFIG,
@@ -220,10 +221,118 @@ def test_a_pickled_text_encoder_is_refused_unless_allowed(tmp_path: Path) -> Non
     path = save_pipeline("PixArtAlphaPipeline", tmp_path)
     (path / "text_encoder" / "model.safetensors").unlink()
     (path / "text_encoder" / "pytorch_model.bin").write_bytes(b"")
-    folder = open_model_folder(path)
     with pytest.raises(ModelFolderError, match=r"text_encoder/pytorch_model.bin is pickled, which can run code"):
-        folder.frozen_files()
+        open_model_folder(path)
+    folder = open_model_folder(path, allow_pickle=True)
     assert path / "text_encoder" / "pytorch_model.bin" in folder.frozen_files(allow_pickle=True)
+
+
+def pickle_part(folder: Path, *, num_shards: int = 1, suffix: str = ".bin") -> None:
+    """Replaces the weights of a frozen part by pickled ones, as the hub has them."""
+    (file,) = folder.glob("*.safetensors")
+    tensors, name = load_file(file), file.name.replace("model", "pytorch_model") if file.name[0] == "m" else file.name
+    name = name.removesuffix(".safetensors")
+    file.unlink()
+    if num_shards == 1:
+        torch.save(tensors, folder / f"{name}{suffix}")
+        return
+    weight_map = {key: f"{name}-{index % num_shards}{suffix}" for index, key in enumerate(tensors)}
+    for shard in set(weight_map.values()):
+        torch.save({key: tensors[key] for key in tensors if weight_map[key] == shard}, folder / shard)
+    (folder / f"{name}.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_pickled_frozen_parts_that_are_allowed_become_safetensors(part: str, num_shards: int, tmp_path: Path) -> None:
+    path = save_pipeline("StableDiffusionPipeline", tmp_path / "model")
+    expected = open_model_folder(path).adapter()
+    states, images = expected.encode_prompts(["a cat"])["encoder_hidden_states"], torch.zeros(1, 3, 16, 16)
+    latents = expected.encode_images(images)
+    pickle_part(path / part, num_shards=num_shards)
+    with pytest.raises(ModelFolderError, match=rf"{part}/.* is pickled, which can run code"):
+        open_model_folder(path)
+    # The adapter reads no pickle, whoever opened the folder.
+    unchecked = open_model_folder(path, allow_pickle=True).adapter()
+    with pytest.raises(ModelFolderError, match=rf"{part} cannot be loaded"):
+        unchecked.decode_latents(unchecked.encode_prompts(["a cat"])["encoder_hidden_states"])
+
+    folder = open_model_folder(path, allow_pickle=True)
+    write_like(tmp_path / "copy", folder, tensors=load_denoiser(folder).state_dict(), allow_pickle=True)
+    assert not list((tmp_path / "copy").rglob("*.bin*"))
+    copy = open_model_folder(tmp_path / "copy").adapter()
+    assert copy.encode_prompts(["a cat"])["encoder_hidden_states"].equal(states)
+    assert copy.encode_images(images).equal(latents)
+
+
+@pytest.mark.parametrize("has_decoy", [False, True])
+def test_pickled_shards_of_another_name_are_refused(tmp_path: Path, has_decoy: bool) -> None:
+    path = save_pipeline("StableDiffusionPipeline", tmp_path)
+    pickle_part(path / "text_encoder", num_shards=2, suffix=".txt")
+    if has_decoy:
+        save_tensors(path / "text_encoder" / "other.safetensors", {"a": torch.ones(1)})
+    for allow_pickle in (False, True):
+        with pytest.raises(ModelFolderError, match=r"pytorch_model\.bin\.index\.json names '.*\.txt' .* no \.bin file"):
+            open_model_folder(path, allow_pickle=allow_pickle)
+
+
+def test_an_index_of_pickled_shards_alone_is_refused(tmp_path: Path) -> None:
+    path = save_pipeline("StableDiffusionPipeline", tmp_path)
+    pickle_part(path / "text_encoder", num_shards=2)
+    save_tensors(path / "text_encoder" / "other.safetensors", {"a": torch.ones(1)})  # Beside which .bin is left out.
+    with pytest.raises(ModelFolderError, match=r"pytorch_model\.bin\.index\.json is pickled"):
+        open_model_folder(path)
+
+
+def test_an_index_of_pickled_shards_beside_safetensors_is_copied(tmp_path: Path) -> None:
+    path = save_pipeline("StableDiffusionPipeline", tmp_path)
+    index = path / "text_encoder" / "pytorch_model.bin.index.json"  # As DeepFloyd/IF-I-XL-v1.0 has it.
+    index.write_text(json.dumps({"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}))
+    assert index in open_model_folder(path).frozen_files()
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.txt"])
+def test_shards_of_a_denoiser_that_are_no_safetensors_are_refused(folder: Path, name: str) -> None:
+    torch.save(tiny_unet().state_dict(), folder / "unet" / name)
+    index = {"weight_map": dict.fromkeys(tiny_unet().state_dict(), name)}
+    (folder / "unet" / f"{WEIGHTS_NAME}.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ModelFolderError, match=rf"index\.json names '{name}' in its weight_map, which is no .safetensors"
+    ):
+        open_model_folder(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_an_index_of_a_frozen_part_does_not_lead_out_of_its_folder(part: str, tmp_path: Path) -> None:
+    path = save_pipeline("StableDiffusionPipeline", tmp_path / "model")
+    adapter = open_model_folder(path).adapter()
+    (file,) = (path / part).glob("*.safetensors")
+    names = list(load_file(file))
+    file.rename(tmp_path / "outside.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../../outside.safetensors")}
+    (path / part / f"{file.name}.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=rf"{part}/{file.name}\.index\.json has no weight_map"):
+        open_model_folder(path)
+    # As the frozen parts of a copy, which are in another folder than the one that was opened.
+    with pytest.raises(ModelFolderError, match="has no weight_map"):
+        adapter.decode_latents(adapter.encode_prompts(["a cat"])["encoder_hidden_states"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("tokenizer/model_index.json", {"_class_name": "DiffusionPipeline"}, "makes tokenizer more than one model"),
+        ("text_encoder/adapter_config.json", {"base_model_name_or_path": "/x"}, "makes text_encoder more than one"),
+        ("text_encoder/config.json", {"transformers_weights": "adapter_model.bin"}, "names the file of its weights"),
+    ],
+)
+def test_a_part_that_names_other_models_or_weights_is_refused(
+    name: str, content: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    file = save_pipeline("StableDiffusionPipeline", tmp_path) / name
+    file.write_text(json.dumps((json.loads(file.read_text()) if file.exists() else {}) | content))
+    with pytest.raises(ModelFolderError, match=sentence):
+        open_model_folder(tmp_path)
 
 
 def test_weights_of_other_shapes_than_the_config_gives_are_listed(folder: Path) -> None:

@@ -1,7 +1,10 @@
+from typing import Any
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from deme_core.errors import ModelFolderError
 from deme_core.generate import Ensemble
 from deme_core.noise_process import Diffusion, FlowMatching, NoiseProcess
 from deme_core.objectives import training_target
@@ -37,6 +40,29 @@ def test_flow_matching_goes_straight_from_images_to_noise() -> None:
     torch.testing.assert_close(noisy, (1 - sigmas) * CLEAN + sigmas * NOISE)
     torch.testing.assert_close(noisy[3], NOISE[3])
     torch.testing.assert_close(noisy - sigmas * FLOW.target(CLEAN, NOISE, TIMESTEPS), CLEAN, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ({"num_train_timesteps": "abc"}, "describes no noise schedule"),
+        ({"beta_start": "x"}, "describes no noise schedule"),
+        ({"beta_schedule": "evil"}, "describes no noise schedule"),
+        ({"trained_betas": ["a"]}, "describes no noise schedule"),
+        ({"trained_betas": [0.1]}, "no beta between 0 and 1 for each of 1000 timesteps"),
+        ({"beta_end": float("nan")}, "no beta between 0 and 1"),
+        ({"beta_start": -1}, "no beta between 0 and 1"),
+        ({"prediction_type": "zz"}, "prediction_type as 'zz', not as one of epsilon, sample, v_prediction"),
+        ({"timestep_spacing": "zz"}, "timestep_spacing as 'zz', not as one of leading, trailing, linspace"),
+        ({"clip_sample_range": "a"}, "clip_sample_range as 'a', not as a number"),
+        ({"steps_offset": 10**6}, "steps_offset as 1000000, which is no timestep"),
+        ({"steps_offset": -1}, "steps_offset as -1, which is no timestep"),
+    ],
+    ids=str,
+)
+def test_a_config_that_describes_no_noise_is_refused(config: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ModelFolderError, match=rf"scheduler_config\.json .*{sentence}"):
+        Diffusion.from_config(SCHEDULER_CONFIG | config)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
