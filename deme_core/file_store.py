@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -10,7 +10,7 @@ from stat import S_ISREG
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from deme_core.errors import ArtifactNotFoundError, InputError
+from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
 from deme_core.local_files import local_errors, sync, system_errors, temporary_beside
 from deme_core.store import MAX_BYTES_AT_ONCE, URI_RULE, Digest, StoredObject, check_key, is_key, not_found, too_large
 
@@ -19,7 +19,7 @@ _BYTES_PER_PIECE = 256 << 10
 
 
 class FileStore:
-    """Objects are files below a folder, which the first write makes.
+    """Objects are files below a folder, which the first write makes; a link that leads out of it is none.
 
     Args:
         location: a ``file:///`` URI or a Path.
@@ -46,17 +46,21 @@ class FileStore:
             local_errors(path),
             temporary_beside(path) as temporary,
         ):
-            _copy(source, temporary, digest)
+            if not _copy(source, temporary, digest, max_bytes=max_bytes):
+                raise self._too_large(key, max_bytes)
             temporary.replace(path)
 
     def get_bytes(self, key: str) -> bytes:
         """Read a file."""
         with self._errors(key), self._open(key, MAX_BYTES_AT_ONCE) as file:
-            return file.read()
+            data = file.read(MAX_BYTES_AT_ONCE + 1)
+        if len(data) > MAX_BYTES_AT_ONCE:
+            raise self._too_large(key, MAX_BYTES_AT_ONCE)
+        return data
 
     def get_range(self, key: str, offset: int, size: int) -> bytes:
         """Read a part of a file."""
-        with self._errors(key), self._path(key).open("rb") as file:
+        with self._errors(key), self._open(key) as file:
             file.seek(offset)
             return file.read(size)
 
@@ -85,9 +89,10 @@ class FileStore:
     def delete_if(self, key: str, data: bytes) -> bool:
         """Remove a file that was just read; between the two is no time but that of a few system calls."""
         with suppress(ArtifactNotFoundError), self._errors(key):
-            path = self._path(key)
-            if path.read_bytes() == data:
-                path.unlink()
+            with self._open(key) as file:
+                is_still_there = file.read(len(data) + 1) == data
+            if is_still_there:
+                self._path(key).unlink()
                 return True
         return False
 
@@ -106,6 +111,10 @@ class FileStore:
 
     def _put(self, key: str, source: BinaryIO, *, if_absent: bool = False) -> bool:
         path = self._path(key)
+        if self._is_outside(path.parent):
+            raise StoreUnavailableError(
+                f"{self.uri}/{key} would be written outside of the store, where a link leads; put a folder there."
+            )
         with self._errors(), temporary_beside(path) as temporary:
             _copy(source, temporary)
             if not if_absent:
@@ -121,12 +130,29 @@ class FileStore:
     def _path(self, key: str) -> Path:
         return self.folder / check_key(key)
 
-    def _open(self, key: str, max_bytes: int) -> BinaryIO:
-        file = self._path(key).open("rb")
-        if os.fstat(file.fileno()).st_size > max_bytes:
-            file.close()
-            raise too_large(f"{self.uri}/{key}", max_bytes)
+    def _open(self, key: str, max_bytes: int | None = None) -> BinaryIO:
+        """Opens a file of the folder; what is no plain file is not there, and a pipe is not waited for."""
+        path = os.path.realpath(self._path(key), strict=True)
+        if self._is_outside(path):
+            raise ArtifactNotFoundError(
+                f"{self.uri}/{key} is a link that leads out of the store; put there what it leads to."
+            )
+        with ExitStack() as stack:
+            file = stack.enter_context(os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), "rb"))
+            status = os.fstat(file.fileno())
+            if not S_ISREG(status.st_mode):
+                raise not_found(f"{self.uri}/{key}")
+            if max_bytes is not None and status.st_size > max_bytes:
+                raise self._too_large(key, max_bytes)
+            stack.pop_all()
         return file
+
+    def _is_outside(self, path: str | Path) -> bool:
+        """Whether links lead out of the folder, which may be a link itself."""
+        return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.folder))
+
+    def _too_large(self, key: str, max_bytes: int) -> ObjectTooLargeError:
+        return too_large(f"{self.uri}/{key}", max_bytes)
 
     def _walk(self, folder: Path) -> Iterator[Path]:
         """All files and folders below a folder, the deepest first."""
@@ -152,17 +178,21 @@ class FileStore:
                 raise not_found(f"{self.uri}/{key}") from error
 
 
-def _copy(source: BinaryIO, path: Path, digest: Digest | None = None) -> None:
+def _copy(source: BinaryIO, path: Path, digest: Digest | None = None, *, max_bytes: int | None = None) -> bool:
+    """Writes what a file holds to ``path``; False if it grew beyond so many bytes, when it stops."""
     with path.open("xb") as file:
         while piece := source.read(_BYTES_PER_PIECE):
             file.write(piece)
+            if max_bytes is not None and file.tell() > max_bytes:
+                return False
             if digest is not None:
                 digest.update(piece)
     sync(path)
+    return True
 
 
 def _folder_of(uri: str) -> Path:
     path = unquote(uri.removeprefix("file://"))
-    if not uri.startswith("file://") or not path.startswith("/"):
+    if not uri.startswith("file://") or not path.startswith("/") or "\0" in path:
         raise InputError(URI_RULE)
     return Path(path)

@@ -8,9 +8,24 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from deme_core.errors import StoreUnavailableError
+from deme_core.errors import InputError, StoreUnavailableError, first_line
 
 TEMPORARY_PREFIX = ".tmp-"
+
+
+def user_path(name: str) -> Path:
+    """Returns the path that a user gave, with ``~`` expanded; there may be nothing.
+
+    Raises:
+        InputError: the system looks for nothing of that name, as one of 300 characters.
+    """
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise InputError(f"Cannot look for {name} ({reason}); give another path.") from error
+    return path
 
 
 @contextmanager

@@ -61,7 +61,7 @@ class StoredFile:
     """
 
     name: Annotated[str, AfterValidator(check_key)]
-    key: str
+    key: Annotated[str, AfterValidator(check_key)]
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=rf"^{_HEX}{{64}}$")]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import InputError, ModelFolderError, StoreUnavailableError, first_line
-from deme_core.local_files import check_space
+from deme_core.local_files import check_space, user_path
 from deme_core.needed_files import needed_files
 from deme_core.store import ObjectStore, open_store
 
@@ -21,13 +21,13 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
         cache: downloads of a URI go here.
 
     Raises:
-        ModelFolderError: there is nothing under that name, or the hub cannot be reached.
+        InputError: there is nothing under that name, or the hub cannot be reached.
         StoreUnavailableError: the object store cannot be reached, or the disk has no room for the model.
     """
     if "://" in source:
         return _fetch_uri(source, cache)
-    if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+    if (folder := user_path(source)).is_dir():
+        return folder
     if _HUB_ID.fullmatch(source) and not source.startswith("."):
         return _fetch_from_hub(source, revision)
     raise ModelFolderError(f"pretrained.source '{source}' is no folder, object-store URI or hub id.")

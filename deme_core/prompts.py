@@ -10,6 +10,7 @@ from pathlib import Path
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import InputError, PromptsError, StoreUnavailableError
+from deme_core.local_files import user_path
 from deme_core.store import folder_and_key, open_store
 
 # Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
@@ -59,7 +60,7 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
         return _prompts(_imagenet_prompts(), {})
     if path_or_uri == CIFAR_10:
         return _prompts(tuple(f"a photo of a {name}" for name in _CIFAR_10), {})
-    path = _fetched(path_or_uri, cache) if "://" in path_or_uri else Path(path_or_uri).expanduser()
+    path = _fetched(path_or_uri, cache) if "://" in path_or_uri else user_path(path_or_uri)
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
@@ -122,11 +123,12 @@ def _fetched(uri: str, cache: Path) -> Path:
     folder, key = folder_and_key(uri)
     try:
         store = open_store(folder)
-        objects = [item for item in store.list(key) if item.key == key]
     except StoreUnavailableError:  # It may pass, and is tried again.
         raise
     except InputError as error:
-        raise PromptsError(f"The prompts {uri} cannot be had ({str(error).rstrip('.')}); {_MEND}.") from error
+        # Not repeated: it may hold a password.
+        raise PromptsError("Prompts cannot be had from such an address; give s3://BUCKET/KEY or a path.") from error
+    objects = [item for item in store.list(key) if item.key == key]
     if not objects:
         raise PromptsError(f"There are no prompts at {uri}; {_MEND}.")
     return download_once(store, objects, cache / "prompts" / listing_version(uri, objects)) / key

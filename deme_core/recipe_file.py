@@ -10,7 +10,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from deme_core.errors import ArtifactNotFoundError, RecipeError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, InputError, RecipeError, StoreUnavailableError
+from deme_core.local_files import user_path
 from deme_core.recipe import Recipe
 from deme_core.store import folder_and_key, open_store
 
@@ -28,8 +29,8 @@ def find_recipe(name_or_path: str) -> Path:
     Raises:
         RecipeError: there is no such recipe.
     """
-    path = Path(name_or_path).expanduser()
-    if path.suffix in (".yaml", ".yml"):
+    if Path(name_or_path).suffix in (".yaml", ".yml"):
+        path = user_path(name_or_path)
         if path.is_file():
             return path
         raise RecipeError(f"There is no recipe file {name_or_path}.")
@@ -48,10 +49,20 @@ def read_recipe(name_or_path: str) -> bytes:
         StoreUnavailableError: the object store of the URI does not answer.
     """
     if "://" not in name_or_path:
-        return find_recipe(name_or_path).read_bytes()
+        try:
+            return find_recipe(name_or_path).read_bytes()
+        except OSError as error:
+            raise RecipeError(f"The recipe {name_or_path} cannot be read ({error.strerror}).") from error
     folder, key = folder_and_key(name_or_path)
     try:
-        return open_store(folder).get_bytes(key)
+        store = open_store(folder)
+    except StoreUnavailableError:
+        raise
+    except InputError as error:
+        # Not repeated: it may hold a password.
+        raise RecipeError("There is no recipe at such an address; give s3://BUCKET/KEY or file:///PATH.") from error
+    try:
+        return store.get_bytes(key)
     except StoreUnavailableError:
         raise
     except (ArtifactNotFoundError, ValueError) as error:
@@ -123,7 +134,19 @@ def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but that 1e-4 is a number, as everybody thinks, and not a string."""
+    """YAML 1.1, but that 1e-4 is a number, as everybody thinks, and not a string; and that no key comes twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Refuses a mapping that says two things of one key, of which PyYAML would take the last in silence."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (key.tag, key.value) in seen:
+                    problem = f"found the key {key.value!r} a second time"
+                    raise yaml.composer.ComposerError(None, None, problem, key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
 
 
 _Loader.add_implicit_resolver(
@@ -136,6 +159,8 @@ def _parse_yaml(text: str | bytes, where: str) -> Any:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError) as error:  # A date or number that cannot be is a ValueError.
         raise RecipeError(f"{where} is not valid YAML: {' '.join(str(error).split())}.") from error
+    except (LookupError, AttributeError) as error:  # What PyYAML trips over, as in !!bool maybe.
+        raise RecipeError(f"{where} is not valid YAML: a value is not what its !!tag says.") from error
     except RecursionError as error:
         raise RecipeError(f"{where} is not valid YAML: it is nested too deeply.") from error
 
@@ -166,12 +191,15 @@ def _sentence(details: ErrorDetails) -> str:
         return f"{key} is no recipe key ({what_was_meant(location[-1], _known_keys(location[:-1]))})"
     if details["type"] == "missing":
         return f"{key} is missing"
+    if details["type"] in ("recursion_loop", "recursion_depth_exceeded"):
+        return f"{'.'.join(location[:2])} is nested too deeply, or holds itself"
     message = details["msg"].removeprefix("Value error, ")
     sentence = f"{key}: {message[0].lower()}{message[1:]}"
     if not location:
         return message
-    # A whole section would bury what is said of it.
-    return sentence if isinstance(details["input"], dict | list) else f"{sentence} (got {details['input']!r})"
+    # A whole section would bury what is said of it, and an address may hold a password.
+    is_shown = not isinstance(details["input"], dict | list) and "://" not in str(details["input"])
+    return f"{sentence} (got {details['input']!r})" if is_shown else sentence
 
 
 def what_was_meant(name: str, known: Sequence[str]) -> str:

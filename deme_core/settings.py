@@ -41,8 +41,14 @@ class Settings(BaseSettings):
 
     @property
     def tracking_place(self) -> str:
-        """The same for messages: a database's URI may hold a password."""
-        return re.sub(r"(password=)[^&]*", r"\1…", re.sub(r"://.*@", "://…@", self.tracking_uri))
+        """The same for messages: of a database or server scheme, host and name, for all else may be a password."""
+        uri = self.tracking_uri
+        if "://" not in uri or uri.startswith("file:") or re.match(r"sqlite[^:]*:///", uri):
+            return uri
+        scheme, _, rest = uri.partition("://")
+        address, _, query = rest.partition("?")
+        # Either sign may be of a password that is not escaped.
+        return f"{scheme}://" + ("…" if "@" in query else address.rpartition("@")[2])
 
     @property
     def has_tracking_server(self) -> bool:

@@ -30,6 +30,8 @@ _ACCESS_DEADLINE_SEC = 25.0
 _ACCESS_WAITS_SEC = (0.5, 1.0, 2.0, 4.0)
 # What is read into memory at once, as manifests with their histories: more is no such thing.
 MAX_BYTES_AT_ONCE = 64 * 2**20
+# S3 takes no longer one, and what is as deep as that would exhaust the stack of whoever makes its folders.
+_MAX_BYTES_OF_KEY = 1024
 URI_RULE = "DEME_STORE_URI must be file:///FOLDER or s3://BUCKET/PREFIX."
 
 
@@ -106,7 +108,7 @@ class ObjectStore(Protocol):
 
 
 def open_store(uri: str) -> ObjectStore:
-    """Open ``file:///folder`` or ``s3://bucket/prefix``; any other URI is an InputError.
+    """Open ``file:///folder`` or ``s3://bucket/prefix``; any other URI is an InputError, which does not repeat it.
 
     Nothing is contacted yet. S3 endpoint and credentials come from the standard AWS_* variables, which boto3 reads;
     where no client can be made from them that is a StoreUnavailableError.
@@ -115,12 +117,13 @@ def open_store(uri: str) -> ObjectStore:
         from deme_core.file_store import FileStore  # It needs this module.
 
         return FileStore(uri)
-    s3_uri = re.fullmatch(r"s3://([A-Za-z0-9._-]+)/*(.*?)/*", uri)
+    # What follows the bucket begins with a slash: else KEY:SECRET@BUCKET would be a bucket and its prefix.
+    s3_uri = re.fullmatch(r"s3://([A-Za-z0-9._-]+)(?:/+(.*?))?/*", uri)
     if s3_uri is None or (s3_uri[2] and not is_key(s3_uri[2])):
         raise InputError(URI_RULE)
     from deme_core.s3_store import connect  # boto3 takes half a second to import.
 
-    return connect(s3_uri[1], s3_uri[2])
+    return connect(s3_uri[1], s3_uri[2] or "")
 
 
 def folder_and_key(uri: str) -> tuple[str, str]:
@@ -182,16 +185,19 @@ def store_time(store: ObjectStore) -> datetime:
 
 
 def is_key(key: str) -> bool:
-    """Whether this can name an object: a plain relative POSIX path, and no temporary file."""
+    """Whether this can name an object: a plain relative POSIX path of at most 1024 bytes, and no temporary file."""
     parts = key.split("/")
     bad = any(part in ("", ".", "..") or part.startswith(TEMPORARY_PREFIX) for part in parts)
-    return not bad and "\\" not in key and "\0" not in key
+    is_short = len(key.encode(errors="surrogatepass")) <= _MAX_BYTES_OF_KEY
+    return not bad and is_short and "\\" not in key and "\0" not in key
 
 
 def check_key(key: str) -> str:
     """Return a valid key; any other is a ValueError."""
     if not is_key(key):
-        raise ValueError(f"{key!r} is no object key: it must be a plain relative path.")
+        raise ValueError(
+            f"{key!r} is no object key: it must be a plain relative path of at most {_MAX_BYTES_OF_KEY} bytes."
+        )
     return key
 
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from deme_core.errors import InputError
 from flows.ending import leave_soon_after_interrupt, run_to_its_end
 from flows.stack.commands import app as stack_app
+from flows.terminal import say
 
 app = typer.Typer(
     name="deme",
@@ -115,7 +116,7 @@ def compare(
     page = write_comparison(reports, out)
     _show(comparison_table(reports), print_comparison, as_json=json_)
     # Beside the JSON object, which is the last line of stdout.
-    Console(stderr=json_).print(f"page  {page}", highlight=False, soft_wrap=True)
+    say(Console(stderr=json_), f"page  {page}")
 
 
 @app.command(epilog="Example: deme report 3f2a9c41 --open")
@@ -130,7 +131,7 @@ def report(
     from tasks.run_page import fetch_page
 
     path = fetch_page(run)
-    Console().print(str(path), highlight=False, soft_wrap=True)
+    say(Console(), str(path))
     if open_ and not webbrowser.open(path.as_uri()):
         raise InputError(f"There is no browser here; open {path} in one.")
 
@@ -195,7 +196,7 @@ def export(
     if lora and row != "merged":
         raise InputError("A distilled model is no LoRA; leave out --lora, or --row distilled.")
     wrote = export_lora(run, out, rank) if lora else export_model(run, out, row)
-    Console().print(f"wrote {wrote}", highlight=False, soft_wrap=True)
+    say(Console(), f"wrote {wrote}")
 
 
 @app.command(
@@ -221,7 +222,7 @@ def merge(
 
     settings = {"method": method, "density": density, "drop_rate": drop_rate, "seed": seed}
     merged = merge_models(pretrained, expert, weights, out, **settings)
-    Console().print(f"wrote {merged}", highlight=False, soft_wrap=True)
+    say(Console(), f"wrote {merged}")
 
 
 @app.command(epilog="Example: deme generate merged-model --num-images 64 --out images")
@@ -258,7 +259,7 @@ def generate(
         batch_size=batch_size,
         console=Console(stderr=True),
     )
-    Console().print(f"wrote {num_images} images to {out}", highlight=False, soft_wrap=True)
+    say(Console(), f"wrote {num_images} images to {out}")
 
 
 @app.command(epilog="Example: deme sweep --older-than 48")

@@ -13,6 +13,7 @@ from deme_core.errors import DemeError, InputError
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
+from flows.terminal import say
 from tasks.slots import visible_gpus
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "prefect", "mlflow", "clean-fid")
@@ -58,7 +59,7 @@ def _exit_code(console: Console, name: str, check: Callable[[], str]) -> int:
     except DemeError as error:
         mark, finding, code = "[red]FAIL[/]", str(error), error.exit_code
     console.print(f"{mark} {name:<13}", end="", highlight=False)
-    console.print(finding, markup=False, highlight=False, soft_wrap=True)
+    say(console, finding)
     return code
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from rich.console import Console
 
 from deme_core.errors import DemeError
+from flows.terminal import say
 
 _STOPPED = 128 + signal.SIGTERM
 _INTERRUPTED = "interrupted; run the same command again to go on."
@@ -24,7 +25,7 @@ def run_to_its_end(app: Callable[[], None]) -> None:
     try:
         app()
     except DemeError as error:
-        Console(stderr=True).print(f"deme: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        say(Console(stderr=True), f"deme: {error}", style="red")
         sys.exit(error.exit_code)
     except SystemExit as leaving:
         if leaving.code == _STOPPED:

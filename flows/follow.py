@@ -12,6 +12,7 @@ from rich.console import Console
 
 from deme_core.errors import DemeError, InputError
 from deme_core.settings import Settings
+from flows.terminal import say
 from tasks.mlflow_client import import_mlflow
 from tasks.tracked_runs import find_report
 
@@ -84,7 +85,7 @@ def _print_ended(client: SyncPrefectClient, found: FlowRun, console: Console, se
     for task in reversed(newest):
         if task.id not in seen and task.state is not None and task.state.is_final():
             seen.add(task.id)
-            console.print(_line(task), highlight=False)
+            say(console, _line(task))
 
 
 def _line(task: TaskRun) -> str:

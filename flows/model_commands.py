@@ -15,7 +15,7 @@ from rich.progress import track
 
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.errors import InputError
-from deme_core.local_files import local_errors
+from deme_core.local_files import system_errors
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Sampler
 from deme_core.settings import Settings
@@ -161,9 +161,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         InputError: there is something under ``path`` already.
         StoreUnavailableError: it cannot be written, e.g. because the disk is full.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} exists and is not an empty folder; choose another --out.")
-    with local_errors(path):
+    with system_errors(str(path), "choose another --out"):
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InputError(f"{path} exists and is not an empty folder; choose another --out.")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".deme-") as name:
             partial = Path(name) / "whole"

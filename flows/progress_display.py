@@ -7,6 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from flows.terminal import say
 from tasks.progress import Event, subscribe
 
 
@@ -16,11 +17,11 @@ class ProgressDisplay:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("{task.description:<36}"),
+            TextColumn("{task.description:<36}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             console=console,
             disable=not console.is_terminal,
         )
@@ -48,7 +49,7 @@ class ProgressDisplay:
             if event.kind == "progress":
                 self._progress.update(bar, **_position(event.record))
             elif event.kind == "warning":
-                self._console.print(f"{event.task}: {event.record['message']}", highlight=False, markup=False)
+                say(self._console, f"{event.task}: {event.record['message']}")
             elif event.kind in ("finished", "cached"):
                 note = "from the store" if event.kind == "cached" else f"{event.record['seconds']:.1f} s"
                 total = self._progress.tasks[bar].total or 1
@@ -62,7 +63,7 @@ class ProgressDisplay:
 
     def _say(self, line: str) -> None:
         if not self._console.is_terminal:
-            self._console.print(line, highlight=False)
+            say(self._console, line)
 
 
 def _position(record: dict[str, Any]) -> dict[str, Any]:

@@ -5,18 +5,20 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deme_core.metrics import direction
 from deme_core.rows import BASELINES, ROWS
 from deme_core.settings import Settings
 from deme_core.verdict import Interval, differences_in_words, score_in_words
+from flows.terminal import printable, say
 
 _ORDER = (*ROWS, "model")
 
 
 def print_report(report: dict[str, Any], console: Console) -> None:
-    """Prints what a run found."""
-    console.print(_table(report))
+    """Prints what a run found; a report may come from elsewhere, so nothing in it is markup."""
+    console.print(_table(report), markup=False)
     _print_verdicts("merged", report, report["metric"], console)
     if "distilled" in report:
         _print_verdicts("distilled", report["distilled"], report["metric"], console)
@@ -32,44 +34,46 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         f"compare runs   {mlflow_command(Settings())}",
         f"took           {_duration(report['seconds'])}",
     ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    say(console, "\n".join(lines))
 
 
 def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
     for baseline in BASELINES:
         verdict, gains = comparison["verdict"][f"vs_{baseline}"], comparison["gain_by"][f"vs_{baseline}"]
+        bold = (verdict, "bold")
         console.print(
-            f"{row} is [bold]{verdict}[/] than {baseline}"
+            Text.assemble(f"{row} is ", bold, f" than {baseline}")
             if verdict != "too close to call"
-            else f"{row} against {baseline}: [bold]{verdict}[/]",
+            else Text.assemble(f"{row} against {baseline}: ", bold),
             f"({differences_in_words(metric, {over: Interval(**gain) for over, gain in gains.items()})})",
+            markup=False,
             highlight=False,
         )
 
 
 def print_scores(report: dict[str, Any], console: Console) -> None:
     """Prints the scores of one model."""
-    console.print(_table(report))
+    console.print(_table(report), markup=False)
     lines = [
         f"run            {report['mlflow_run_id']}",
         f"fingerprint    {report['fingerprint']}",
         f"page           {_page(report)}",
     ]
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    say(console, "\n".join(lines))
 
 
 def print_model(report: dict[str, Any], console: Console) -> None:
     """Prints where a pretrained model lies."""
-    console.print(f"pretrained model  {report['uri']}", highlight=False, soft_wrap=True)
+    say(console, f"pretrained model  {report['uri']}")
 
 
 def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     """Prints runs side by side."""
     columns = list(next(iter(rows.values())))
-    table = Table("run", *columns, title=f"mean and 95 % interval, {direction(columns)}", title_justify="left")
+    table = Table("run", *columns, title=_title(f"mean and 95 % interval, {direction(columns)}"), title_justify="left")
     for run, row in rows.items():
         table.add_row(run[:8], *row.values())
-    console.print(table)
+    console.print(table, markup=False)
 
 
 def _page(report: dict[str, Any]) -> str:
@@ -100,12 +104,17 @@ def mlflow_command(settings: Settings) -> str:
 def _table(report: dict[str, Any]) -> Table:
     metrics = list(next(iter(report["rows"].values())))
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
-    title = f"{report['recipe']}: {counts}; mean and 95 % interval, {direction(metrics)}"
+    title = _title(f"{report['recipe']}: {counts}; mean and 95 % interval, {direction(metrics)}")
     table = Table("row", *metrics, title=title, title_justify="left")
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]
         table.add_row(row, *(score_in_words(scores[metric]) for metric in metrics))
     return table
+
+
+def _title(text: str) -> Text:
+    """A string would be read as markup whatever `Console.print` is told."""
+    return Text(printable(text), style="table.title")
 
 
 def _duration(seconds: dict[str, float]) -> str:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from deme_core.errors import InputError
+
 # One for all users of the machine, whatever their TMPDIR is.
 FOLDER = Path("/tmp")
 
@@ -23,9 +25,17 @@ class GpuLock:
         self._held: list[int] = []
 
     def try_acquire(self) -> bool:
-        """Takes the GPUs if nobody has any of them; does not wait."""
+        """Takes the GPUs if nobody has any of them; does not wait.
+
+        Raises:
+            InputError: there is something else in place of a lock file.
+        """
         for path in self._paths:
-            file = _open(path)
+            try:
+                file = _open(path)
+            except OSError as error:
+                self.release()
+                raise InputError(f"The GPU's lock {path} cannot be opened ({error.strerror}); remove it.") from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -42,10 +52,13 @@ class GpuLock:
 
 
 def _open(path: Path) -> int:
-    """Opens a lock file to read, which is all that a lock takes: it may be another user's, who made it first."""
+    """Opens a lock file to read, which is all that a lock takes: it may be another user's, who made it first.
+
+    Anyone may put anything there: a link is not followed, and a pipe not waited for.
+    """
     while True:
         try:
-            return os.open(path, os.O_RDONLY)
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except FileNotFoundError:
             # Of two that make it one fails, and finds it.
             try:

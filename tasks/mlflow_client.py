@@ -26,13 +26,14 @@ def import_mlflow() -> None:
 def check_address(settings: Settings) -> None:
     """Raises InputError for addresses that would get into messages and reports with the password that they may hold.
 
-    These are a server's with a password, and any that MLflow or SQLAlchemy cannot read, which they then repeat. And for
-    an address of MLflow's pages that no browser could open.
+    These are a server's with a password or a query, and any that MLflow or SQLAlchemy cannot read, which they then
+    repeat. And for an address of MLflow's pages with a password, or that no browser could open.
     """
     uri, ui = settings.tracking_uri, settings.mlflow_ui_override
-    if settings.has_tracking_server and "@" in uri:
+    if settings.has_tracking_server and ("@" in uri or "?" in uri):
         raise InputError(
-            "MLFLOW_TRACKING_URI must hold no password; use MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            "MLFLOW_TRACKING_URI must hold no password and no query; use MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
         )
     is_local = _SQLITE.fullmatch(uri) or _FOLDER.fullmatch(uri)
     if not (settings.has_tracking_server or is_local or (_DATABASE.fullmatch(uri) and _is_readable(uri))):
@@ -40,6 +41,8 @@ def check_address(settings: Settings) -> None:
             "MLFLOW_TRACKING_URI must be a whole address that begins with http://, https://, sqlite:///, "
             "postgresql://, mysql:// or mssql://."
         )
+    if ui and re.match(r"[^/]*//[^/]*@", ui):
+        raise InputError("DEME_MLFLOW_UI_URL must hold no password, since pages link to it.")
     if ui and not ui.startswith(HTTP):
         raise InputError("DEME_MLFLOW_UI_URL must be a whole address that begins with http:// or https://.")
 

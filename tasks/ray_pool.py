@@ -37,8 +37,18 @@ _JOIN_ATTEMPTS, _BUSY = 3, ("Starting Ray client server failed", "psutil.ZombieP
 
 
 def cluster_address(execution: ExecutionSpec) -> str:
-    """Returns what ``ray.init`` takes: the address of a cluster, or ``local`` for one that ends with the run."""
-    return execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    """Returns what ``ray.init`` takes: the address of a cluster, or ``local`` for one that ends with the run.
+
+    Raises:
+        InputError: it holds more than a host and a port, which may be a password; it is not repeated.
+    """
+    address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+    if any(sign in address for sign in "@?#"):
+        raise InputError(
+            "execution.ray_address and RAY_ADDRESS must be ray://HOST:PORT or HOST:PORT, without a password; use "
+            "RAY_AUTH_TOKEN."
+        )
+    return address
 
 
 class RayPool:

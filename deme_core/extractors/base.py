@@ -13,7 +13,8 @@ import torch
 from deme_core.digests import canonical_json, sha256_bytes, sha256_file
 from deme_core.downloads import download_once
 from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError, StoreUnavailableError
-from deme_core.store import folder_and_key, not_found, open_store
+from deme_core.local_files import user_path
+from deme_core.store import ObjectStore, folder_and_key, not_found, open_store
 from deme_core.tf32 import without_tf32
 
 # A CPU is fastest where activations fit its cache (64 images at 64 pixels); a GPU wants more at once.
@@ -142,14 +143,14 @@ def per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
 def local_file(weights: str, folder: Path, mend: str) -> Path:
     """A path as it is, or what an object-store URI names, fetched into the folder."""
     if "://" not in weights:
-        if not Path(weights).is_file():
+        if not (path := user_path(weights)).is_file():
             raise unavailable(f"The extractor's weights {weights} do not exist", mend)
-        return Path(weights)
+        return path
     parent, key = folder_and_key(weights)
     path = folder / sha256_bytes(weights.encode())[:16] / key
+    store = store_of_weights(parent, mend)
     try:
         if not path.is_file():
-            store = open_store(parent)
             if not (found := [item for item in store.list(key) if item.key == key]):
                 raise not_found(weights)
             download_once(store, found, path.parent)
@@ -160,6 +161,16 @@ def local_file(weights: str, folder: Path, mend: str) -> Path:
             f"The extractor's weights {weights} cannot be had ({str(error).rstrip('.')})", mend
         ) from error
     return path
+
+
+def store_of_weights(uri: str, mend: str) -> ObjectStore:
+    """The object store that a URI of weights names, which is not repeated: it may be another's, with a password."""
+    try:
+        return open_store(uri)
+    except StoreUnavailableError:  # It may pass, and is tried again.
+        raise
+    except InputError as error:
+        raise unavailable("The extractor's weights cannot be had from such an address", mend) from error
 
 
 def read_safetensors(path: Path, mend: str) -> dict[str, torch.Tensor]:

@@ -27,10 +27,11 @@ from deme_core.extractors.base import (
     normalize,
     per_channel,
     read_safetensors,
+    store_of_weights,
     unavailable,
 )
 from deme_core.extractors.hub import hub_folder
-from deme_core.store import open_store
+from deme_core.local_files import user_path
 
 NAME: Final = "clip_vit_b_32"
 _HUB_ID = "openai/clip-vit-base-patch32"
@@ -236,15 +237,15 @@ def _source_folder(weights: str | None, folder: Path, names: Sequence[str], mend
     """A folder as it is, what an object-store prefix names, or the hub's; it holds all these files."""
     if weights is None:
         return hub_folder(_HUB_ID, names, mend, _HUB_REVISIONS)
-    source = _fetched(weights, folder, names, mend) if "://" in weights else Path(weights)
+    source = _fetched(weights, folder, names, mend) if "://" in weights else user_path(weights)
     if missing := [name for name in names if not (source / name).is_file()]:
         raise unavailable(f"There is no {' and no '.join(missing)} in {weights}; pickles are not read", mend)
     return source
 
 
 def _fetched(uri: str, folder: Path, names: Sequence[str], mend: str) -> Path:
+    store = store_of_weights(uri, mend)
     try:
-        store = open_store(uri)
         objects = [item for item in store.list("") if item.key in names]
         return download_once(store, objects, folder / listing_version(uri, objects))
     except StoreUnavailableError:  # It may pass, and is tried again.

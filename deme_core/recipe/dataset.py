@@ -9,6 +9,7 @@ from deme_core.recipe.base import Precision, Probability, Spec
 
 DEFAULT_IMAGE_COLUMN = "image"
 _DIGITS_SIDE = 8
+_MAX_BYTES_OF_NAME = 255
 
 
 class DatasetSpec(Spec):
@@ -92,6 +93,8 @@ class DatasetSpec(Spec):
             raise ValueError(f"source '{self.source}' needs a path")
         if self.source != "digits" and self.resolution is None:
             raise ValueError(f"source '{self.source}' needs a resolution")
+        if max(len(name.encode()) for name in str(self.path).split("/")) > _MAX_BYTES_OF_NAME:
+            raise ValueError(f"path has a name of more than {_MAX_BYTES_OF_NAME} bytes, which no file can have")
         return self
 
     @model_validator(mode="after")

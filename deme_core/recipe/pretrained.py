@@ -1,14 +1,14 @@
 """Where theta_0 comes from."""
 
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
-from deme_core.recipe.base import Spec
+from deme_core.recipe.base import JsonMapping, Spec
 from deme_core.recipe.training import TrainingSpec
 
 # Of both UNets of diffusers.
-_DEFAULT_CHANNELS = range(4)
+_DEFAULT_NUM_LEVELS = 4
 
 
 class PretrainedSpec(Spec):
@@ -17,13 +17,13 @@ class PretrainedSpec(Spec):
     source: str = Field(description="'pretrain', a diffusers folder, an object-store URI, or a hub id.")
     revision: str | None = Field(None, description="Git revision of a hub id.")
     allow_pickle: bool = Field(False, description="Accept pickled weights (read with weights_only=True).")
-    unet: dict[str, Any] = Field(
+    unet: JsonMapping = Field(
         default_factory=dict, description="UNet2DModel config, for source 'pretrain'; size and channels are the data's."
     )
-    noise_scheduler: dict[str, Any] = Field(
+    noise_scheduler: JsonMapping = Field(
         default_factory=dict, description="DDPMScheduler config, for source 'pretrain'."
     )
-    text_encoder: dict[str, Any] | None = Field(
+    text_encoder: JsonMapping | None = Field(
         None,
         description="T5 config, for source 'pretrain' of a model that takes text: unet is then that of a "
         "UNet2DConditionModel, and the encoder, whose random weights stay, knows the words of the captions.",
@@ -36,7 +36,9 @@ class PretrainedSpec(Spec):
         if self.source != "pretrain":
             return 1
         has_mid = self.unet.get("mid_block_type", "default") is not None
-        return len(self.unet.get("block_out_channels", _DEFAULT_CHANNELS)) + has_mid + 1
+        channels = self.unet.get("block_out_channels")
+        # What is no list is told where the model is built.
+        return (len(channels) if isinstance(channels, list) else _DEFAULT_NUM_LEVELS) + has_mid + 1
 
     @model_validator(mode="after")
     def _training_belongs_to_pretrain(self) -> Self:

@@ -65,7 +65,8 @@ def test_what_the_arguments_get_wrong(
     ],
 )
 def test_a_prefect_server_that_is_none(command: str, address: str | None, words: list[str], tmp_path: Path) -> None:
-    done = CommandLine(tmp_path / "home", address).run(command)
+    server = {"PREFECT_API_URL": address} if address else {}
+    done = CommandLine(tmp_path / "home", server).run(command)
     _refused(done, *words)
     assert "hush" not in done.stderr
 
@@ -127,8 +128,8 @@ def test_a_model_that_diverged_is_named_and_so_is_a_reference_too_small(
     done = fresh_deme.run("evaluate", _write_model(tmp_path / "model", model), "--recipe", write_recipe())
     _refused(done, "Row model: 4 of 4 images generated under seed", "NaN or infinite", "lower learning rate")
     warning = " ".join(done.stderr.split())
-    assert "holds 32 real images, fewer than the 1280 features of efficientnet_lite0" in warning
-    assert "kid suits few images" in warning
+    assert "32 real and 4 generated images are fewer than the 1,280 features of efficientnet_lite0" in warning
+    assert "kid has no such bias" in warning
 
 
 def test_an_unreachable_store_is_said_at_once(fresh_deme: CommandLine, write_recipe: WriteRecipe) -> None:

@@ -44,7 +44,8 @@ def test_a_file_outside_its_artifact_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["merge/other", f"merge/{'e' * 64}/upload-{'0' * 32}/a", f"merge/{DIGEST}/manifest.json"]
+    "key",
+    ["merge/other", f"merge/{'e' * 64}/upload-{'0' * 32}/a", f"merge/{DIGEST}/manifest.json", f"{UPLOAD}/../../a"],
 )
 def test_an_object_outside_its_artifact_is_refused(key: str) -> None:
     text = replace(MANIFEST, files=(FILE, replace(FILE, name="other", key=key))).to_json()

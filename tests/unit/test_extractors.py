@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from deme_core.errors import ExtractorUnavailableError
+from deme_core.errors import ExtractorUnavailableError, InputError
 from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, load_extractor
 from deme_core.extractors.clip import clip_score_digest, load_clip_score, load_images
 from deme_core.extractors.dinov2 import load_vit
 from tests.http_server import serving, url_of
 from tests.tiny_clip import TINY_VISION, randomized, write_tiny_clip
+from tests.unit.test_recipe_file import SECRET_ADDRESSES
 
 INCEPTION_FILE = "inception-2015-12-05.pt"
 CLIP_FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt")
@@ -327,6 +328,20 @@ def test_weights_come_from_an_object_store(
     assert extractor.digest == inception.digest
     with pytest.raises(ExtractorUnavailableError, match=r"absent\.pt cannot be had"):
         load_extractor("inception", weights=(tmp_path / "absent.pt").as_uri(), cache=tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("uri", SECRET_ADDRESSES)
+@pytest.mark.parametrize("name", ["inception", "dinov2_vitl14", "clip_vit_b_32"])
+def test_an_address_of_weights_that_is_no_stores_is_not_repeated(name: str, uri: str, tmp_path: Path) -> None:
+    with pytest.raises(ExtractorUnavailableError, match="cannot be had from such an address") as caught:
+        load_extractor(name, weights=uri, cache=tmp_path, device="cpu")
+    assert "hush" not in str(caught.value)
+
+
+def test_weights_of_a_name_that_no_file_can_have_are_one_sentence(tmp_path: Path) -> None:
+    for name in ("inception", "clip_vit_b_32"):
+        with pytest.raises(InputError, match="Cannot look for a"):
+            load_extractor(name, weights="a" * 300, cache=tmp_path, device="cpu")
 
 
 def test_efficientnet_opens_no_connection(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -106,9 +106,9 @@ def test_a_link_in_the_store_becomes_a_file_in_the_cache(tmp_path: Path) -> None
     (tmp_path / "made" / "a").write_text("told")
     ref = artifacts.publish("merge", DIGEST, tmp_path / "made", settings={}, inputs={})
     stored = tmp_path / "store" / artifacts.manifest(ref).files[0].key
-    (tmp_path / "elsewhere").write_text("told")
-    stored.unlink()
-    stored.symlink_to(tmp_path / "elsewhere")
+    elsewhere = stored.with_name("elsewhere")
+    stored.rename(elsewhere)
+    stored.symlink_to(elsewhere)
     copy = artifacts.fetch(ref) / "a"
     assert not copy.is_symlink() and copy.read_text() == "told"
 
@@ -133,6 +133,9 @@ def test_a_mutated_recipe_is_read_or_refused(content: Any, overrides: list[str])
 @example("[" * 2000)
 @example("a: &a [*a, *a]\nb: *a")
 @example("{a: 1, a: 2}")
+@example("a: !!int ''")
+@example("a: !!bool zz")
+@example("a: !!timestamp zz")
 @example("? [1, 2]\n: 3")
 @example("1: 2")
 @example("\ud800")

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import pytest
 
-from deme_core.errors import ModelFolderError, StoreUnavailableError
+from deme_core.errors import InputError, ModelFolderError, StoreUnavailableError
 from deme_core.model_source import fetch_source
 from tests.http_server import serving, url_of
 from tests.tiny_models import one_level_unet, write_tiny_folder
@@ -93,3 +93,9 @@ def test_an_error_without_a_text_is_told_by_its_kind(tmp_path: Path, monkeypatch
 def test_a_wrong_address_is_told_as_the_recipe_calls_it(tmp_path: Path) -> None:
     with pytest.raises(ModelFolderError, match=r"pretrained\.source is no object-store URI"):
         fetch_source("https://example.org/a/model", revision=None, cache=tmp_path / "cache")
+
+
+def test_a_name_that_no_folder_can_have_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("a" * 300, "~nosuchuser/model"):
+        with pytest.raises(InputError, match="Cannot look for"):
+            fetch_source(name, revision=None, cache=tmp_path)

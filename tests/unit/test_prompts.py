@@ -5,6 +5,7 @@ import pytest
 from deme_core.errors import InputError, PromptsError
 from deme_core.prompts import load_prompts
 from deme_core.recipe import EvaluateSpec
+from tests.unit.test_recipe_file import SECRET_ADDRESSES
 
 PARTI_PROMPTS = Path(__file__).parents[3] / "shared/data/parti-prompts/PartiPrompts.tsv"
 
@@ -81,8 +82,19 @@ def test_prompts_of_an_object_store_are_read_anew_when_they_change(tmp_path: Pat
     assert load_prompts(uri, tmp_path / "cache").texts == ("a", "b", "c")
     with pytest.raises(PromptsError, match=r"no prompts at .*/lists/q\.txt; set evaluate\.prompts"):
         load_prompts(uri.replace("p.txt", "q.txt"), tmp_path / "cache")
-    with pytest.raises(PromptsError, match="cannot be had"):
-        load_prompts("ftp://there/p.txt", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("uri", ["ftp://hush/p.txt", *SECRET_ADDRESSES])
+def test_another_address_is_refused_without_repeating_it(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(PromptsError, match="cannot be had") as caught:
+        load_prompts(uri, tmp_path)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
+    for name in ("a" * 300, "~nosuchuser/prompts.txt"):
+        with pytest.raises(InputError, match="Cannot look for"):
+            load_prompts(name, tmp_path)
 
 
 @pytest.mark.parametrize(

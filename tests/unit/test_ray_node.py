@@ -90,6 +90,17 @@ def test_an_address_where_nobody_listens_is_said_at_once(address: str, tmp_path:
     pool.close()
 
 
+@pytest.mark.parametrize("address", ["u:hush@127.0.0.1:1", "127.0.0.1:1?token=hush", "ray://127.0.0.1:1/#hush"])
+def test_an_address_with_a_password_is_refused_and_not_repeated(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for execution in (ExecutionSpec(runner="ray", ray_address=address), ExecutionSpec(runner="ray")):
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        with pytest.raises(InputError, match="must be ray://HOST:PORT") as caught:
+            RayPool(execution, Settings(), open_store(tmp_path.as_uri()))
+        assert "hush" not in str(caught.value)
+
+
 BUSY = "Initialization failure from server:\nTraceback …\nRuntimeError: Starting Ray client server failed."
 ENDED = "Initialization failure from server:\nTraceback …\npsutil.ZombieProcess: PID still exists"
 

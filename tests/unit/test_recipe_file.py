@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deme_core.errors import RecipeError
+from deme_core.errors import InputError, RecipeError
+from deme_core.recipe import DatasetSpec
 from deme_core.recipe_file import (
     RECIPES_FOLDER,
     differing_settings,
@@ -24,6 +25,12 @@ from deme_core.recipe_file import (
 from deme_core.recipe_reference import recipe_sections
 from flows.cli import show_recipe
 
+# What no message may repeat.
+SECRET_ADDRESSES = [
+    "https://user:hush@host/a.yaml",
+    "https://bucket.s3.amazonaws.com/a.yaml?X-Amz-Signature=hush",
+    "s3://KEY:hush@bucket/a.yaml",
+]
 CONTENT: dict[str, Any] = {
     "name": "tiny",
     "pretrained": {"source": "pretrain", "training": {"num_steps": 5}},
@@ -122,6 +129,108 @@ def test_a_file_uri_may_have_spaces(tmp_path: Path) -> None:
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(CONTENT))
     assert load_recipe(path.as_uri()) == load_recipe(str(path))
+
+
+@pytest.mark.parametrize("uri", SECRET_ADDRESSES)
+def test_an_address_that_is_no_stores_is_not_repeated(uri: str) -> None:
+    assert message(uri) == "There is no recipe at such an address; give s3://BUCKET/KEY or file:///PATH."
+
+
+@pytest.mark.parametrize("uri", SECRET_ADDRESSES)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "pretrained.source",
+        "dataset.path",
+        "evaluate.prompts",
+        "evaluate.reference_dataset.path",
+        "execution.ray_address",
+        "pretrained.unet.a.b",
+        "evaluate.sampler",
+        "finetune.num_steps",
+        "finetune",
+    ],
+)
+def test_a_password_in_a_recipe_is_refused_and_not_repeated(file: str, key: str, uri: str) -> None:
+    overrides = ["evaluate.reference_dataset.source=digits"] if "reference" in key else []
+    assert "hush" not in message(file, *overrides, f"{key}={uri}")
+
+
+@pytest.mark.parametrize("path", ["s3://bucket/a@b/c?d", "file:///data/a@b?c", "a@b?c", "hf://datasets/me/it@main"])
+def test_an_address_without_a_password_is_taken(file: str, path: str) -> None:
+    overrides = ["dataset.source=imagefolder", "dataset.resolution=8", f"dataset.path={path}"]
+    assert load_recipe(file, overrides).dataset.path == path
+
+
+def test_an_error_of_a_spec_alone_does_not_repeat_a_password() -> None:
+    with pytest.raises(ValueError, match="path is an address") as caught:
+        DatasetSpec.model_validate({"source": "imagefolder", "path": "https://u:hush@h", "resolution": 8})
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "folder/" * 1000 + "a", "~nosuchuser/a"])
+def test_a_recipe_of_a_name_that_no_file_can_have_is_one_sentence(name: str) -> None:
+    with pytest.raises(InputError, match="Cannot look for"):
+        load_recipe(f"{name}.yaml")
+
+
+def test_a_data_set_of_a_name_that_no_file_can_have_is_one_sentence(file: str) -> None:
+    overrides = ["dataset.source=imagefolder", "dataset.resolution=8", f"dataset.path=/data/{'a' * 300}"]
+    assert message(file, *overrides) == (
+        "tiny.yaml: dataset: path has a name of more than 255 bytes, which no file can have."
+    )
+
+
+@pytest.mark.parametrize("value", ['"a\\0b"', '"\\ud800"'])
+def test_a_text_that_no_file_has_as_its_name_is_refused(file: str, value: str) -> None:
+    for key in ("pretrained.source", "pretrained.unet.a.b", "evaluate.prompts"):
+        assert message(file, f"{key}={value}").startswith("tiny.yaml: ")
+
+
+DEEP = ".a" * 3000
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("k=!!int ''", "The value of --set pretrained.unet.k is not valid YAML: a value is not what its !!tag says."),
+        ("k=!!bool zz", "is not valid YAML: a value is not what its !!tag says."),
+        ("k=!!timestamp zz", "is not valid YAML: a value is not what its !!tag says."),
+        ("k={a: 1, b: 2, a: 3}", "is not valid YAML: found the key 'a' a second time"),
+        ("k=" + "{a: " * 3000 + "1" + "}" * 3000, "is not valid YAML: it is nested too deeply."),
+        (f"k{DEEP}=1", "tiny.yaml: pretrained.unet is nested too deeply, or holds itself."),
+        ("k=&a [*a]", "tiny.yaml: pretrained.unet is nested too deeply, or holds itself."),
+        ("k=!!binary /w==", "tiny.yaml: pretrained.unet.k: input was not a valid JSON value"),
+        ("k=2020-01-01", "tiny.yaml: pretrained.unet.k: input was not a valid JSON value"),
+        ("k=!!set {a}", "tiny.yaml: pretrained.unet.k: input was not a valid JSON value"),
+        ("k=.nan", "input should be a finite number (got nan)."),
+    ],
+)
+def test_a_value_that_no_config_can_hold_is_one_sentence(file: str, override: str, sentence: str) -> None:
+    assert sentence in message(file, f"pretrained.unet.{override}")
+
+
+@pytest.mark.parametrize(
+    "text", ["name: a\nname: b\n", "name: a\n'name': b\n", "merge: {weights: [1], weights: [2]}\n"]
+)
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "twice.yaml").write_text(text)
+    assert "a second time" in message(str(tmp_path / "twice.yaml"))
+
+
+def test_a_mapping_may_change_what_it_merges(tmp_path: Path) -> None:
+    changed = {**CONTENT, "finetune": None}
+    training = "x: &base {num_steps: 5, seed: 1}\nfinetune: &next {<<: *base, seed: 2}\ny: {<<: *next, seed: 3}\n"
+    del changed["finetune"]
+    (tmp_path / "merged.yaml").write_text(yaml.safe_dump(changed) + training)
+    answer = message(str(tmp_path / "merged.yaml"))
+    assert answer.startswith("merged.yaml: x is no recipe key") and "; y is no recipe key" in answer
+
+
+def test_levels_that_are_no_list_are_told_where_the_model_is_built(file: str) -> None:
+    overrides = ["merge.method=block_weights", "merge.weights=[0.1, 0.2]"]
+    recipe = load_recipe(file, [*overrides, "pretrained.unet.block_out_channels=5"])
+    assert recipe.pretrained.num_blocks == load_recipe(file, overrides).pretrained.num_blocks
 
 
 def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:

@@ -64,3 +64,26 @@ def test_the_password_of_a_database_is_left_out_of_messages(monkeypatch: pytest.
     assert "hu" not in place
     assert place.startswith("postgresql://")
     assert "mlflow" in place
+
+
+@pytest.mark.parametrize(
+    ("uri", "place"),
+    [
+        ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dhush", "mssql+pyodbc:///"),
+        ("mysql+pymysql://db:3306/mlflow?user=u&passwd=hush", "mysql+pymysql://db:3306/mlflow"),
+        ("mysql+pymysql://db/mlflow?Password=hush", "mysql+pymysql://db/mlflow"),
+        ("postgresql://db/mlflow?options=-c%20password%3Dhush", "postgresql://db/mlflow"),
+        ("postgresql://deme:h@hush@db/mlflow", "postgresql://db/mlflow"),
+        ("postgresql://deme:a?hush@db/mlflow", "postgresql://…"),
+        ("postgresql://db/mlflow?password=a@hush", "postgresql://…"),
+        ("http://mlflow:5001/path", "http://mlflow:5001/path"),
+        ("sqlite:////data/my@home/mlflow.db", "sqlite:////data/my@home/mlflow.db"),
+        ("file:///data/my@runs", "file:///data/my@runs"),
+        ("./a:b@c", "./a:b@c"),
+    ],
+)
+def test_of_a_database_messages_show_scheme_host_and_name(
+    monkeypatch: pytest.MonkeyPatch, uri: str, place: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert Settings().tracking_place == place

@@ -1,13 +1,14 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from deme_core.errors import InputError, StoreUnavailableError
+from deme_core import file_store
+from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
 from deme_core.file_store import FileStore
 from deme_core.s3_store import S3Store
 from deme_core.store import check_access, open_store
@@ -120,6 +121,10 @@ def test_an_s3_uri_is_bucket_and_prefix(uri: str, normal: str, monkeypatch: pyte
         "s3:///prefix",
         "s3://b/../c",
         "https://user:hush@host/bucket",
+        "s3://KEY:hush@bucket/prefix",
+        "s3://KEY@bucket",
+        "s3://bucket:hush",
+        "file:///hush%00",
     ],
 )
 def test_another_uri_is_refused_without_repeating_it(uri: str) -> None:
@@ -134,6 +139,86 @@ def test_a_bad_endpoint_is_refused_without_repeating_it(endpoint: str, monkeypat
     with pytest.raises(StoreUnavailableError, match="AWS_ENDPOINT_URL") as caught:
         open_store("s3://bucket")
     assert "hush" not in str(caught.value)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "outside").write_text("told")
+    return FileStore(tmp_path / "store")
+
+
+def reads(store: FileStore, key: str) -> list[Callable[[], object]]:
+    """Every way to read an object."""
+    copy = store.folder.parent / "copy"
+    return [
+        lambda: store.get_file(key, copy, max_bytes=10),
+        lambda: store.get_bytes(key),
+        lambda: store.get_range(key, 0, 4),
+        lambda: store.delete_if(key, b"told"),
+    ]
+
+
+@pytest.mark.parametrize("target", ["../outside", "/dev/zero"])
+def test_a_link_that_leads_out_of_the_store_is_refused(store: FileStore, target: str) -> None:
+    (store.folder / "key").symlink_to(target)
+    *lookups, deletion = reads(store, "key")
+    for read in lookups:
+        with pytest.raises(ArtifactNotFoundError, match=f"{store.uri}/key is a link that leads out of the store"):
+            read()
+    assert deletion() is False
+    assert not (store.folder.parent / "copy").exists()
+
+
+def test_a_folder_that_leads_out_of_the_store_is_refused(store: FileStore) -> None:
+    (store.folder / "up").symlink_to("..")
+    *lookups, deletion = reads(store, "up/outside")
+    for read in lookups:
+        with pytest.raises(ArtifactNotFoundError, match="leads out of the store"):
+            read()
+    assert deletion() is False and (store.folder.parent / "outside").exists()
+    with pytest.raises(StoreUnavailableError, match="up/new would be written outside of the store"):
+        store.put_bytes("up/new", b"told")
+
+
+def test_links_within_a_store_and_to_it_are_followed(store: FileStore, tmp_path: Path) -> None:
+    store.put_bytes("real", b"told")
+    (store.folder / "linked").symlink_to("real")
+    (tmp_path / "elsewhere").symlink_to(store.folder)
+    for found in (store, FileStore(tmp_path / "elsewhere")):
+        found.get_file("linked", tmp_path / "copy", max_bytes=4)
+        assert (tmp_path / "copy").read_text() == found.get_bytes("linked").decode() == "told"
+        assert not (tmp_path / "copy").is_symlink()
+
+
+@pytest.mark.timeout(20)
+def test_a_pipe_is_no_object_and_is_not_waited_for(store: FileStore) -> None:
+    os.mkfifo(store.folder / "key")
+    *lookups, deletion = reads(store, "key")
+    for read in lookups:
+        with pytest.raises(ArtifactNotFoundError):
+            read()
+    assert deletion() is False
+
+
+def test_a_file_that_grows_while_it_is_read_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The system says that this file is empty until somebody reads it.
+    store = FileStore(Path("/proc/self"))
+    with pytest.raises(ObjectTooLargeError, match="more than 10 bytes"):
+        store.get_file("status", tmp_path / "copy", max_bytes=10)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(file_store, "MAX_BYTES_AT_ONCE", 10)
+    with pytest.raises(ObjectTooLargeError, match="more than 10 bytes"):
+        store.get_bytes("status")
+
+
+def test_a_key_is_no_longer_than_s3_has_them(store: FileStore) -> None:
+    deepest = "a/" * 511 + "aa"
+    store.put_bytes(deepest, b"told")
+    assert store.get_bytes(deepest) == b"told"
+    for key in (f"{deepest}a", deepest.replace("aa", "aé"), "x/" * 2000 + "x"):
+        with pytest.raises(ValueError, match="no object key"):
+            store.get_bytes(key)
 
 
 def test_boto3_is_loaded_by_those_who_need_it() -> None:

@@ -144,6 +144,7 @@ def test_only_so_many_threads_talk_to_mlflow_at_once(num_turns: int) -> None:
     [
         "http://user:hush@127.0.0.1:1",
         "https://hush@127.0.0.1:1",
+        "http://127.0.0.1:1/?token=hush",
         "postgres://user:hush@host/db",
         "POSTGRESQL://user:hush@host/db",
         " postgresql://user:hush@host/db",
@@ -238,6 +239,14 @@ def test_what_browsers_open_decides_nothing_but_links(database: dict[str, str]) 
     server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:1"}
     for ui in ({}, {"DEME_MLFLOW_UI_URL": UI}, {"DEME_MLFLOW_UI_URL": ""}):
         assert type(patient_client(Settings.model_validate(server | ui))) is PatientClient
+
+
+@pytest.mark.parametrize("ui", ["https://user:hush@mlflow.example.org", "https://hush@host/path", "//user:hush@host"])
+def test_a_password_that_pages_would_link_to_is_refused(ui: str) -> None:
+    settings = Settings.model_validate({"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000", "DEME_MLFLOW_UI_URL": ui})
+    with pytest.raises(InputError, match=r"^DEME_MLFLOW_UI_URL must hold no password") as caught:
+        check_address(settings)
+    assert "hush" not in str(caught.value)
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:5000", "sqlite:///mlflow.db"])

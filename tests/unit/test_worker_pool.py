@@ -225,6 +225,19 @@ def test_a_gpu_is_held_against_all_users_of_the_machine(tmp_path: Path, monkeypa
     assert GpuLock(["GPU-5e7e"]).try_acquire()
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [lambda path: path.symlink_to("nowhere"), lambda path: path.symlink_to("/etc/passwd")])
+def test_a_link_in_place_of_a_gpus_lock_is_said(
+    make: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_lock, "FOLDER", tmp_path)
+    make(tmp_path / "deme-gpu-1.lock")
+    both = GpuLock(["0", "1"])
+    with pytest.raises(InputError, match=r"lock .*deme-gpu-1\.lock cannot be opened .*; remove it"):
+        both.try_acquire()
+    assert GpuLock(["0"]).try_acquire(), "who cannot have all holds none"
+
+
 def test_a_training_on_many_gpus_waits_for_all_of_them_and_is_not_passed(bench: BenchMaker) -> None:
     here = bench("0,1", num_processes=2)
     here.send("candidate")
