@@ -9,10 +9,14 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from deme_core.errors import DemeError
+from deme_core.errors import DemeError, InputError
 from flows.terminal import say
 
 _STOPPED = 128 + signal.SIGTERM
+_NO_LOGIN = (
+    "Prefect's server wants a log-in: PREFECT_API_AUTH_STRING is missing or wrong; `deme env` prints that of the local "
+    "stack."
+)
 _INTERRUPTED = "interrupted; run the same command again to go on."
 # What the last checkpoint of a training may take.
 _SECONDS_TO_LEAVE = 28.0
@@ -27,6 +31,12 @@ def run_to_its_end(app: Callable[[], None]) -> None:
     except DemeError as error:
         say(Console(stderr=True), f"deme: {error}", style="red")
         sys.exit(error.exit_code)
+    except Exception as error:
+        # Prefect's own, without its import; deme --help does without.
+        if type(error).__name__ != "PrefectHTTPStatusError" or "401" not in str(error):
+            raise
+        say(Console(stderr=True), f"deme: {_NO_LOGIN}", style="red")
+        sys.exit(InputError.exit_code)
     except SystemExit as leaving:
         if leaving.code == _STOPPED:
             Console(stderr=True).print("deme: stopped; run the same command again to go on.", style="red")

@@ -38,6 +38,8 @@ def follow_run(run: str | None, console: Console) -> dict[str, Any]:
             with console.status(f"flow run {found.name} ({str(found.id)[:8]})"):
                 state = _wait(client, found, console)
         except httpx.HTTPError as error:
+            if isinstance(error, httpx.HTTPStatusError) and error.response.status_code == httpx.codes.UNAUTHORIZED:
+                raise  # Said in the same way whatever the command.
             again = "the run may well go on: `deme follow` again"
             raise DemeError(f"Prefect's server {client.api_url} does not answer ({error}); {again}.") from error
     if not state.is_completed():

@@ -64,6 +64,11 @@ class Recipe(Spec):
                 f"merge.search.guards names {', '.join(sorted(unknown))}; evaluate computes, beside the score that "
                 f"decides: {able}"
             )
+        if self.merge.search and "kd_pixels_4x4" in self.merge.search.guards:
+            raise ValueError(
+                "merge.search.guards names kd_pixels_4x4, which is about 0, now and then negative: a share of it means "
+                "nothing; name fd_pixels_4x4"
+            )
         few, full = self.merge.search and self.merge.search.few_steps, self.evaluate.num_inference_steps
         if few and few >= full:
             raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")

@@ -84,6 +84,7 @@ class Layout:
             "DEME_HOME": str(self.home),
             "DEME_STORE_URI": STORE_URI,
             "PREFECT_API_URL": f"{self.url('prefect')}/api",
+            "PREFECT_API_AUTH_STRING": self.credentials.prefect_auth,
             "PREFECT_HOME": str(self.folder / "prefect"),
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
             "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -168,8 +169,13 @@ def prefect(layout: Layout) -> Service:
         name="prefect",
         url=layout.url("prefect"),
         command=(_binary("prefect", layout), *command),
-        # It writes its UI before it serves it: by default into the installed package, which all stacks share.
-        environment=layout.environment() | {"PREFECT_UI_STATIC_DIRECTORY": str(layout.folder / "prefect" / "ui")},
+        environment=layout.environment()
+        | {
+            "PREFECT_SERVER_API_AUTH_STRING": layout.credentials.prefect_auth,
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": layout.url("prefect"),
+            # It writes its UI before it serves it: by default into the installed package, which all stacks share.
+            "PREFECT_UI_STATIC_DIRECTORY": str(layout.folder / "prefect" / "ui"),
+        },
         check=lambda: _get(f"{layout.url('prefect')}/api/health"),
         prepare=lambda: start_from_copy("prefect", layout.folder / "prefect" / "prefect.db"),
     )
@@ -225,7 +231,8 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
 
 def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
     url = f"{layout.url('prefect')}/api/work_pools/{pool}/workers/filter"
-    answer = _http().post(url, json={}).raise_for_status().json()
+    login = httpx.BasicAuth(*layout.credentials.prefect_auth.split(":"))
+    answer = _http().post(url, json={}, auth=login).raise_for_status().json()
     for found in answer:
         beat = found.get("last_heartbeat_time")
         is_ours = found["name"] == name and found["status"] == "ONLINE"

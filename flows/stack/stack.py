@@ -215,7 +215,7 @@ class Stack:
             return {**empty, **json.loads(self._state_path.read_text())}
         except FileNotFoundError:
             return empty
-        except json.JSONDecodeError as error:
+        except (ValueError, TypeError) as error:  # No JSON, or another kind of it.
             raise DemeError(f"{self._state_path} is damaged; end its processes by hand and remove it.") from error
 
     def _write(self, state: Mapping[str, Any]) -> None:

@@ -120,6 +120,7 @@ def platform(compose: Compose, tmp_path_factory: pytest.TempPathFactory) -> Plat
     settings = dict(line.split("=", 1) for line in compose.settings.read_text().splitlines() if re.match(r"\w+=", line))
     variables = {
         "PREFECT_API_URL": f"http://127.0.0.1:{settings['PREFECT_PORT']}/api",
+        "PREFECT_API_AUTH_STRING": f"deme:{settings['PREFECT_PASSWORD']}",
         "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{settings['MLFLOW_PORT']}",
         "DEME_STORE_URI": "s3://deme/store",
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{settings['S3_PORT']}",

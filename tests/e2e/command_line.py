@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,17 +17,17 @@ class CommandLine:
 
     Attributes:
         home: DEME_HOME.
-        prefect_api: of a Prefect server; without one each run starts a server of its own for a while.
+        prefect_api: what points at a Prefect server; without it each run starts a server of its own for a while.
     """
 
     home: Path
-    prefect_api: str | None = None
+    prefect_api: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "PREFECT_", "MLFLOW_", "DEME_"))}
-        server = {"PREFECT_API_URL": self.prefect_api} if self.prefect_api else {}
-        return kept | server | {"DEME_HOME": str(self.home), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        ours = {"DEME_HOME": str(self.home), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
+        return kept | dict(self.prefect_api) | ours
 
     @property
     def command(self) -> list[str]:

@@ -1,5 +1,5 @@
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def write_recipe(tmp_path_factory: pytest.TempPathFactory) -> WriteRecipe:
 
 
 @pytest.fixture(scope="package")
-def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mapping[str, str]]:
     """One Prefect server for all commands: five seconds of processor time less for each."""
     layout = services.Layout(tmp_path_factory.mktemp("prefect"), dict.fromkeys(NAMES, free_ports(1)[0]))
     service = services.prefect(layout)
@@ -76,7 +76,8 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process = subprocess.Popen(service.command, env=dict(service.environment), stdout=log, stderr=log)
     try:
         wait_for(lambda: _answers(service))
-        yield layout.client_environment()["PREFECT_API_URL"]
+        known = layout.client_environment()
+        yield {name: known[name] for name in ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING")}
     finally:
         stop_tree(psutil.Process(process.pid), seconds=15.0)
         process.wait()
@@ -91,7 +92,7 @@ def _answers(service: services.Service) -> bool:
 
 
 @pytest.fixture(scope="package")
-def deme(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> CommandLine:
+def deme(tmp_path_factory: pytest.TempPathFactory, prefect_api: Mapping[str, str]) -> CommandLine:
     """One state folder for the tests that build on one another's artifacts."""
     return CommandLine(tmp_path_factory.mktemp("home"), prefect_api)
 
@@ -111,14 +112,14 @@ def evaluated(
 
 
 @pytest.fixture
-def fresh_deme(tmp_path: Path, prefect_api: str) -> CommandLine:
+def fresh_deme(tmp_path: Path, prefect_api: Mapping[str, str]) -> CommandLine:
     return CommandLine(tmp_path / "home", prefect_api)
 
 
 @pytest.fixture(scope="package")
 def first_report(deme: CommandLine, write_recipe: WriteRecipe) -> dict[str, Any]:
     """The report of the toy recipe, run once for the session, without any server."""
-    return replace(deme, prefect_api=None).report("run", write_recipe())
+    return replace(deme, prefect_api={}).report("run", write_recipe())
 
 
 @pytest.fixture(scope="module")

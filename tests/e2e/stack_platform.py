@@ -43,7 +43,13 @@ class Platform:
     def api(self, method: str, path: str, content: dict[str, Any] | None = None) -> Any:
         """Asks Prefect's server; a 503 (SQLite was locked) is asked again, as Prefect's own client does."""
         for seconds in (1, 2, 4, 8, 0):
-            answer = httpx.request(method, f"{self.variables['PREFECT_API_URL']}/{path}", json=content, timeout=30)
+            answer = httpx.request(
+                method,
+                f"{self.variables['PREFECT_API_URL']}/{path}",
+                auth=httpx.BasicAuth(*self.variables["PREFECT_API_AUTH_STRING"].split(":")),
+                json=content,
+                timeout=30,
+            )
             if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                 break
             time.sleep(seconds)

@@ -75,10 +75,30 @@ def test_what_was_set_on_the_server_stays_when_all_is_deployed_again(platform: P
 def test_credentials_are_private_and_in_no_command_line(platform: Platform) -> None:
     kept = platform.deme.home / "stack" / "credentials.json"
     assert kept.stat().st_mode & 0o777 == 0o600
-    secret = platform.variables["AWS_SECRET_ACCESS_KEY"]
-    assert not [p for p in psutil.process_iter() if secret in " ".join(_cmdline(p))]
-    for log in (platform.deme.home / "stack" / "logs").iterdir():
-        assert secret not in log.read_text(errors="replace")
+    for secret in (platform.variables["AWS_SECRET_ACCESS_KEY"], platform.variables["PREFECT_API_AUTH_STRING"]):
+        assert not [p for p in psutil.process_iter() if secret in " ".join(_cmdline(p))]
+        for log in (platform.deme.home / "stack" / "logs").iterdir():
+            assert secret not in log.read_text(errors="replace")
+
+
+@pytest.mark.parametrize("command", [["follow"], ["deploy"], ["run", "digits"]])
+def test_a_missing_log_in_is_one_sentence(command: list[str], platform: Platform) -> None:
+    done = platform.deme.run(*command, extra={"PREFECT_API_URL": platform.variables["PREFECT_API_URL"]})
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "PREFECT_API_AUTH_STRING is missing or wrong" in done.stderr.splitlines()[-1]
+
+
+def test_a_web_page_can_have_prefect_do_nothing(platform: Platform) -> None:
+    """It can send requests without asking first, and by a name of its own for this machine; it knows no password."""
+    foreign = {"Origin": "https://evil.example", "Host": "evil.example"}
+    url = f"{platform.variables['PREFECT_API_URL']}/flows/"
+    asked = httpx.options(url, headers={**foreign, "Access-Control-Request-Method": "POST"})
+    assert "access-control-allow-origin" not in asked.headers
+    for headers in (foreign, {**foreign, "Authorization": "Basic ZGVtZTo="}):
+        answer = httpx.post(url, headers=headers, content=b'{"name": "evil"}')
+        assert answer.status_code == 401, answer.text
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def _cmdline(process: psutil.Process) -> list[str]:

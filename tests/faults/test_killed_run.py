@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class TellingCommandLine(CommandLine):
 
 
 def test_killed_worker_and_killed_run_end_with_the_same_model(
-    deme: CommandLine, write_recipe: WriteRecipe, prefect_api: str, tmp_path: Path
+    deme: CommandLine, write_recipe: WriteRecipe, prefect_api: Mapping[str, str], tmp_path: Path
 ) -> None:
     finetune = {"num_steps": 40, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 10}
     recipe = write_recipe(finetune=finetune)

@@ -101,6 +101,25 @@ def test_credentials_are_made_once_and_are_private(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(first.secret_key) >= 32
     assert first.secret_key not in repr(first)
+    assert len(first.prefect_password) >= 32
+    assert first.prefect_password not in repr(first)
+
+
+def test_credentials_of_before_keep_their_keys_and_get_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "credentials.json"
+    path.write_text('{"access_key": "deme-a", "secret_key": "b"}')
+    found = load_credentials(path)
+    assert (found.access_key, found.secret_key) == ("deme-a", "b")
+    assert load_credentials(path) == found
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"user": "deme"}'])
+def test_a_file_that_holds_no_credentials_is_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "credentials.json"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"credentials\.json holds no credentials"):
+        load_credentials(path)
 
 
 def test_a_process_is_stopped_with_all_that_it_started(tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_the_object_store_answers_by_http_to_whoever_has_a_key(services: dict[st
     assert environment["WEED_JWT_SIGNING_KEY"] == environment["WEED_JWT_SIGNING_READ_KEY"] == "${S3_SECRET_KEY}"
 
 
+def test_prefect_is_heard_by_whoever_knows_its_password(services: dict[str, Any]) -> None:
+    server = services["prefect"]["environment"]
+    assert server["PREFECT_SERVER_API_AUTH_STRING"].startswith("deme:${PREFECT_PASSWORD:?")
+    assert server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "${PREFECT_PUBLIC_URL:-http://127.0.0.1:4200}"
+    for name in ("worker", "worker-gpu", "setup"):
+        assert services[name]["environment"]["PREFECT_API_AUTH_STRING"] == "deme:${PREFECT_PASSWORD}", name
+
+
 def test_images_are_pinned(services: dict[str, Any]) -> None:
     base = re.findall(r"^ARG BASE=(.*)$", (ROOT / "deployments" / "Dockerfile").read_text(), re.MULTILINE)
     for image in (*base, *(service["image"] for service in services.values())):
@@ -58,7 +66,7 @@ def test_every_variable_is_in_the_example_and_no_secret_has_a_value() -> None:
     required = set(re.findall(r"\$\{(\w+):\?", text))
     may_stay_empty = set(re.findall(r"\$\{(\w+):-\}", text))
     assert required | may_stay_empty == {name for name, value in example.items() if not value}
-    assert {"POSTGRES_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"} == required
+    assert {"POSTGRES_PASSWORD", "PREFECT_PASSWORD", "S3_ACCESS_KEY", "S3_SECRET_KEY"} == required
 
 
 def test_secrets_are_on_no_command_line(services: dict[str, Any]) -> None:

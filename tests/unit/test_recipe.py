@@ -210,6 +210,8 @@ def test_a_guard_is_a_score_that_is_computed_and_does_not_decide() -> None:
     for guard in ("fid", "recall", "fd_efficientnet_lite0"):
         with pytest.raises(ValidationError, match=rf"names {guard}; .*decides: kid, fd_pixels_4x4, kd_pixels_4x4"):
             recipe(merge={"search": {"guards": [guard]}}, evaluate=evaluate)
+    with pytest.raises(ValidationError, match=r"kd_pixels_4x4, which is about 0.*; name fd_pixels_4x4"):
+        recipe(merge={"search": {"guards": ["kd_pixels_4x4"]}}, evaluate=evaluate)
 
 
 def test_a_search_has_only_the_metrics_that_decide_or_guard() -> None:
