@@ -29,7 +29,7 @@ def up(
     console = Console()
     layout = _stack(console).up({k: v for k, v in given.items() if v}, gpu=gpu)
     console.print(
-        f"Prefect  {layout.url('prefect')}, whose pages ask for the PREFECT_API_AUTH_STRING of deme env\n"
+        f"Prefect  {layout.url('prefect')}, whose front page asks once for the PREFECT_API_AUTH_STRING of deme env\n"
         f"MLflow   {layout.url('mlflow')}\n"
         'this shell: eval "$(deme env)", then: prefect deployment run deme/full',
         highlight=False,

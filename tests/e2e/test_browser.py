@@ -14,14 +14,13 @@ def test_prefect_shows_the_table_on_the_page_of_the_run(
     browser: webdriver.Chrome, platform: Platform, full_report: dict[str, Any]
 ) -> None:
     server = platform.variables["PREFECT_API_URL"].removesuffix("/api")
-    page = f"{server}/runs/flow-run/{full_report['flow_run_id']}"
-    browser.get(page)
+    browser.get(server)
     wait_until(lambda: "Login" in browser.page_source, "the page asks for no log-in")
     password = "return document.querySelector('input')"
     browser.execute_script(password).send_keys(platform.variables["PREFECT_API_AUTH_STRING"])
     click(browser, "//button[contains(., 'Login')]", "there is no way to log in")
     wait_until(lambda: "Login" not in browser.page_source, "the log-in is refused")
-    browser.get(page)
+    browser.get(f"{server}/runs/flow-run/{full_report['flow_run_id']}")
     click(browser, "//li[normalize-space(.)='Artifacts']", "the page has no tab for artifacts")
     click(browser, "//*[text()='toy-rows']", "the table is not there")
     wait_until(lambda: all(row in browser.page_source for row in full_report["rows"]), "the table misses rows")
