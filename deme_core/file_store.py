@@ -53,10 +53,12 @@ class FileStore:
     def get_bytes(self, key: str) -> bytes:
         """Read a file."""
         with self._errors(key), self._open(key, MAX_BYTES_AT_ONCE) as file:
-            data = file.read(MAX_BYTES_AT_ONCE + 1)
-        if len(data) > MAX_BYTES_AT_ONCE:
-            raise self._too_large(key, MAX_BYTES_AT_ONCE)
-        return data
+            data = bytearray()
+            while piece := file.read(_BYTES_PER_PIECE):  # A read of so many bytes makes room for all of them first.
+                data += piece
+                if len(data) > MAX_BYTES_AT_ONCE:
+                    raise self._too_large(key, MAX_BYTES_AT_ONCE)
+        return bytes(data)
 
     def get_range(self, key: str, offset: int, size: int) -> bytes:
         """Read a part of a file."""

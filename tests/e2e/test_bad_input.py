@@ -128,7 +128,7 @@ def test_a_model_that_diverged_is_named_and_so_is_a_reference_too_small(
     done = fresh_deme.run("evaluate", _write_model(tmp_path / "model", model), "--recipe", write_recipe())
     _refused(done, "Row model: 4 of 4 images generated under seed", "NaN or infinite", "lower learning rate")
     warning = " ".join(done.stderr.split())
-    assert "32 real and 4 generated images are fewer than the 1,280 features of efficientnet_lite0" in warning
+    assert "32 real and 8 generated images are fewer than the 1,280 features of efficientnet_lite0" in warning
     assert "kid has no such bias" in warning
 
 

@@ -143,7 +143,7 @@ def test_the_doctor_knows_the_recipe(dataset: DatasetSpec, tmp_path: Path, monke
     code = run_checks(console, RecipeChecks(recipe, Settings()))
     said = console.export_text()
     assert code == 0, said
-    assert "10 for 100 images, as 'a photo of a airplane'" in said
+    assert "'a photo of a airplane' and so on, 10 prompts; the report's 100 images are 10 of each" in said
     code = run_checks(
         console,
         RecipeChecks(
