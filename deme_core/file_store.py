@@ -10,7 +10,7 @@ from stat import S_ISREG
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
+from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError
 from deme_core.local_files import local_errors, sync, system_errors, temporary_beside
 from deme_core.store import MAX_BYTES_AT_ONCE, URI_RULE, Digest, StoredObject, check_key, is_key, not_found, too_large
 
@@ -113,10 +113,6 @@ class FileStore:
 
     def _put(self, key: str, source: BinaryIO, *, if_absent: bool = False) -> bool:
         path = self._path(key)
-        if self._is_outside(path.parent):
-            raise StoreUnavailableError(
-                f"{self.uri}/{key} would be written outside of the store, where a link leads; put a folder there."
-            )
         with self._errors(), temporary_beside(path) as temporary:
             _copy(source, temporary)
             if not if_absent:
@@ -130,7 +126,11 @@ class FileStore:
         return True
 
     def _path(self, key: str) -> Path:
-        return self.folder / check_key(key)
+        path = self.folder / check_key(key)
+        if self._is_outside(path.parent):
+            # At the first look, not after the work whose result is to go there.
+            raise InputError(f"{self.uri}/{key} lies outside of the store, where a link leads; put a folder there.")
+        return path
 
     def _open(self, key: str, max_bytes: int | None = None) -> BinaryIO:
         """Opens a file of the folder; what is no plain file is not there, and a pipe is not waited for."""

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from http import HTTPStatus
 
 from rich.console import Console
 
@@ -33,7 +34,8 @@ def run_to_its_end(app: Callable[[], None]) -> None:
         sys.exit(error.exit_code)
     except Exception as error:
         # Prefect's own, without its import; deme --help does without.
-        if type(error).__name__ != "PrefectHTTPStatusError" or "401" not in str(error):
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if type(error).__name__ != "PrefectHTTPStatusError" or status != HTTPStatus.UNAUTHORIZED:
             raise
         say(Console(stderr=True), f"deme: {_NO_LOGIN}", style="red")
         sys.exit(InputError.exit_code)

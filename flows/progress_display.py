@@ -7,7 +7,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from flows.terminal import say
+from flows.terminal import printable, say
 from tasks.progress import Event, subscribe
 
 
@@ -44,7 +44,7 @@ class ProgressDisplay:
     def _show(self, event: Event) -> None:
         with self._lock:
             if event.task not in self._bars:
-                self._bars[event.task] = self._progress.add_task(event.task, total=None, note="")
+                self._bars[event.task] = self._progress.add_task(printable(event.task), total=None, note="")
             bar = self._bars[event.task]
             if event.kind == "progress":
                 self._progress.update(bar, **_position(event.record))

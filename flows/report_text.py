@@ -40,12 +40,12 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 def _print_verdicts(row: str, comparison: dict[str, Any], metric: str, console: Console) -> None:
     for baseline in BASELINES:
         verdict, gains = comparison["verdict"][f"vs_{baseline}"], comparison["gain_by"][f"vs_{baseline}"]
-        bold = (verdict, "bold")
+        bold = (printable(verdict), "bold")
         console.print(
             Text.assemble(f"{row} is ", bold, f" than {baseline}")
             if verdict != "too close to call"
             else Text.assemble(f"{row} against {baseline}: ", bold),
-            f"({differences_in_words(metric, {over: Interval(**gain) for over, gain in gains.items()})})",
+            f"({differences_in_words(printable(metric), {over: Interval(**gain) for over, gain in gains.items()})})",
             markup=False,
             highlight=False,
         )
@@ -70,9 +70,14 @@ def print_model(report: dict[str, Any], console: Console) -> None:
 def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     """Prints runs side by side."""
     columns = list(next(iter(rows.values())))
-    table = Table("run", *columns, title=_title(f"mean and 95 % interval, {direction(columns)}"), title_justify="left")
+    table = Table(
+        "run",
+        *map(printable, columns),
+        title=_title(f"mean and 95 % interval, {direction(columns)}"),
+        title_justify="left",
+    )
     for run, row in rows.items():
-        table.add_row(run[:8], *row.values())
+        table.add_row(run[:8], *map(printable, row.values()))
     console.print(table, markup=False)
 
 
@@ -105,7 +110,7 @@ def _table(report: dict[str, Any]) -> Table:
     metrics = list(next(iter(report["rows"].values())))
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
     title = _title(f"{report['recipe']}: {counts}; mean and 95 % interval, {direction(metrics)}")
-    table = Table("row", *metrics, title=title, title_justify="left")
+    table = Table("row", *map(printable, metrics), title=title, title_justify="left")
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]
         table.add_row(row, *(score_in_words(scores[metric]) for metric in metrics))

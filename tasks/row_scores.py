@@ -51,7 +51,9 @@ def shared_conditions(rows: Rows, seeds: Sequence[int]) -> dict[str, Any]:
     first = conditions[0]
     different = sorted({name for other in conditions for name in differing_conditions(first, other)})
     if different:
-        raise DemeError(f"The rows cannot be compared: they differ in {', '.join(different)}.")
+        stepped = any(name.startswith("scheduler.timestep_spacing") for name in different)
+        mend = "; stored images are of older steps: set evaluate.timestep_spacing to leading, which makes all anew"
+        raise DemeError(f"The rows cannot be compared: they differ in {', '.join(different)}{mend if stepped else ''}.")
     return {**first, "seeds": list(seeds)}
 
 

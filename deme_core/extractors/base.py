@@ -148,12 +148,13 @@ def local_file(weights: str, folder: Path, mend: str) -> Path:
         return path
     parent, key = folder_and_key(weights)
     path = folder / sha256_bytes(weights.encode())[:16] / key
+    if path.is_file():
+        return path
     store = store_of_weights(parent, mend)
     try:
-        if not path.is_file():
-            if not (found := [item for item in store.list(key) if item.key == key]):
-                raise not_found(weights)
-            download_once(store, found, path.parent)
+        if not (found := [item for item in store.list(key) if item.key == key]):
+            raise not_found(weights)
+        download_once(store, found, path.parent)
     except StoreUnavailableError:  # It may pass, and is tried again.
         raise
     except (ArtifactNotFoundError, InputError) as error:

@@ -151,6 +151,10 @@ def _loading(path: Path) -> Iterator[None]:
     try:
         with _no_progress_bars():
             yield
+    except MemoryError:
+        raise
+    except ImportError as error:  # Of a library that this part needs, which says so.
+        raise ModelFolderError(f"{path} cannot be loaded: {first_line(error).rstrip('.')}.") from error
     except Exception as error:
         raise ModelFolderError(f"{path} cannot be loaded ({first_line(error)}); fetch it again.") from error
 

@@ -32,7 +32,7 @@ def frechet_replicates(features: Features, reference: Reference, resamples: Resa
         return _to_all_real(ours, reference)
     assert reference.features is not None, "real images are resampled by their features"
     theirs = _Drawn.of(reference.features, resamples.real)
-    products = _products(ours, theirs) if len(features) * len(reference.features) <= _MOST_PRODUCTS else None
+    products = _products(ours, theirs) if _takes_products(ours, theirs) else None
     return np.array([_distance(ours, theirs, index, products) for index in range(len(resamples.generated))])
 
 
@@ -82,10 +82,20 @@ class _Drawn:
         return covariance
 
 
+def _takes_products(ours: _Drawn, theirs: _Drawn) -> bool:
+    """Whether some resample draws no more images than there are features, and the products are not too many."""
+    fewest = min(int(np.count_nonzero(drawn.counts, axis=1).min()) for drawn in (ours, theirs))
+    return fewest <= ours.features.shape[1] and len(ours.features) * len(theirs.features) <= _MOST_PRODUCTS
+
+
 def _products(ours: _Drawn, theirs: _Drawn) -> Float64Array:
     """Returns the inner products (n, m) of all centred features."""
-    rows = ours.features - ours.centre
-    return np.concatenate([rows @ (block - theirs.centre).T for block in in_blocks(theirs.features)], axis=1)
+    rows, start = ours.features - ours.centre, 0
+    products = np.empty((len(rows), len(theirs.features)))
+    for block in in_blocks(theirs.features):
+        products[:, start : start + len(block)] = rows @ (block - theirs.centre).T
+        start += len(block)
+    return products
 
 
 def _distance(ours: _Drawn, theirs: _Drawn, index: int, products: Float64Array | None) -> float:

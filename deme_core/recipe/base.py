@@ -12,7 +12,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 JsonMapping = dict[str, JsonValue]
 
 # What stands before a host, and what follows a question mark; which in a store's key is a sign like others.
-_SECRET = re.compile(r"://[^/]*@|^(?!s3:|file:)[a-z][a-z0-9+.-]*://.*\?", re.IGNORECASE | re.DOTALL)
+_SECRET = re.compile(r"://[^/\s]*@|^s3://[^/]*:|^(?!s3:|file:|hf:)[a-z][a-z0-9+.-]*://\S*[@?]", re.IGNORECASE)
 
 
 class Spec(BaseModel):

@@ -172,7 +172,8 @@ def prefect(layout: Layout) -> Service:
         environment=layout.environment()
         | {
             "PREFECT_SERVER_API_AUTH_STRING": layout.credentials.prefect_auth,
-            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": layout.url("prefect"),
+            # Its pages ask at the first of these, wherever they were opened.
+            "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": f"{layout.url('prefect')},http://localhost:{layout.ports['prefect']}",
             # It writes its UI before it serves it: by default into the installed package, which all stacks share.
             "PREFECT_UI_STATIC_DIRECTORY": str(layout.folder / "prefect" / "ui"),
         },

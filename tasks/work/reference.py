@@ -1,20 +1,19 @@
 """The reference: what the scores need of the real images' features, read slice by slice."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from deme_core.digests import sha256_bytes
 from deme_core.extractors import JointExtractor
 from deme_core.feature_file import read_features
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import MetricName, needs_features
+from deme_core.metrics import needs_features
 from deme_core.reference import Reference, save_reference
 from tasks.jobs import ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.real_features import extractor_of, indices_digest, real_indices
 
-# Of more real images the draw hardly matters to a score, and the features of 100,000 take 0.8 GB.
-_MOST_KEPT = 100_000
+# Of more real images the draw hardly matters to a score, and resamples of these take nine seconds each.
+_MOST_KEPT = 50_000
 
 
 def identity(job: ReferenceJob, context: JobContext) -> Identity:
@@ -24,7 +23,7 @@ def identity(job: ReferenceJob, context: JobContext) -> Identity:
         settings={
             "indices": indices_digest(indices),
             "extractor": extractor_of(job.evaluate, context).digest,
-            "keeps_features": _keeps_features(job.evaluate.metrics, len(indices)),
+            "keeps_features": _keeps_features(job, len(indices)),
         },
         dataset=context.images(job.dataset).reference_fingerprint,
     )
@@ -42,7 +41,7 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
         "extractor_digest": extractor.digest,
         "images_digest": sha256_bytes(f"{images.reference_fingerprint} {indices_digest(indices)}".encode()),
     }
-    if _keeps_features(job.evaluate.metrics, len(indices)):
+    if _keeps_features(job, len(indices)):
         save_reference(out, batches, num_images=len(indices), widths=widths, **names)
     else:
         statistics = FeatureStatistics.from_batches(batches)
@@ -55,6 +54,6 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
     }
 
 
-def _keeps_features(metrics: Sequence[MetricName], num_images: int) -> bool:
-    """Whether a reference has the features: for metrics that need them, and for resamples of the real images."""
-    return needs_features(metrics) or num_images <= _MOST_KEPT
+def _keeps_features(job: ReferenceJob, num_images: int) -> bool:
+    """Whether a reference has the features: for metrics that need them, and for the report's resamples."""
+    return needs_features(job.evaluate.metrics) or (job.part == "report" and num_images <= _MOST_KEPT)

@@ -39,7 +39,9 @@ def test_the_object_store_answers_by_http_to_whoever_has_a_key(services: dict[st
 def test_prefect_is_heard_by_whoever_knows_its_password(services: dict[str, Any]) -> None:
     server = services["prefect"]["environment"]
     assert server["PREFECT_SERVER_API_AUTH_STRING"].startswith("deme:${PREFECT_PASSWORD:?")
-    assert server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == "${PREFECT_PUBLIC_URL:-http://127.0.0.1:4200}"
+    assert server["PREFECT_SERVER_CORS_ALLOWED_ORIGINS"] == (
+        "${PREFECT_PUBLIC_URL:-http://127.0.0.1:4200},http://localhost:${PREFECT_PORT:-4200}"
+    )
     for name in ("worker", "worker-gpu", "setup"):
         assert services[name]["environment"]["PREFECT_API_AUTH_STRING"] == "deme:${PREFECT_PASSWORD}", name
 

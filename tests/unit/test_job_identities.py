@@ -249,12 +249,8 @@ TABLE: list[tuple[Job, Changes, Changes]] = [
     ),
     (
         ReferenceJob(dataset=DATASET, evaluate=EVALUATE, part="search", num_for_search=16, features=COPIES),
-        REAL,
-        {
-            "dataset.random_flip": True,
-            "features": COPIES[:1],
-            **within("evaluate", SAMPLING | {"metrics": ("fid",), "batch_size": 1}),
-        },
+        REAL | {"evaluate.metrics": ("fid",)},
+        {"dataset.random_flip": True, "features": COPIES[:1], **within("evaluate", SAMPLING | {"batch_size": 1})},
     ),
     (
         HeldoutJob(model=ref("model"), dataset=DATASET, edges=(0, 500, 1000)),

@@ -162,6 +162,23 @@ def test_an_address_without_a_password_is_taken(file: str, path: str) -> None:
     assert load_recipe(file, overrides).dataset.path == path
 
 
+@pytest.mark.parametrize("uri", ["s3://AKIA:hu/sh+x@bucket/a", "https://u:hu/sh@host/a"])
+def test_a_password_with_a_slash_is_refused_too(file: str, uri: str) -> None:
+    told = message(file, "dataset.source=imagefolder", "dataset.resolution=8", f"dataset.path={uri}")
+    assert "an address with a password" in told and "hu/sh" not in told
+
+
+def test_a_sentence_with_an_address_in_it_is_no_password(file: str) -> None:
+    text = "see http://a.b, mail c@d"
+    overrides = [
+        "dataset.source=imagefolder",
+        "dataset.resolution=8",
+        "dataset.path=x",
+        f'dataset.caption_template="{text}"',
+    ]
+    assert load_recipe(file, overrides).dataset.caption_template == text
+
+
 def test_an_error_of_a_spec_alone_does_not_repeat_a_password() -> None:
     with pytest.raises(ValueError, match="path is an address") as caught:
         DatasetSpec.model_validate({"source": "imagefolder", "path": "https://u:hush@h", "resolution": 8})

@@ -91,6 +91,7 @@ def test_nothing_in_a_report_is_markup() -> None:
     assert printed(lambda console: print_scores(report, console)).count(BRACKETS) == 3
     assert BRACKETS in printed(lambda console: print_model({"uri": BRACKETS}, console))
     assert BRACKETS in printed(lambda console: print_comparison({"run": {"fid": BRACKETS}}, console))
+    assert "\x1b" not in printed(lambda console: print_comparison({"run": {COPY: COPY}}, console))
 
 
 def test_a_name_that_no_folder_can_have_is_one_sentence(tmp_path: Path) -> None:
