@@ -96,7 +96,7 @@ def paired_difference(candidate: Sequence[float], baseline: Sequence[float], con
 
 
 def image_difference(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Interval:
-    """Bootstrap interval of the mean difference over the generated images, paired by image.
+    """Bootstrap interval of the mean difference over the images, generated and real, paired by image.
 
     With d̄ the mean over the seeds of candidate − baseline, and s* the standard deviation of d̄ over the B resamples
     of `deme_core.bootstrap`:

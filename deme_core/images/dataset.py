@@ -23,6 +23,7 @@ from deme_core.images.remote import IMAGES, TARS, FileKind, fetch_images, list_t
 from deme_core.images.source import ImageSource
 from deme_core.images.stream import Stream, StreamedTars
 from deme_core.images.tars import TarSource, find_tars
+from deme_core.local_files import user_path
 from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
 from deme_core.store import ObjectStore
 
@@ -296,4 +297,4 @@ def _local_path(path: str, fetch: Callable[[str], Path]) -> Path:
         return fetch(path)
     if "://" in path:
         raise DatasetError("dataset.path must be a folder, a zip or tar, file:///PATH or s3://BUCKET/PREFIX.")
-    return Path(path).expanduser()
+    return user_path(path)

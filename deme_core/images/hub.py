@@ -10,6 +10,7 @@ from typing import Any
 from deme_core.errors import DatasetError, first_line
 from deme_core.images.pixels import BrokenImageError
 from deme_core.images.source import Column, first_names, stat_listing
+from deme_core.local_files import user_path
 from deme_core.recipe import DatasetSpec
 
 
@@ -112,7 +113,7 @@ def _own_folders(spec: DatasetSpec) -> Iterator[Path]:
     from datasets import config
     from huggingface_hub import constants
 
-    if (folder := Path(str(spec.path)).expanduser()).is_dir():
+    if (folder := user_path(str(spec.path))).is_dir():
         yield folder
     yield from map(Path, (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH))
     yield Path(constants.HF_HUB_CACHE)
@@ -156,7 +157,7 @@ def _builder(spec: DatasetSpec) -> Any:
 
 def _refuse_foreign_files(builder: Any, spec: DatasetSpec) -> None:
     """Refuse a data set that takes its rows from files which are not its own: its README may name any, of any place."""
-    is_local = Path(str(spec.path)).expanduser().is_dir()
+    is_local = user_path(str(spec.path)).is_dir()
     folders = [folder.resolve() for folder in _own_folders(spec)]
     place = f"hf://datasets/{builder.repo_id}@" if builder.repo_id else f"{builder.base_path}/"
 
@@ -215,7 +216,7 @@ def _cache() -> Path:
 
 
 def _location(spec: DatasetSpec) -> str:
-    folder = Path(str(spec.path)).expanduser()
+    folder = user_path(str(spec.path))
     return str(folder) if folder.is_dir() else str(spec.path)
 
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image, ImageOps
 
-from deme_core.errors import DatasetError
+from deme_core.errors import DatasetError, InputError
 from deme_core.images import (
     CropsInMemory,
     ImageDataset,
@@ -778,3 +778,10 @@ def test_photographs_keep_their_pixels(tmp_path: Path) -> None:
         encoded = (tmp_path / "cifar" / name).read_bytes()
         expected = np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
         assert np.array_equal(dataset.image(index).permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "hub"])
+def test_a_home_of_nobody_is_one_sentence(kind: str, tmp_path: Path) -> None:
+    spec = DatasetSpec.model_validate({"source": kind, "path": "~nosuchuser/a", "resolution": 8})
+    with pytest.raises(InputError, match="Cannot look for ~nosuchuser/a"):
+        load_images(spec, cache=tmp_path)

@@ -31,17 +31,19 @@ class Machine:
     def do(self, job: Job) -> JobResult:
         return execute(job, self.context, lambda _: None)
 
-    def reference(self, *cuts: int, num_images: int = NUM_IMAGES, **evaluate: Any) -> JobResult:
+    def reference(
+        self, *cuts: int, num_images: int = NUM_IMAGES, part: str = "report", num_for_search: int = 0, **evaluate: Any
+    ) -> JobResult:
         """The reference, its real images cut into slices at ``cuts``."""
-        part: dict[str, Any] = {
+        shared: dict[str, Any] = {
             "dataset": DatasetSpec(source="digits", num_images=num_images),
             "evaluate": EvaluateSpec.model_validate(EVALUATE | evaluate),
-            "part": "report",
-            "num_for_search": 0,
+            "part": part,
+            "num_for_search": num_for_search,
         }
-        edges = (0, *cuts, num_images)
-        slices = [RealFeaturesJob(**part, low=low, high=high) for low, high in pairwise(edges)]
-        return self.do(ReferenceJob(**part, features=tuple(self.do(job).ref for job in slices)))
+        edges = (0, *cuts, num_for_search if part == "search" else num_images)
+        slices = [RealFeaturesJob(**shared, low=low, high=high) for low, high in pairwise(edges)]
+        return self.do(ReferenceJob(**shared, features=tuple(self.do(job).ref for job in slices)))
 
     def load(self, result: JobResult) -> Reference:
         return load_reference(self.context, result.ref)
@@ -66,6 +68,13 @@ def test_a_reference_does_not_depend_on_how_many_tasks_made_it(
     scale = np.abs(ours.statistics.covariance).max()
     np.testing.assert_allclose(theirs.statistics.mean, ours.statistics.mean, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(theirs.statistics.covariance, ours.statistics.covariance, atol=1e-9 * scale)
+
+
+def test_real_images_are_resampled_by_the_report_alone(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    assert machine.load(machine.reference(metrics=("fid",))).features is not None
+    of_search = machine.reference(part="search", num_for_search=8, metrics=("fid",))
+    assert machine.load(of_search).features is None
 
 
 def test_at_most_one_slice_of_the_features_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
