@@ -37,8 +37,9 @@ demo: install
 down:
 	$(BIN)/deme down
 
+# With TESTS=… those alone.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -rs
+	$(BIN)/python -m pytest $(TESTS) -m "not long" -n 2 --dist loadscope --no-loadscope-reorder -rs
 
 # kill -9 of every service in the middle of a run and more, half an hour; and new random examples of the property tests.
 test-faults: install
@@ -55,8 +56,8 @@ test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
 # Two Ray nodes on loopback, one of which is killed, and a worker of a work pool; several minutes on two cores.
-test-cluster: install
-	$(BIN)/python -m pytest tests/cluster -m "not long" -n 2 --dist loadscope --no-loadscope-reorder -rs
+test-cluster: TESTS = tests/cluster
+test-cluster: test
 
 lint: install
 	$(BIN)/ruff check .

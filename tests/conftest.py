@@ -1,11 +1,18 @@
-"""Which tests share a process when they run side by side, and how hypothesis draws its examples."""
+"""Which tests share a process when they run side by side, with how many threads, and how hypothesis draws examples."""
 
 from pathlib import PurePosixPath
 from typing import Any
 
 import pytest
+import scipy.linalg  # noqa: F401  Its library, too, is limited, which only what is loaded can be.
+import torch
 from hypothesis import settings
+from threadpoolctl import threadpool_limits
 from xdist.scheduler import LoadScopeScheduling
+
+# Threads that wait for their share of small matrices keep the other process of the tests from its core.
+torch.set_num_threads(1)
+threadpool_limits(1)
 
 # The same examples in every run, so that what passes here passes in CI; `make test-faults` draws new ones, and more.
 settings.register_profile("repeatable", derandomize=True, max_examples=50, deadline=None, database=None)
@@ -23,8 +30,6 @@ _SHARED = {
     "test_two_runs.py": "stack",
     "test_watch_flow.py": "Prefect",
     "test_search_flow.py": "Prefect",
-    "test_ray.py": "cluster",
-    "test_work_pool.py": "cluster",
 }
 
 

@@ -83,12 +83,20 @@ def _kill(node: "subprocess.Popen[bytes]") -> None:
     node.wait()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     """Nodes know neither the object store nor its keys; each has a disk of its own."""
     # Ray listens on all interfaces; nobody without the token is heard. Read when Ray is imported.
-    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(16), RAY_USAGE_STATS_ENABLED="0")
-    os.environ["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "90"  # On two cores that other programs use too.
+    settings = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16), "RAY_USAGE_STATS_ENABLED": "0"}
+    # On two cores that other programs use too.
+    settings["RAY_CLIENT_SERVER_CHECK_CHANNEL_TIMEOUT_S"] = "90"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        yield from _two_nodes(tmp_path_factory)
+
+
+def _two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     logs = Path(tempfile.mkdtemp(prefix="ray"))  # A short path, for Ray makes sockets in it.
     ports = free_ports(2)
     found = RayCluster(*ports, logs)
@@ -148,7 +156,7 @@ def two_cores() -> Iterator[None]:
     os.sched_setaffinity(0, cores)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def expected(prefect_server: None, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """What the local runner makes of the same recipe, with a store of its own."""
     home = tmp_path_factory.mktemp("local")

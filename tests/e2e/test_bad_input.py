@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from flows.cli import main
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
 from tests.tiny_models import one_level_unet, write_tiny_folder
@@ -41,17 +44,27 @@ def _refused(done: Any, *words: str) -> None:
             ["clip_score needs", "evaluate.prompts"],
         ),
         (["run", "digits", "--set", "evaluate.metrics=[recall, fid]"], ["fid, kid, clip_score", "recall alone"]),
-        (["run", "digits", "--set", "evaluate.prompts=absent.txt"], ["absent.txt cannot be read", "evaluate.prompts"]),
         (["run", "digits", "--set", "evaluate.extractor_mode=legacy_pytorch"], ["mode of inception", "efficientnet"]),
         (["merge", "--pretrained", "nowhere", "--expert", "e", "--weights", "1", "--out", "o"], ["nowhere"]),
         (["generate", "nowhere", "--out", "o"], ["nowhere"]),
     ],
 )
 def test_what_the_arguments_get_wrong(
-    fresh_deme: CommandLine, arguments: list[str], words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """In this process, for time's sake: nothing starts before the arguments are read."""
     monkeypatch.chdir(tmp_path)
-    _refused(fresh_deme.run(*arguments), *words)
+    monkeypatch.setenv("DEME_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["deme", *arguments])
+    with pytest.raises(SystemExit) as left:
+        main()
+    said = capsys.readouterr()
+    _refused(subprocess.CompletedProcess(arguments, left.value.code, said.out, said.err), *words)
     assert not (tmp_path / "o").exists()
 
 
@@ -69,6 +82,11 @@ def test_a_prefect_server_that_is_none(command: str, address: str | None, words:
     done = CommandLine(tmp_path / "home", server).run(command)
     _refused(done, *words)
     assert "hush" not in done.stderr
+
+
+def test_prompts_that_are_missing_are_said(fresh_deme: CommandLine) -> None:
+    done = fresh_deme.run("run", "digits", "--set", "evaluate.prompts=absent.txt")
+    _refused(done, "absent.txt cannot be read", "evaluate.prompts")
 
 
 @pytest.fixture

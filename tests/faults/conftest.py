@@ -1,8 +1,4 @@
 import pytest
-import torch
-
-# The tests' tensors are tiny, and some tests fork.
-torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

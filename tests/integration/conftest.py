@@ -16,13 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
-
-# The tensors of jobs are tiny: threads would only wait for one another.
-torch.set_num_threads(1)
 
 START_TIMEOUT_SEC = 90.0
 GRPC_OFFSET = 10_000

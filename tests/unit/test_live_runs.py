@@ -1,5 +1,3 @@
-import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ from tasks.databases import start_from_copy
 from tasks.live_runs import killed_runs, live_run
 from tasks.mlflow_client import mlflow_client
 from tasks.tracking import Tracker
-from tests.own_process import succeeds
+from tests.killed_run import leave_a_killed_run
 
 
 @pytest.fixture
@@ -32,14 +30,14 @@ def test_a_run_that_lives_or_has_ended_is_not_killed(settings: Settings) -> None
 
 
 def test_a_killed_run_is_told_once(settings: Settings) -> None:
-    _kill(settings, "0-killed")
+    leave_a_killed_run(settings, "0-killed")
     with live_run(settings, "1-live"):
         assert list(killed_runs(settings)) == ["0-killed"]
         assert list(killed_runs(settings)) == []
 
 
 def test_a_killed_run_is_told_again_if_mlflow_was_away(settings: Settings) -> None:
-    _kill(settings, "0-killed")
+    leave_a_killed_run(settings, "0-killed")
     with pytest.raises(ConnectionError):
         for _ in killed_runs(settings):
             raise ConnectionError
@@ -47,14 +45,14 @@ def test_a_killed_run_is_told_again_if_mlflow_was_away(settings: Settings) -> No
 
 
 def test_a_run_that_was_tracked_elsewhere_waits_for_that(settings: Settings) -> None:
-    _kill(settings, "0-killed")
+    leave_a_killed_run(settings, "0-killed")
     elsewhere = settings.model_copy(update={"tracking_uri_override": "sqlite:///elsewhere.db"})
     assert list(killed_runs(elsewhere)) == []
     assert list(killed_runs(settings)) == ["0-killed"]
 
 
 def test_a_run_that_was_killed_and_goes_on_lives(settings: Settings) -> None:
-    _kill(settings, "flow")
+    leave_a_killed_run(settings, "flow")
     with live_run(settings, "flow"):
         assert list(killed_runs(settings)) == []
 
@@ -87,7 +85,7 @@ def test_a_run_begins_though_mlflow_does_not_take_the_end_of_another(
     def refuse(*_: object) -> None:
         raise MlflowException("not yours")
 
-    _kill(settings, "killed")
+    leave_a_killed_run(settings, "killed")
     monkeypatch.setattr(Tracker, "end_killed", refuse)
     tracker = _open_tracker(settings, load_recipe("digits"), "mine").result(timeout=120)
     assert _statuses(settings, tracker.run_id) == ["RUNNING"]
@@ -96,13 +94,3 @@ def test_a_run_begins_though_mlflow_does_not_take_the_end_of_another(
 
 def _statuses(settings: Settings, *runs: str) -> list[str]:
     return [mlflow_client(settings).get_run(run).info.status for run in runs]
-
-
-def _kill(settings: Settings, flow_run_id: str) -> None:
-    """A process that ends at once, as a killed one does, while its run is live."""
-    assert succeeds(partial(_die, settings, flow_run_id), seconds=120)
-
-
-def _die(settings: Settings, flow_run_id: str) -> None:
-    with live_run(settings, flow_run_id):
-        os._exit(0)
