@@ -54,6 +54,7 @@ class Watcher:
             self._end_node()
 
 
+@pytest.mark.long
 def test_trainings_are_spread_over_both_nodes_and_one_that_is_taken_away_leaves_a_checkpoint_of_that_step(
     cluster: RayCluster, flow_machine: S3Server, expected: Trained, tmp_path: Path
 ) -> None:
@@ -96,6 +97,7 @@ def test_a_segment_of_a_killed_node_goes_on_from_its_last_checkpoint_on_the_othe
     flow_run_id, results = train(training_recipe(runner="ray", ray_address=cluster.address))
     unsubscribe()
 
+    assert len({node for each in watcher.nodes.values() for node in each}) == 2
     (segment,) = watcher.ended
     lost, found = watcher.nodes[segment]
     assert lost != found

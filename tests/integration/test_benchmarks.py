@@ -164,6 +164,7 @@ def test_the_parts_of_the_demo_add_up(capsys: pytest.CaptureFixture[str]) -> Non
     assert not result["holds"]
 
 
+@pytest.mark.long
 def test_what_a_small_run_takes_is_what_was_predicted() -> None:
     ratios = {name: predicted / found for name, (predicted, found) in scaling.compare(2, 32, 3, 16).items()}
     assert ratios == pytest.approx(dict.fromkeys(ratios, 1.0), rel=0.05)

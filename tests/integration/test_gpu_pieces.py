@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks.gpu import cifar10
 
 
+@pytest.mark.long
 def test_pieces_go_on_from_each_other_to_a_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
