@@ -44,7 +44,8 @@ test: install
 # kill -9 of every service in the middle of a run and more, half an hour; and new random examples of the property tests.
 test-faults: install
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
-	$(BIN)/python -m pytest tests/cluster tests/integration -m long
+	$(BIN)/python -m pytest tests/cluster -m long
+	$(BIN)/python -m pytest tests/integration -m long
 	$(BIN)/python -m pytest $$(grep -l hypothesis tests/unit/*.py) -n 2 --hypothesis-profile exploring
 
 # The paper's six recipes on tiny stand-ins; some five minutes.
