@@ -1,25 +1,16 @@
-"""What a recipe needs, looked for piece by piece, and what it will take: the second half of ``deme doctor RECIPE``."""
+"""What a recipe needs, looked for piece by piece: the second half of ``deme doctor RECIPE``."""
 
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from deme_core.cost_estimate import H100_PEAK, NUM_CHECKPOINTS_STORED, UTILIZATION, CostEstimate, estimate_cost
-from deme_core.denoiser_size import measure_denoiser
 from deme_core.errors import InputError
 from deme_core.evaluation import num_searched
 from deme_core.extractors import load_extractors
 from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, check_conditioned
 from deme_core.families.latent_adapter import LatentAdapter
-from deme_core.file_store import FileStore
 from deme_core.generate import Sampling
 from deme_core.images import num_heldout_of
 from deme_core.images.preview import preview_images
@@ -32,15 +23,11 @@ from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
-from flows.doctor import existing_part
-from flows.stack.stack import Stack
+from flows.recipe_estimate import RecipeEstimate, local_slots
 from flows.untrained_adapter import untrained_adapter
 from tasks.ray_pool import cluster_address
-from tasks.slots import Slot, plan_slots
 
 Check = tuple[str, Callable[[], str]]
-_GB = 10**9
-_SIDE = 1024
 
 
 class RecipeChecks:
@@ -75,36 +62,25 @@ class RecipeChecks:
         if needs_prompts(evaluate.metrics):
             yield "CLIP score", self._clip
         if self._adapter and self._has_images and self._num_features:
-            yield "time", self._time
-            yield "memory", self._memory
-            yield "storage", self._storage
-            if self.recipe.execution.runner == "local":
-                yield "disk", self._disk
+            yield from RecipeEstimate(
+                self.recipe,
+                self.settings,
+                self._adapter,
+                num_images=self._num_images or 0,
+                num_features=self._num_features,
+                frozen_bytes=self._frozen_bytes,
+            )
 
     def _workers(self) -> str:
         if self.recipe.execution.runner == "prefect":
             return "other machines, by Prefect's work pools; what follows is looked for on this one"
         if self.recipe.execution.runner == "ray":
             return f"{cluster_address(self.recipe.execution)}; what follows is looked for on this machine"
-        slots, num_processes = self._slots(1), max(self.recipe.process_counts)
+        slots, num_processes = local_slots(self.recipe, 1), max(self.recipe.process_counts)
         found = f"{len(slots)} on {slots[0].device}, {slots[0].num_threads} threads each"
         if num_processes > 1 and slots[0].device == "cuda":
-            found += f", or {len(self._slots(num_processes))} trainings of {num_processes} GPUs"
+            found += f", or {len(local_slots(self.recipe, num_processes))} trainings of {num_processes} GPUs"
         return found
-
-    def _slots(self, num_processes: int) -> list[Slot]:
-        """Returns the places that this machine has for jobs of so many processes."""
-        slots = plan_slots(self.recipe.execution, num_processes)
-        return [slot for slot in slots if slot.gpu is None or slot.gpu.count(",") + 1 == num_processes]
-
-    @property
-    def _num_workers(self) -> int | None:
-        """How many trainings there is room for at once; None where other machines decide, or this one is not fit."""
-        execution = self.recipe.execution
-        if execution.runner == "local":
-            with suppress(InputError):  # Which `workers` has said.
-                return len(self._slots(self.recipe.finetune.num_processes))
-        return execution.num_workers if execution.runner == "prefect" else None
 
     def _model(self) -> str:
         source = self.recipe.pretrained
@@ -212,93 +188,8 @@ class RecipeChecks:
         digest = clip_score_digest(weights=weights, cache=self.cache)
         return f"{weights or 'ViT-B/32 from the hub'}, digest {digest[:12]}"
 
-    @cached_property
-    def _cost(self) -> CostEstimate:
-        assert self._adapter is not None
-        assert self._num_features is not None
-        return estimate_cost(
-            self.recipe,
-            measure_denoiser(
-                self._adapter,
-                channel_projection=self.recipe.finetune.channel_projection,
-                lora=self.recipe.finetune.lora,
-            ),
-            num_images=self._num_images or 0,
-            num_features=self._num_features,
-            frozen_bytes=self._frozen_bytes,
-            num_workers=self._num_workers,
-        )
-
-    def _time(self) -> str:
-        cost, precision = self._cost, self.recipe.finetune.mixed_precision
-        sampling = self.recipe.evaluate.mixed_precision
-        training, images = UTILIZATION * H100_PEAK[precision], UTILIZATION * H100_PEAK[sampling]
-        hours = cost.seconds(training_rate=training, image_rate=images) / 3600
-        done = (
-            f"estimate, not measured: {hours:,.1f} GPU-hours at {UTILIZATION:.0%} of an H100's dense peak, for "
-            f"{cost.training_flops:.2g} operations of training in {precision}, and in {sampling} "
-            f"{cost.search_flops:.2g} of searches and {cost.evaluation_flops:.2g} of the report's images"
-        )
-        if self.recipe.execution.runner == "local" and self._slots(1)[0].device == "cpu":
-            rate = measure_cpu()
-            seconds = cost.seconds(training_rate=rate, image_rate=rate)
-            done += f"; {seconds / 3600:,.2f} hours at the {rate:.3g} that this CPU multiplies matrices with"
-        return done
-
-    def _memory(self) -> str:
-        return f"estimate: {_gigabytes(self._cost.memory_bytes)} of one training, activations apart"
-
-    def _storage(self) -> str:
-        cost = self._cost
-        checkpoints = NUM_CHECKPOINTS_STORED * cost.checkpoint_bytes
-        return (
-            f"estimate: at its peak {_gigabytes(cost.storage_bytes)} in the object store: "
-            f"{_gigabytes(cost.model_bytes)} of models, {_gigabytes(checkpoints)} of checkpoints "
-            f"({NUM_CHECKPOINTS_STORED} of each training, {cost.num_trainings} at once), "
-            f"{_gigabytes(cost.feature_bytes)} of features, {_gigabytes(cost.encoding_bytes)} of latents and embeddings"
-        )
-
-    def _disk(self) -> str:
-        home = existing_part(self.settings.state_folder)
-        needed, what = self._cost.local_bytes, "cache and scratch"
-        store = self._store_folder()
-        if store is not None and existing_part(store).stat().st_dev == home.stat().st_dev:
-            needed, what = needed + self._cost.storage_bytes, "cache, scratch and object store"
-        free = shutil.disk_usage(home).free
-        if needed > free:
-            raise InputError(
-                f"A run from nothing needs up to {_gigabytes(needed)} for {what}, and the disk of "
-                f"{self.settings.state_folder} has {_gigabytes(free)} free; free space or point DEME_HOME elsewhere."
-            )
-        return f"estimate: up to {_gigabytes(needed)} for {what}, of {_gigabytes(free)} free"
-
-    def _store_folder(self) -> Path | None:
-        """Returns the folder of this machine that holds all objects; None where they lie elsewhere."""
-        home, uri = self.settings.state_folder, self.settings.store_uri
-        if uri.startswith("file://"):
-            return FileStore(uri).folder
-        with suppress(InputError):  # `deme up` was never called.
-            if os.environ.get("AWS_ENDPOINT_URL") == Stack(home).layout().url("s3"):
-                return home / "stack" / "s3"
-        return None
-
-
-def measure_cpu() -> float:
-    """Returns how many operations per second this CPU does in float32: products of matrices, for half a second."""
-    left, right = torch.rand(2, _SIDE, _SIDE)
-    left @ right  # The first one wakes the threads.
-    started, num_products = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < 0.5 or not num_products:
-        left @ right
-        num_products += 1
-    return 2 * _SIDE**3 * num_products / elapsed
-
 
 def _described(dataset: DatasetSpec, num_images: int | None) -> str:
     return (
         f"{dataset.path or dataset.source}, {'unknown number of' if num_images is None else f'{num_images:,}'} images"
     )
-
-
-def _gigabytes(num_bytes: int) -> str:
-    return f"{num_bytes / _GB:,.3g} GB"
