@@ -36,7 +36,7 @@ POOLS = {
 }
 # In a template's schema: the digest of what `deploy` wrote, so that what others changed is told from it.
 _WRITTEN = "$comment"
-PoolType = Literal["process", "docker", "kubernetes"]
+PoolType = Literal["process", "kubernetes"]
 
 
 def import_flows() -> None:

@@ -73,7 +73,7 @@ def env() -> None:
 @app.command(epilog="Example: PREFECT_API_URL=http://prefect:4200/api deme deploy --pool-type kubernetes")
 def deploy(
     pool_type: Annotated[
-        Literal["process", "docker", "kubernetes"], typer.Option(help="What the work pools start flow runs in.")
+        Literal["process", "kubernetes"], typer.Option(help="What the work pools start flow runs in.")
     ] = "process",
     wait: Annotated[float, typer.Option(min=0, help="Seconds to wait for a server that is starting.")] = 0.0,
 ) -> None:

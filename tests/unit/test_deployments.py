@@ -27,7 +27,6 @@ def test_every_file_names_the_image_of_this_version() -> None:
     tagged = {name: tags for name, tags in named.items() if tags}
     assert tagged.keys() == {
         "Dockerfile",
-        "docker.json",
         "kubernetes.json",
         "ray-cluster.yaml",
         "docker-compose.yml",
