@@ -34,7 +34,7 @@ class Comparison:
         features: features of the generated images, (n, D), n >= 2; metrics refuse those that are not finite.
         reference: features of the real images, by the same extractor.
         kid_subset_size: images per subset of the kernel distance.
-        kid_seed: seed of those subsets: one constant for all that is compared.
+        kid_seed: seed of those subsets, below 2**32, which scores that are to be compared must share.
         clip_scores: how well each generated image fits its prompt, (n,); None where there are no prompts.
     """
 

@@ -113,7 +113,7 @@ class EvaluateJob(Job):
     stage: ClassVar[str] = "evaluate"
     work: ClassVar[str] = "evaluate"
     can_wait: ClassVar[bool] = True
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
     images: GeneratedImages
     features: tuple[ArtifactRef, ...]
     evaluate: EvaluateSpec

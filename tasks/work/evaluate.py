@@ -12,6 +12,7 @@ from deme_core.feature_file import read_clip_scores, read_features
 from deme_core.metrics import Comparison, deciding_metric, grouped_scores, needs_prompts, score
 from deme_core.prompts import Prompts
 from deme_core.recipe import EvaluateSpec
+from deme_core.seeds import derive_seed
 from tasks.jobs import EvaluateJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.generated_features import SAMPLES, image_inputs, image_settings
@@ -49,12 +50,16 @@ def run(job: EvaluateJob, context: JobContext, out: Path, digest: str) -> Work:
         features=features,
         reference=reference,
         kid_subset_size=evaluate.kid_subset_size,
+        # Which images they hold is luck, which the interval over sampling seeds sees only if each seed has its own.
+        kid_seed=derive_seed("subsets of the kernel distance", job.images.seed) % 2**32,
         clip_scores=read_clip_scores(folders) if needs_prompts(evaluate.metrics) else None,
     )
     shutil.copyfile(folders[0] / SAMPLES, out / SAMPLES)
     conditions = score_conditions(
         reference, num_images=len(features), metrics=evaluate.metrics, kid_subset_size=evaluate.kid_subset_size
     )
+    if evaluate.metrics[0] == "kid":
+        conditions["kid_subsets"] = "of each sampling seed"  # Until version 4 all seeds had the same.
     return {
         "scores": score(comparison, evaluate.metrics),
         "replicates": _replicates(comparison, evaluate, job.images.seed),
