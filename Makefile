@@ -45,7 +45,7 @@ test: install
 test-faults: install
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
 	$(BIN)/python -m pytest tests/cluster -m long
-	$(BIN)/python -m pytest tests/integration -m long
+	$(BIN)/python -m pytest tests/integration tests/e2e -m long
 	$(BIN)/python -m pytest $$(grep -l hypothesis tests/unit/*.py) -n 2 --hypothesis-profile exploring
 
 # The paper's six recipes on tiny stand-ins; some five minutes.

@@ -178,6 +178,7 @@ def test_every_deployment_for_people_runs(
     assert [(end["type"], end["message"]) for end in ends] == [("COMPLETED", None)] * 3
 
 
+@pytest.mark.long
 def test_cancelling_ends_every_process_within_half_a_minute(platform: Platform, write_recipe: WriteRecipe) -> None:
     endless = write_recipe(finetune={"num_steps": 100_000, "batch_size": 8, "learning_rate": 1e-3})
     flow_run = platform.start(endless)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import load_file
@@ -172,6 +173,7 @@ def test_other_weights_train_nothing_and_equal_a_merge_by_hand(
     assert (out / weights).read_bytes() == (exported / weights).read_bytes()
 
 
+@pytest.mark.long
 def test_a_recipe_can_confine_the_copies_and_distill_the_ensemble(
     deme: CommandLine, first_report: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:
