@@ -41,7 +41,7 @@ down:
 test: install
 	$(BIN)/python -m pytest $(TESTS) -m "not long" -n 2 --dist loadscope --no-loadscope-reorder -rs
 
-# kill -9 of every service in the middle of a run and more, half an hour; and new random examples of the property tests.
+# kill -9 of every service in the middle of a run and more, the better part of an hour; and new random examples of the property tests.
 test-faults: install
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadscope --no-loadscope-reorder
 	$(BIN)/python -m pytest tests/cluster -m long

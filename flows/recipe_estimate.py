@@ -75,7 +75,7 @@ class RecipeEstimate:
             f"{cost.search_flops:.2g} of searches and {cost.evaluation_flops:.2g} of the report's images"
         )
         if self.recipe.execution.runner == "local" and local_slots(self.recipe, 1)[0].device == "cpu":
-            rate = measure_cpu()
+            rate = _measure_cpu()
             seconds = cost.seconds(training_rate=rate, image_rate=rate)
             done += f"; {seconds / 3600:,.2f} hours at the {rate:.3g} that this CPU multiplies matrices with"
         return done
@@ -132,7 +132,7 @@ def _num_workers(recipe: Recipe) -> int | None:
     return recipe.execution.num_workers if recipe.execution.runner == "prefect" else None
 
 
-def measure_cpu() -> float:
+def _measure_cpu() -> float:
     """Returns how many operations per second this CPU does in float32: products of matrices, for half a second."""
     left, right = torch.rand(2, _SIDE, _SIDE)
     left @ right  # The first one wakes the threads.

@@ -37,8 +37,8 @@ class Row:
         reference = self._do(ReferenceJob(**part, features=(real,))).ref
         self.job = EvaluateJob(images=images, features=(made,), evaluate=spec, reference=reference)
 
-    def metrics(self, seed: int) -> dict[str, Any]:
-        images = self.job.images.model_copy(update={"seed": seed})
+    def metrics(self, seed: int, **images_of: Any) -> dict[str, Any]:
+        images = self.job.images.model_copy(update={"seed": seed, **images_of})
         found: dict[str, Any] = self._do(self.job.model_copy(update={"images": images})).metrics
         return found
 
@@ -51,6 +51,8 @@ def test_every_sampling_seed_has_subsets_of_its_own(tmp_path: Path) -> None:
     first, second = (row.metrics(seed)["scores"] for seed in (1, 2))
     assert first["fd_efficientnet_lite0"] == second["fd_efficientnet_lite0"]
     assert first["kd_efficientnet_lite0"] != pytest.approx(second["kd_efficientnet_lite0"], rel=1e-6)
+    ensemble = {"models": row.job.images.models * 2, "edges": (0, 500, 1000)}
+    assert row.metrics(1, **ensemble)["scores"] == first, "another row has the same"
     (tmp_path / "again").mkdir()
     assert Row(tmp_path / "again", SPEC).metrics(1)["scores"] == pytest.approx(first, rel=1e-6)
 
