@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from deme_core.errors import InputError
-from flows.ending import leave_soon_after_interrupt, run_to_its_end
+from flows.ending import run_to_its_end
 from flows.stack.commands import app as stack_app
 from flows.terminal import say
 
@@ -152,10 +152,11 @@ def _run_flow(
     from deme_core.settings import Settings
     from deme_core.store import check_access, open_store
     from flows.environment import make_folders
+    from flows.temporary_server import TemporaryServer
     from tasks.health import check_api_address, check_health
 
     # What is wrong with the recipe or the store is said at once, before anything starts.
-    load_recipe(recipe, overrides or [])
+    content = load_recipe(recipe, overrides or [])
     check_access(open_store(Settings().store_uri))
     if address := os.environ.get("PREFECT_API_URL"):
         check_api_address(address)
@@ -163,12 +164,18 @@ def _run_flow(
     if not verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
     make_folders()  # Before Prefect is imported, which wants its own.
+    server = None if address else TemporaryServer()
     console = Console(stderr=True)
     with console.status("Starting"):
         module, name = path.split(":")
         flow = getattr(import_module(module), name)
         from flows.progress_display import ProgressDisplay
-    leave_soon_after_interrupt()
+
+        if server:
+            from flows.flow_runtime import start_workers
+
+            start_workers(content)
+            server.connect()
     with ProgressDisplay(console):
         result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
     return result

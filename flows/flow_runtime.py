@@ -26,15 +26,26 @@ from tasks.tracked_runs import check_tracking
 from tasks.tracking import Tracker
 from tasks.worker_pool import WorkerPool
 
-# Whether no flow of this process has anything left to do but to tell Prefect how it ended.
-ended = threading.Event()
-ended.set()
-
 # What a run that fails at its start gives MLflow, so that it hears of the failure.
 _SECONDS_TO_OPEN = 10.0
 
+# Workers that started before the flow that needs them.
+_started: list[WorkerPool] = []
+
 # Before any flow starts: a local Prefect server cannot make its own folder's parents.
 make_folders()
+
+
+def start_workers(recipe: Recipe) -> None:
+    """Starts the workers of this machine for the flow that comes next, while something else is waited for.
+
+    Raises:
+        InputError: there cannot be any, such as without a GPU.
+    """
+    if recipe.execution.runner == "local":
+        pool = WorkerPool(plan_slots(recipe.execution, *recipe.process_counts))
+        pool.start()
+        _started.append(pool)
 
 
 @contextlib.contextmanager
@@ -46,7 +57,6 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
         PromptsError: the recipe's prompts cannot be read.
     """
     timing, settings, logger = Timing(), Settings(), get_run_logger()
-    ended.clear()
     store = open_store(settings.store_uri)
     pool: Pool
     if recipe.execution.runner == "prefect":
@@ -54,10 +64,10 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
     elif recipe.execution.runner == "ray":
         pool = RayPool(recipe.execution, settings, store)
     else:
-        pool = WorkerPool(
-            plan_slots(recipe.execution, *recipe.process_counts),
-            log=lambda line: logger.info("worker: %s", line),
-        )
+        if not _started:
+            start_workers(recipe)
+        pool = _started.pop()
+        pool.log = lambda line: logger.info("worker: %s", line)
     try:
         pool.start()  # First, since the imports of the workers take longest.
         check_access(store)
@@ -73,7 +83,6 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
                 yield runtime
     finally:
         pool.close()
-        ended.set()
 
 
 def _open_tracker(settings: Settings, recipe: Recipe, flow_run_id: str) -> Future[Tracker]:

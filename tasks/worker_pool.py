@@ -38,12 +38,13 @@ class WorkerPool:
 
     Args:
         slots: where processes may run.
-        log: takes what the processes write to stderr, line by line.
+        log: takes what the processes write to stderr, line by line; may be replaced at any time.
     """
 
     def __init__(self, slots: list[Slot], log: Callable[[str], None] = lambda _: None) -> None:
+        self.log = log
         self._closed = self._starts_ahead = False
-        self._workers = [_Worker(slot, log) for slot in slots]
+        self._workers = [_Worker(slot, lambda line: self.log(line)) for slot in slots]
         self._free = list(self._workers)  # The one that was used last is last: it has models in its memory.
         self._waiting: set[tuple[int, int]] = set()
         self._num_came = itertools.count()

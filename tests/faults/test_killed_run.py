@@ -69,12 +69,9 @@ def test_killed_worker_and_killed_run_end_with_the_same_model(
         wait_for(lambda: set(_workers_of(run.pid)) - killed)  # The retries have new processes.
         wait_for(lambda: any(killed_deme.home.glob("store/finetune/*/manifest.json")))
     finally:
-        servers, orphans = _children_of(run.pid), _workers_of(run.pid)
+        orphans = _workers_of(run.pid)
         run.kill()
         run.wait()
-        for pid in servers:  # Prefect's temporary server outlives a process that was killed.
-            if _command(pid).find("uvicorn") >= 0:
-                os.kill(pid, signal.SIGKILL)
     wait_for(lambda: not any(Path(f"/proc/{worker}").exists() for worker in orphans))
     before = killed_deme.take_told()
 
