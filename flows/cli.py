@@ -1,7 +1,6 @@
 """The command line. Each command imports what it needs when it runs, so that ``deme --help`` is instant."""
 
 import json
-import os
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -66,9 +65,10 @@ def run(
     recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
 ) -> None:
     """Decouple, merge and compare: the whole method on one recipe."""
+    from flows.flow_command import run_flow
     from flows.report_text import print_report
 
-    report = _run_flow("flows.decouple_then_merge:deme", recipe, set_, verbose=verbose)
+    report = run_flow("flows.decouple_then_merge:deme", recipe, set_, verbose=verbose)
     _show(report, print_report, as_json=json_)
 
 
@@ -77,9 +77,10 @@ def pretrain(
     recipe: RecipeArgument, set_: SetOption = None, json_: JsonOption = False, verbose: VerboseOption = False
 ) -> None:
     """Train the pretrained model of a recipe into the object store, for those who bring none."""
+    from flows.flow_command import run_flow
     from flows.report_text import print_model
 
-    report = _run_flow("flows.pretrain:pretrain", recipe, set_, verbose=verbose)
+    report = run_flow("flows.pretrain:pretrain", recipe, set_, verbose=verbose)
     _show(report, print_model, as_json=json_)
 
 
@@ -92,9 +93,10 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Score any model under a recipe's evaluation."""
+    from flows.flow_command import run_flow
     from flows.report_text import print_scores
 
-    report = _run_flow("flows.evaluate:evaluate", recipe, set_, verbose=verbose, model=model)
+    report = run_flow("flows.evaluate:evaluate", recipe, set_, verbose=verbose, model=model)
     _show(report, print_scores, as_json=json_)
 
 
@@ -141,44 +143,6 @@ def _show(content: dict[str, Any], show: Callable[[dict[str, Any], Console], Non
         print(json.dumps(content))  # noqa: T201
     else:
         show(content, Console())
-
-
-def _run_flow(
-    path: str, recipe: str, overrides: list[str] | None, *, verbose: bool, **parameters: str
-) -> dict[str, Any]:
-    from importlib import import_module
-
-    from deme_core.recipe_file import load_recipe
-    from deme_core.settings import Settings
-    from deme_core.store import check_access, open_store
-    from flows.environment import make_folders
-    from flows.temporary_server import TemporaryServer
-    from tasks.health import check_api_address, check_health
-
-    # What is wrong with the recipe or the store is said at once, before anything starts.
-    content = load_recipe(recipe, overrides or [])
-    check_access(open_store(Settings().store_uri))
-    if address := os.environ.get("PREFECT_API_URL"):
-        check_api_address(address)
-        check_health("PREFECT_API_URL", address)
-    if not verbose:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
-    make_folders()  # Before Prefect is imported, which wants its own.
-    server = None if address else TemporaryServer()
-    console = Console(stderr=True)
-    with console.status("Starting"):
-        module, name = path.split(":")
-        flow = getattr(import_module(module), name)
-        from flows.progress_display import ProgressDisplay
-
-        if server:
-            from flows.flow_runtime import start_workers
-
-            start_workers(content)
-            server.connect()
-    with ProgressDisplay(console):
-        result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
-    return result
 
 
 @app.command(epilog="Example: deme export --out merged-model")
