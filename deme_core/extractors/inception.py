@@ -44,15 +44,13 @@ def load_inception(
     Returns:
         The extractor, called ``inception`` in mode clean and ``inception_MODE`` in the others.
     """
-    resolution = fixed_resolution(NAME, resolution, _RESOLUTION)
-    file = NETWORKS[mode]
-    path = local_file(weights, folder, _mend(file)) if weights else _download(file, folder)
-    network = _network(file, path, folder)
+    path = _find(weights, resolution, folder, mode)
+    network = _network(NETWORKS[mode], path, folder)
     return NetworkExtractor(
         name=mode_name(mode),
-        digest=digest(NAME, path, resolution=resolution, preprocessing=f"clean-fid mode {mode}"),
+        digest=_digest(path, mode),
         num_features=2048,
-        chunk_size=chunk_size(resolution, device),
+        chunk_size=chunk_size(_RESOLUTION, device),
         prepare=(
             partial(resize_on_device, device=device)
             if mode == "clean" and device.type != "cpu"
@@ -60,6 +58,23 @@ def load_inception(
         ),
         network=network.to(device),
     )
+
+
+def inception_digest(
+    weights: str | None, resolution: int | None, folder: Path, *, mode: ExtractorMode = "clean"
+) -> str:
+    """Returns the digest of what `load_inception` would load, without the time and memory that it takes."""
+    return _digest(_find(weights, resolution, folder, mode), mode)
+
+
+def _find(weights: str | None, resolution: int | None, folder: Path, mode: ExtractorMode) -> Path:
+    fixed_resolution(NAME, resolution, _RESOLUTION)
+    file = NETWORKS[mode]
+    return local_file(weights, folder, _mend(file)) if weights else _download(file, folder)
+
+
+def _digest(path: Path, mode: ExtractorMode) -> str:
+    return digest(NAME, path, resolution=_RESOLUTION, preprocessing=f"clean-fid mode {mode}")
 
 
 def _mend(file: InceptionFile) -> str:

@@ -9,6 +9,11 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.extractors.base import FeatureArray, FeatureExtractor
 
 
+def joint_digest(digests: Sequence[str]) -> str:
+    """Returns the digest of extractors that see the same images, from theirs."""
+    return sha256_bytes(canonical_json(list(digests)).encode())
+
+
 class JointExtractor:
     """The features of several extractors, one beside the other; `Reference.parts` takes them apart.
 
@@ -22,7 +27,7 @@ class JointExtractor:
     def __init__(self, extractors: Sequence[FeatureExtractor]) -> None:
         self._extractors = tuple(extractors)
         self.name = "+".join(each.name for each in extractors)
-        self.digest = sha256_bytes(canonical_json([each.digest for each in extractors]).encode())
+        self.digest = joint_digest([each.digest for each in extractors])
         self.widths = tuple(each.num_features for each in extractors)
         self.num_features = sum(self.widths)
 

@@ -35,3 +35,8 @@ def load_pixels(weights: str | None, resolution: int | None, folder: Path, devic
     if weights is not None:
         raise ValueError(f"{NAME} has no weights; leave evaluate.extractor_weights out.")
     return PixelExtractor()
+
+
+def pixels_digest(weights: str | None, resolution: int | None, folder: Path) -> str:
+    """Returns the digest of the extractor."""
+    return PixelExtractor.digest

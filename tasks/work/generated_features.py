@@ -17,7 +17,7 @@ from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.naming import naming
 from tasks.work.prompted import prompt_settings
-from tasks.work.real_features import extractor_of
+from tasks.work.real_features import extractor_digest
 from tasks.work.scoring import build_source
 
 NUM_SAMPLES_SHOWN = 64
@@ -31,7 +31,7 @@ def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
         settings={
             **image_settings(job.images),
             "sampling": job.evaluate.model_dump(mode="json", include=_SAMPLING),
-            "extractor": extractor_of(job.evaluate, context).digest,
+            "extractor": extractor_digest(job.evaluate, context),
             "slice": [job.low, job.high],
             **prompt_settings(job.evaluate, context),
         },

@@ -7,7 +7,7 @@ import torch
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.evaluation import num_searched, split_reference
-from deme_core.extractors import FeatureExtractor, load_extractors
+from deme_core.extractors import FeatureExtractor, extractors_digest, load_extractors
 from deme_core.feature_file import save_features
 from deme_core.feature_statistics import check_features
 from deme_core.recipe import EvaluateSpec
@@ -25,7 +25,7 @@ def identity(job: RealFeaturesJob, context: JobContext) -> Identity:
         prompt_settings(job.evaluate, context)
     indices = real_indices(job, context)[job.low : job.high]
     return Identity(
-        settings={"indices": indices_digest(indices), "extractor": extractor_of(job.evaluate, context).digest},
+        settings={"indices": indices_digest(indices), "extractor": extractor_digest(job.evaluate, context)},
         dataset=context.images(job.dataset).reference_fingerprint,
     )
 
@@ -62,11 +62,23 @@ def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> li
     return for_search if job.part == "search" else for_report
 
 
+def extractor_digest(evaluate: EvaluateSpec, context: JobContext) -> str:
+    """Returns the digest of what `extractor_of` returns; work that was done before needs no more of it."""
+    return context.remember(
+        f"digest of {_extractor_key(evaluate)}",
+        lambda: extractors_digest(
+            evaluate.extractor_names,
+            weights=evaluate.extractor_weights,
+            resolution=evaluate.extractor_resolution,
+            cache=context.settings.cache_folder,
+        ),
+    )
+
+
 def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtractor:
     """Returns the feature extractor that a recipe names, or all of them as one."""
-    key = f"extractor {evaluate.extractor_names} {evaluate.extractor_weights} {evaluate.extractor_resolution}"
     return context.remember(
-        key,
+        _extractor_key(evaluate),
         lambda: load_extractors(
             evaluate.extractor_names,
             weights=evaluate.extractor_weights,
@@ -75,3 +87,7 @@ def extractor_of(evaluate: EvaluateSpec, context: JobContext) -> FeatureExtracto
             device=context.device,
         ),
     )
+
+
+def _extractor_key(evaluate: EvaluateSpec) -> str:
+    return f"extractor {evaluate.extractor_names} {evaluate.extractor_weights} {evaluate.extractor_resolution}"

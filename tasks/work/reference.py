@@ -10,7 +10,7 @@ from deme_core.metrics import needs_features
 from deme_core.reference import Reference, save_reference
 from tasks.jobs import ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
-from tasks.work.real_features import extractor_of, indices_digest, real_indices
+from tasks.work.real_features import extractor_digest, extractor_of, indices_digest, real_indices
 
 # Of more real images the draw hardly matters to a score, and resamples of these take nine seconds each.
 _MOST_KEPT = 50_000
@@ -22,7 +22,7 @@ def identity(job: ReferenceJob, context: JobContext) -> Identity:
     return Identity(
         settings={
             "indices": indices_digest(indices),
-            "extractor": extractor_of(job.evaluate, context).digest,
+            "extractor": extractor_digest(job.evaluate, context),
             "keeps_features": _keeps_features(job, len(indices)),
         },
         dataset=context.images(job.dataset).reference_fingerprint,

@@ -11,10 +11,13 @@ WORK = Path(__file__).resolve().parents[2] / "tasks" / "work"
 def test_a_job_that_was_done_before_imports_no_library_to_do_it_with() -> None:
     modules = [f"tasks.work.{path.stem}" for path in WORK.glob("*.py") if path.stem not in ("__init__", "training_run")]
     script = (
-        f"import importlib, sys; [importlib.import_module(name) for name in {modules}]; "
-        "print(*sorted({'accelerate', 'diffusers', 'peft', 'scipy', 'timm', 'transformers'} & set(sys.modules)))"
+        f"import importlib, pathlib, sys; [importlib.import_module(name) for name in {modules}]; "
+        "from deme_core.extractors import extractors_digest; "
+        "extractors_digest(['efficientnet_lite0'], weights=None, resolution=None, cache=pathlib.Path('none')); "
+        "print(*sorted(set(sys.argv[1:]) & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    libraries = ["accelerate", "diffusers", "peft", "scipy", "timm", "torchvision", "transformers"]
+    done = subprocess.run([sys.executable, "-c", script, *libraries], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
 

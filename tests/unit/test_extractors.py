@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from deme_core.errors import ExtractorUnavailableError, InputError
-from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, load_extractor
+from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, extractors_digest, load_extractor
 from deme_core.extractors.clip import clip_score_digest, load_clip_score, load_images
 from deme_core.extractors.dinov2 import load_vit
 from tests.http_server import serving, url_of
@@ -270,6 +270,35 @@ def test_the_digest_tells_apart_all_that_changes_features(
     assert len(digests) == 4
     assert digest(resolution=64) == efficientnet.digest
     assert digest() == digest(resolution=224)
+
+
+def test_a_digest_is_had_without_the_network(
+    efficientnet: FeatureExtractor,
+    inception: FeatureExtractor,
+    inception_weights: Path,
+    dinov2: FeatureExtractor,
+    vit_weights: Path,
+    clip: FeatureExtractor,
+    clip_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr("torch.nn.Module.__init__", refuse)
+    monkeypatch.setattr("torch.jit.load", refuse)
+    monkeypatch.setattr("deme_core.extractors.clip._RESOLUTION", TINY_VISION["image_size"])
+    for extractor, weights, resolution in (
+        (efficientnet, None, 64),
+        (inception, str(inception_weights), None),
+        (dinov2, str(vit_weights), None),
+        (clip, str(clip_folder), None),
+    ):
+        found = extractors_digest([extractor.name], weights=weights, resolution=resolution, cache=tmp_path)
+        assert found == extractor.digest, extractor.name
+    with pytest.raises(ExtractorUnavailableError, match="do not exist"):
+        extractors_digest(["efficientnet_lite0"], weights=str(tmp_path / "absent"), resolution=None, cache=tmp_path)
 
 
 def test_efficientnet_refuses_damaged_or_missing_weights(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deme_core.errors import ExtractorUnavailableError
-from deme_core.extractors import JointExtractor, load_extractor, load_extractors
+from deme_core.extractors import JointExtractor, extractors_digest, load_extractor, load_extractors
 from deme_core.feature_statistics import FeatureStatistics
 from deme_core.metrics import Comparison, metric_names, score
 from deme_core.reference import Reference
@@ -60,6 +60,7 @@ def test_the_features_of_all_lie_side_by_side(tmp_path: Path) -> None:
     ]
     assert joint.widths == (1280, 48)
     assert np.array_equal(joint(images), np.concatenate([extractor(images) for extractor in each], axis=1))
+    assert joint.digest == extractors_digest(NAMES, weights=None, resolution=32, cache=tmp_path)
     assert len({joint.digest, *(extractor.digest for extractor in each)}) == 3
 
 
