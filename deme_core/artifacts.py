@@ -4,6 +4,9 @@ In the store::
 
     <stage>/<digest>/upload-<random>/<name>    the files, in a folder of their own for every writer
     <stage>/<digest>/manifest.json             written last, and once: with it the artifact comes to exist
+
+In the cache the copy of an artifact lies under a digest of its manifest, too: one that was taken out of the store and
+made anew, perhaps on another machine, is another.
 """
 
 import os
@@ -17,6 +20,7 @@ from typing import Any
 from uuid import uuid4
 
 from deme_core.code_version import code_version
+from deme_core.digests import sha256_bytes
 from deme_core.errors import (
     ArtifactNotFoundError,
     ChecksumMismatchError,
@@ -45,6 +49,16 @@ class ArtifactStore:
     def find(self, stage: str, digest: str) -> ArtifactRef | None:
         """Return the artifact if there is one."""
         return self._ref(stage, digest) if self.store.exists(manifest_key(stage, digest)) else None
+
+    def find_metrics(self, stage: str, digest: str) -> tuple[ArtifactRef, dict[str, Any]] | None:
+        """Return the artifact and its metrics if there is one; a manifest that is damaged is taken out of the store."""
+        if (ref := self.find(stage, digest)) is None:
+            return None
+        try:
+            return ref, self.manifest(ref).metrics
+        except (ArtifactNotFoundError, ChecksumMismatchError):
+            self.withdraw(ref)
+            return None
 
     def list_refs(self, stage: str) -> list[ArtifactRef]:
         """All artifacts of a stage, sorted by digest."""
@@ -132,30 +146,26 @@ class ArtifactStore:
         if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
             self._delete_files(files)
         elif take_folder:
-            _move(folder, self.cache / stage / digest)
+            _move(folder, self._copy(self._ref(stage, digest), text))
         return self._ref(stage, digest)
 
     def fetch(self, ref: ArtifactRef) -> Path:
         """Return a verified local copy, downloading it the first time. Treat it as read-only.
 
-        A missing artifact is an ArtifactNotFoundError; one of which a file is lost or not what the manifest promises is
-        a DamagedArtifactError; a file that arrives otherwise each time, or a malformed manifest, is a
-        ChecksumMismatchError. All name the object.
+        The manifest is read each time. A missing artifact is an ArtifactNotFoundError; one of which a file is lost or
+        not what the manifest promises is a DamagedArtifactError; a file that arrives otherwise each time, or a
+        malformed manifest, is a ChecksumMismatchError. All name the object.
         """
-        return self.cached(ref) or self.bring(ref, self.manifest_text(ref))
-
-    def cached(self, ref: ArtifactRef) -> Path | None:
-        """Return the verified local copy, if there is one."""
-        folder = self.cache.joinpath(*self._locate(ref))
-        if not folder.is_dir():
-            return None
-        with suppress(OSError):  # Whoever cannot write there can still read.
-            os.utime(folder)  # Its last use, for whoever sweeps the cache.
-        return folder
+        return self.bring(ref, self.manifest_text(ref))
 
     def bring(self, ref: ArtifactRef, text: bytes) -> Path:
         """Return a verified local copy of what the text of a manifest promises; errors as of `fetch`."""
-        manifest, folder = self._parse(ref, text), self.cache.joinpath(*self._locate(ref))
+        folder = self._copy(ref, text)
+        if folder.is_dir():
+            with suppress(OSError):  # Whoever cannot write there can still read.
+                os.utime(folder)  # Its last use, for whoever sweeps the cache.
+            return folder
+        manifest = self._parse(ref, text)
         with local_errors(folder), temporary_beside(folder) as temporary:
             temporary.mkdir()
             check_space(temporary, sum(file.size for file in manifest.files))
@@ -224,6 +234,10 @@ class ArtifactStore:
         cache.discard_unfinished(store_time(cache) - older_than)
         return len(orphans)
 
+    def _copy(self, ref: ArtifactRef, text: bytes) -> Path:
+        """Where in the cache the artifact lies that has this manifest."""
+        return self.cache.joinpath(*self._locate(ref), sha256_bytes(text)[:16])
+
     def _named_keys(self, artifact: str) -> set[str]:
         stage, _, digest = artifact.rpartition("/")
         try:
@@ -267,8 +281,6 @@ def fetch_or_withdraw(artifacts: ArtifactStore, ref: ArtifactRef) -> Path:
     Raises:
         DamagedArtifactError: it is damaged.
     """
-    if folder := artifacts.cached(ref):
-        return folder
     text = artifacts.manifest_text(ref)
     try:
         return artifacts.bring(ref, text)

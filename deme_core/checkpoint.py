@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,26 +53,27 @@ class Checkpoint:
 
     Args:
         files: the files; a tensor name may occur in one of them only.
+        rename: what a tensor is called, from its name in the file.
 
     Raises:
         ModelFolderError: a file is truncated, is not safetensors, or repeats a tensor of another.
     """
 
-    def __init__(self, *files: Path) -> None:
+    def __init__(self, *files: Path, rename: Callable[[str], str] = lambda name: name) -> None:
         self.files = files
-        self._handles: dict[str, Any] = {}
+        self._places: dict[str, tuple[Any, str]] = {}
         for file in files:
             handle = _open(file)
-            names = set(handle.keys())
-            if repeated := names & self._handles.keys():
+            places = {rename(stored): (handle, stored) for stored in list(handle.keys())}
+            if repeated := places.keys() & self._places.keys():
                 raise ModelFolderError(f"{file} repeats tensors of another file: {', '.join(sorted(repeated))}.")
-            self._handles.update(dict.fromkeys(names, handle))
+            self._places.update(places)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self._handles))
+        return iter(sorted(self._places))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._handles
+        return name in self._places
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Returns the tensor, backed by the file until it is written to.
@@ -80,10 +81,12 @@ class Checkpoint:
         Raises:
             ModelFolderError: it is of a type that cannot be read.
         """
+        handle, stored = self._places[name]
         try:
-            return self._handles[name].get_tensor(name)
+            tensor: torch.Tensor = handle.get_tensor(stored)
+            return tensor
         except SafetensorError as error:
-            kind = self._handles[name].get_slice(name).get_dtype()
+            kind = handle.get_slice(stored).get_dtype()
             raise ModelFolderError(f"Tensor {name} is of type {kind}, which DeMe cannot read ({error}).") from error
 
     @cached_property
@@ -91,7 +94,8 @@ class Checkpoint:
         """Shape and dtype of every tensor, read from the headers alone."""
         infos = {}
         for name in self:
-            piece = self._handles[name].get_slice(name)
+            handle, stored = self._places[name]
+            piece = handle.get_slice(stored)
             if (dtype := _DTYPES.get(piece.get_dtype())) is None:
                 raise ModelFolderError(f"Tensor {name} is of type {piece.get_dtype()}, which DeMe does not merge.")
             infos[name] = TensorInfo(tuple(piece.get_shape()), dtype)

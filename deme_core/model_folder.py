@@ -61,8 +61,8 @@ class ModelFolder:
         return int(self.scheduler_config.get("num_train_timesteps", 1000))
 
     def checkpoint(self) -> Checkpoint:
-        """Opens the weights as they are stored."""
-        return Checkpoint(*self.weights)
+        """Opens the weights, under the names that diffusers uses today."""
+        return Checkpoint(*self.weights, rename=_current_name)
 
     def expert(self, base: "ModelFolder") -> Checkpoint | LoraExpert:
         """Opens a finetuned copy of ``base``: its weights, or what its LoRA adapter makes of those of ``base``.
@@ -182,8 +182,9 @@ def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
             raise ModelFolderError(f"{folder.path} holds a LoRA adapter alone; give a whole {folder.index.pipeline}.")
         return folder.expert(open_model_folder(folder.frozen)).tensors()
     pickled = folder.weights[0].suffix == PICKLE_SUFFIX
-    tensors = read_pickled_tensors(folder.weights[0]) if pickled else folder.checkpoint().tensors()
-    return {_current_name(name): tensor for name, tensor in tensors.items()}
+    if not pickled:
+        return folder.checkpoint().tensors()
+    return {_current_name(name): tensor for name, tensor in read_pickled_tensors(folder.weights[0]).items()}
 
 
 def read_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:

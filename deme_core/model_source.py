@@ -1,6 +1,7 @@
 """Where a pretrained model comes from: a folder, an object-store URI, or a hub id."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from deme_core.downloads import download_once, listing_version
@@ -56,7 +57,13 @@ def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
 
     hub = Path(constants.HF_HUB_CACHE)
     try:
-        found = model_info(repo_id, revision=revision, files_metadata=True)
+        try:
+            found = model_info(repo_id, revision=revision, files_metadata=True)
+        except Exception as error:
+            # What the hub's own client has downloaded once is good enough where the hub cannot be asked.
+            if getattr(error, "response", None) is None and (folder := _cached_snapshot(repo_id, revision)):
+                return folder
+            raise
         sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
         files = needed_files(sizes)
         missing = [name for name in files if try_to_load_from_cache(repo_id, name, revision=found.sha) is None]
@@ -71,3 +78,12 @@ def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
             f"{repo_id} is not a local folder and could not be had from the hub ({type(error).__name__}: {reason}); "
             "set pretrained.source to a folder that holds the model."
         ) from error
+
+
+def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    return None

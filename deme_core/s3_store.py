@@ -1,6 +1,7 @@
 """The object store on an S3-compatible server."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _PART_BYTES, _PIECE_BYTES, _NUM_PARTS_AT_ONCE = 16 << 20, 256 << 10, 8
 _LARGE_BYTES = 8 << 20
 _FRUITLESS_ATTEMPTS = 5
+_WAITS_AFTER_CONFLICT_SEC = (0.1, 0.3, 1.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,19 @@ class S3Store:
             if not if_absent:
                 self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data)
                 return True
-            try:
-                self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
-            except ClientError as error:
-                code = status(error)
-                # 409 means that another request interfered; only one that wrote the object has won.
-                if code == 412 or (code == 409 and self.exists(key)):
-                    return False
-                raise
+            for wait_sec in (*_WAITS_AFTER_CONFLICT_SEC, None):
+                try:
+                    self._client.put_object(Bucket=self._bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
+                except ClientError as error:
+                    code = status(error)
+                    # 409 means that another request interfered; only one that wrote the object has won.
+                    if code == 412 or (code == 409 and self.exists(key)):
+                        return False
+                    if code != 409 or wait_sec is None:
+                        raise
+                    time.sleep(wait_sec)
+                else:
+                    break
         return True
 
     def get_file(self, key: str, path: Path, digest: Digest | None = None, *, max_bytes: int) -> None:

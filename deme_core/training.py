@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -140,7 +141,8 @@ class Training:
         AcceleratorState._reset_state(reset_partial_state=True)  # A worker process trains several models in turn.
         self.accelerator = Accelerator(
             mixed_precision="no" if spec.mixed_precision == "fp32" else spec.mixed_precision,
-            gradient_accumulation_steps=spec.gradient_accumulation_steps,
+            # Of a plain number accelerate lets a variable of the environment make another.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=spec.gradient_accumulation_steps),
             cpu=torch.device(device).type == "cpu",
         )
         self.spec, self.plan, self.batches, self.record_every = spec, plan, batches, record_every

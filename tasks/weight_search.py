@@ -47,9 +47,8 @@ def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Ca
     """
     started = time.perf_counter()
     (described,) = do([job])
-    ref = artifacts.find(_STAGE, described.ref.digest)
-    if ref is not None:
-        return JobResult(ref, artifacts.manifest(ref).metrics, True, time.perf_counter() - started, 0.0)
+    if found := artifacts.find_metrics(_STAGE, described.ref.digest):
+        return JobResult(*found, True, time.perf_counter() - started, 0.0)
     metrics = exhaust(find_weights(job, described.metrics["num_weights"], do), report)
     manifest = artifacts.manifest(described.ref)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +62,8 @@ def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Ca
             dataset=manifest.dataset,
             metrics=metrics,
         )
+    # Of another machine's, where that was first.
+    metrics = artifacts.manifest(ref).metrics
     return JobResult(ref, metrics, False, time.perf_counter() - started, 0.0)
 
 

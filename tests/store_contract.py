@@ -201,7 +201,7 @@ class ArtifactContract:
         assert ref == artifacts.find("finetune", DIGEST) == ArtifactRef(**asdict(ref))
         assert ref == ArtifactRef(f"{artifacts.store.uri}/finetune/{DIGEST}", DIGEST)
         copy = artifacts.fetch(ref)
-        assert copy == artifacts.cache / "finetune" / DIGEST
+        assert copy.parent == artifacts.cache / "finetune" / DIGEST
         files = {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
         assert files == {
             name: (folder / name).read_bytes() for name in ("model_index.json", "unet/weights.safetensors")
@@ -218,12 +218,15 @@ class ArtifactContract:
         assert [file.name for file in manifest.files] == ["model_index.json", "unet/weights.safetensors"]
         assert datetime.fromisoformat(manifest.created).utcoffset() == timedelta(0)
 
-    def test_the_second_fetch_needs_no_store(self, artifacts: ArtifactStore, folder: Path) -> None:
+    def test_the_second_fetch_needs_the_manifest_alone(self, artifacts: ArtifactStore, folder: Path) -> None:
         ref = self.publish(artifacts, folder)
         copy = artifacts.fetch(ref)
-        for key in keys(artifacts.store):
-            artifacts.store.delete(key)
+        self.delete_files(artifacts, ref)
         assert artifacts.fetch(ref) == copy
+
+    def delete_files(self, artifacts: ArtifactStore, ref: ArtifactRef) -> None:
+        for file in artifacts.manifest(ref).files:
+            artifacts.store.delete(file.key)
 
     def test_a_missing_artifact_is_named(self, artifacts: ArtifactStore) -> None:
         ref = ArtifactRef(f"{artifacts.store.uri}/finetune/{DIGEST}", DIGEST)
@@ -427,12 +430,11 @@ class ArtifactContract:
         monkeypatch.setattr(artifacts.store, "put_bytes", put_twice)
         assert artifacts.fetch(self.publish(artifacts, folder)).is_dir()
 
-    def test_a_folder_that_was_taken_is_fetched_without_the_store(self, artifacts: ArtifactStore, folder: Path) -> None:
+    def test_a_folder_that_was_taken_is_not_downloaded(self, artifacts: ArtifactStore, folder: Path) -> None:
         weights = (folder / "unet" / "weights.safetensors").read_bytes()
         ref = self.publish(artifacts, folder, take_folder=True)
         assert not folder.exists()
-        for key in keys(artifacts.store):
-            artifacts.store.delete(key)
+        self.delete_files(artifacts, ref)
         assert (artifacts.fetch(ref) / "unet" / "weights.safetensors").read_bytes() == weights
 
     @pytest.mark.parametrize("look_first", [True, False])
@@ -445,10 +447,23 @@ class ArtifactContract:
         assert self.publish(artifacts, folder, take_folder=True, look_first=look_first) == first
         assert (artifacts.fetch(first) / "unet" / "weights.safetensors").read_bytes() == weights
 
+    def test_what_was_made_anew_replaces_every_copy(
+        self, artifacts: ArtifactStore, folder: Path, tmp_path: Path
+    ) -> None:
+        """A manifest was removed by hand, and another machine made the artifact again, a little otherwise."""
+        ref = self.publish(artifacts, folder)
+        other = ArtifactStore(artifacts.store, tmp_path / "cache of another machine")
+        other.fetch(ref), artifacts.fetch(ref)
+        artifacts.store.delete(f"finetune/{DIGEST}/manifest.json")
+        (folder / "unet" / "weights.safetensors").write_bytes(b"anew")
+        assert self.publish(artifacts, folder, take_folder=True) == ref
+        for each in (artifacts, other):
+            assert (each.fetch(ref) / "unet" / "weights.safetensors").read_bytes() == b"anew"
+
     def test_many_fetch_at_once(self, artifacts: ArtifactStore, folder: Path) -> None:
         ref = self.publish(artifacts, folder)
         (copy,) = set(race(lambda _: artifacts.fetch(ref)))
-        assert [path.name for path in copy.parent.iterdir()] == [DIGEST]
+        assert list(copy.parent.iterdir()) == [copy]
 
     def test_remove_forgets_store_and_cache(self, artifacts: ArtifactStore, folder: Path) -> None:
         kept, removed = self.publish(artifacts, folder, digest="kept"), self.publish(artifacts, folder)

@@ -102,6 +102,10 @@ class Adapter:
             return f"a {scheduler}, and not one of {', '.join(cls.schedulers)}"
         if scheduler_config.get("use_flow_sigmas"):
             return f"a {scheduler} with use_flow_sigmas, a flow-matching model in the clothes of another"
+        if scheduler_config.get("timestep_type") == "continuous":
+            return (
+                f"a {scheduler} with continuous timesteps, of which the denoiser is told the noise and not the number"
+            )
         if (
             scheduler_config.get("rescale_betas_zero_snr")
             and scheduler_config.get("prediction_type", "epsilon") == "epsilon"

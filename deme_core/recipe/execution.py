@@ -8,7 +8,7 @@ from deme_core.recipe.base import Spec
 
 
 class ExecutionSpec(Spec):
-    """Where work runs. Changes the speed of a run, and numbers by rounding alone."""
+    """Where work runs. Numbers change by rounding, and on another kind of processor by the noise of trainings."""
 
     runner: Literal["local", "prefect", "ray"] = Field(
         "local",

@@ -14,6 +14,9 @@ import numpy.typing as npt
 from deme_core.search.candidates import Strategy, Weights, translated
 from deme_core.search.coordinate import coordinate_search
 
+# Of equal weights: a minimum that is no farther away is as good as the pretrained model.
+_NEARBY = 0.1
+
 Array = npt.NDArray[np.floating[Any]]
 
 
@@ -92,12 +95,13 @@ def line_search(minimum: Weights, *, equal: Weights, max_weight: float, max_cand
 
     Args:
         minimum: where the fitted loss is lowest.
-        equal: equal weights, whose line is tried where that is the pretrained model.
+        equal: equal weights, whose line is tried where that is the pretrained model, or next to it.
         max_weight: bound of every weight.
         max_candidates: full scores at the most.
     """
-    # The loss rises whichever way: only the line of equal weights is left to try.
-    direction = minimum if any(minimum) else equal
+    # The loss rises whichever way: only the line of equal weights is left to try. So it is where the minimum is a hair
+    # away, whose steps would be hairs, too, and take the whole budget to nowhere.
+    direction = minimum if max(minimum) > _NEARBY * max(equal) else equal
 
     def on_line(scales: list[Weights]) -> list[Weights]:
         return [tuple(round(scale * weight, 6) for weight in direction) for (scale,) in scales]

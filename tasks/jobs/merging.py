@@ -48,7 +48,7 @@ class SearchJob(Job):
 
     stage: ClassVar[str] = "problem"
     work: ClassVar[str] = "search"
-    version: ClassVar[int] = 5
+    version: ClassVar[int] = 6
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import stage_digest
-from deme_core.errors import ArtifactNotFoundError, ChecksumMismatchError
+from deme_core.errors import ArtifactNotFoundError
 from deme_core.images import ImageDataset, ImageSubset, load_images, split_heldout
 from deme_core.local_files import local_errors
 from deme_core.manifest import ArtifactRef
@@ -94,13 +94,7 @@ class JobContext:
     def find_manifest(self, stage: str, digest: str) -> tuple[ArtifactRef, dict[str, Any]] | None:
         """Returns the artifact and its metrics if it is in the store; a manifest that is damaged is taken out of it."""
         with self.storing() as artifacts:
-            if (ref := artifacts.find(stage, digest)) is None:
-                return None
-            try:
-                return ref, artifacts.manifest(ref).metrics
-            except (ArtifactNotFoundError, ChecksumMismatchError):
-                artifacts.withdraw(ref)
-                return None
+            return artifacts.find_metrics(stage, digest)
 
     def fetch(self, ref: ArtifactRef) -> Path:
         """Returns a local, verified folder with the artifact's files.
@@ -130,10 +124,14 @@ class JobContext:
 
     def publish(
         self, stage: str, digest: str, folder: Path, identity: Identity, metrics: dict[str, Any]
-    ) -> ArtifactRef:
-        """Stores the files in ``folder`` as an artifact; the folder is gone then."""
+    ) -> tuple[ArtifactRef, dict[str, Any]]:
+        """Stores the files in ``folder`` as an artifact; the folder is gone then.
+
+        Returns:
+            The artifact and its metrics: those of another machine's, where that was first.
+        """
         with self.storing() as artifacts:
-            return patiently(
+            ref = patiently(
                 lambda: artifacts.publish(
                     stage,
                     digest,
@@ -146,6 +144,7 @@ class JobContext:
                     look_first=False,  # `execute` has, under the lock.
                 )
             )
+            return ref, patiently(lambda: artifacts.manifest(ref)).metrics
 
     def discard_unfinished(self, digest: str) -> None:
         """Removes what an artifact that is in the store needed while it was made."""
@@ -240,7 +239,7 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
             with context.scratch_folder() as out:
                 with _processes(job, digest, context):
                     metrics = exhaust(work.run(job, context, out, digest), report)
-                ref = context.publish(job.stage, digest, out, identity, metrics)
+                ref, metrics = context.publish(job.stage, digest, out, identity, metrics)
         else:
             ref, metrics = found
         if job.leaves_checkpoints:

@@ -11,9 +11,14 @@ from tasks.work.encodings import encoder_settings
 
 
 def identity(job: EmbeddingsJob, context: JobContext) -> Identity:
-    """The captions of the slice and the text encoders; the images are no part of it."""
-    texts = _distinct(job, context)[job.low : job.high]
+    """The captions of the slice and the text encoders; the images are no part of it.
+
+    Nor are the captions of other slices but for their number, which the first one tells.
+    """
+    distinct = _distinct(job, context)
+    texts = distinct[job.low : job.high]
     settings = {
+        **({"num_in_all": len(distinct)} if job.low == 0 else {}),
         "texts": sha256_bytes(canonical_json(texts).encode()),
         **encoder_settings(job, context, "text_encoder", "tokenizer"),
     }

@@ -93,6 +93,12 @@ def test_a_finished_search_asks_for_nothing(laboratory: Laboratory) -> None:
     assert again.metrics["weights"] == list(first.metrics["weights"])
     assert not laboratory.measured
 
+    store = laboratory.context.artifacts.store
+    store.put_bytes(f"weights/{first.ref.digest}/manifest.json", b"damaged")
+    mended = laboratory.search(1, 2, max_candidates=4)
+    assert (mended.cached, mended.ref, mended.metrics) == (False, first.ref, again.metrics)
+    assert not laboratory.measured, "all scores are in the store"
+
 
 @pytest.mark.parametrize("num_bootstrap", [0, 200])
 def test_candidates_are_not_resampled_so_that_resamples_change_no_search(

@@ -119,6 +119,17 @@ def test_how_the_data_set_was_sliced_changes_nothing(laboratory: Laboratory) -> 
     assert len(whole) == NUM_IMAGES
 
 
+def test_a_data_set_that_grew_behind_its_first_captions_is_encoded_as_a_whole(laboratory: Laboratory) -> None:
+    def embedded(template: str, low: int) -> JobResult:
+        dataset = laboratory.dataset(caption_template=template)
+        return laboratory.do(EmbeddingsJob(pretrained=laboratory.model.ref, dataset=dataset, low=low, high=low + 1))
+
+    # The first caption is the empty one.
+    one, three = embedded("a cat", 0), embedded("a {label}", 0)
+    assert (one.metrics["num_in_all"], three.metrics["num_in_all"]) == (2, 4)
+    assert embedded("a {label}", 0).cached
+
+
 def test_a_training_that_was_killed_resumes_on_encodings_bit_for_bit(laboratory: Laboratory, tmp_path: Path) -> None:
     dataset = laboratory.dataset(**AUGMENTED)
     job = laboratory.finetune_job(dataset, laboratory.encoded(dataset), seed=7)

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, tzinfo
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from deme_core.artifacts import ArtifactStore
 from deme_core.errors import DamagedArtifactError, StoreUnavailableError, WorkerStoppedError
 from deme_core.manifest import ArtifactRef
 from tasks.jobs import FinetuneJob, Job, JobResult
+from tasks.progress import Record
 from tasks.work.base import JobContext, checkpoint_stage, execute
 from tests.small_run import (
     check_cache,
@@ -256,3 +258,24 @@ def _fill(filler: Path, kilobytes: int) -> None:
                 file.write(bytes(1024))
     except OSError:
         pass  # What is there already takes the rest.
+
+
+def test_who_comes_second_tells_what_the_first_one_measured(tmp_path: Path) -> None:
+    """Two machines make the same artifact; numbers may differ in the last digits."""
+    job = pretrain_job()
+    first = make_context(tmp_path / "a", store_uri=(tmp_path / "store").as_uri())
+    second = make_context(tmp_path / "b", store_uri=(tmp_path / "store").as_uri())
+
+    def first_is_faster(_: Record) -> None:
+        if first.artifacts.list_refs(job.stage):
+            return
+        made = execute(job, first, lambda _: None)
+        first.artifacts.store.put_bytes(
+            f"{job.stage}/{made.ref.digest}/manifest.json",
+            replace(first.artifacts.manifest(made.ref), metrics=made.metrics | {"machine": "a"}).to_json().encode(),
+        )
+
+    result = execute(job, second, first_is_faster)
+    assert not result.cached
+    assert result.metrics["machine"] == "a"
+    assert result.metrics == execute(job, second, lambda _: None).metrics

@@ -23,6 +23,8 @@ from deme_core.model_folder import (
 )
 from deme_core.model_folder_writer import write_like, write_model_folder
 from deme_core.projection import attach_projections
+from deme_core.recipe import MethodSpec
+from tasks.work.merge import merge_folders
 from tests.tiny_models import (
     SCHEDULER_CONFIG,
     UNET_CONFIG,
@@ -421,7 +423,7 @@ def test_an_index_without_files_is_named(folder: Path, index: dict[str, Any]) ->
         open_model_folder(folder)
 
 
-def test_attention_layers_under_their_old_names_are_read(folder: Path) -> None:
+def save_under_old_names(folder: Path) -> None:
     old = {}
     for name, tensor in tiny_unet().state_dict().items():
         for new_part, old_part in OLD_NAMES.items():
@@ -429,6 +431,18 @@ def test_attention_layers_under_their_old_names_are_read(folder: Path) -> None:
         old[name] = tensor
     assert sum(".query." in name for name in old) == 8
     save_tensors(folder / "unet" / WEIGHTS_NAME, old)
+
+
+def test_a_model_under_old_names_is_merged_with_copies_under_todays(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    save_under_old_names(folder)
+    merge_folders(folder, [tmp_path / "copy"], MethodSpec(), (0.5,), tmp_path / "merged")
+    merged = UNet2DModel.from_pretrained(tmp_path / "merged", subfolder="unet")
+    assert predict(merged).equal(predict(tiny_unet()))
+
+
+def test_attention_layers_under_their_old_names_are_read(folder: Path) -> None:
+    save_under_old_names(folder)
 
     loaded = load_denoiser(open_model_folder(folder))
 

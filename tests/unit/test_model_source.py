@@ -74,6 +74,17 @@ def test_a_model_of_the_hub_is_fetched_once(hub: type[Hub], tmp_path: Path) -> N
     assert len(hub.got) == len(files)
 
 
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_a_model_of_the_hub_that_was_downloaded_needs_the_hub_no_more(
+    hub: type[Hub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, revision: str | None
+) -> None:
+    fetched = fetch_source("a/model", revision=revision, cache=tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert fetch_source("a/model", revision=revision, cache=tmp_path / "cache") == fetched
+    with pytest.raises(ModelFolderError, match="could not be had from the hub"):
+        fetch_source("another/model", revision=revision, cache=tmp_path / "cache")
+
+
 def test_a_model_of_the_hub_that_the_disk_cannot_hold_is_not_begun(hub: type[Hub], tmp_path: Path) -> None:
     hub.claimed = {"unet/diffusion_pytorch_model.safetensors": 10**18}
     with pytest.raises(StoreUnavailableError, match=r"hf \(1000000000\.0 GB are needed.*HF_HOME"):

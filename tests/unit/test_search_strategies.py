@@ -84,6 +84,15 @@ def test_a_proxy_that_rises_everywhere_leaves_the_line_of_equal_weights() -> Non
     assert [next(blocks).weights for _ in range(2)] == [(0.0,) * 4, (0.5,) * 4]
 
 
+@pytest.mark.parametrize("minimum", [0.0004, 0.005, 0.02])
+def test_a_minimum_next_to_the_pretrained_model_leaves_the_line_of_equal_weights(minimum: float) -> None:
+    """Steps of its own length would take the whole budget to nowhere."""
+    spec = SearchSpec(strategy="quadratic", max_candidates=16)
+    proxy = bowl((minimum,) * 4)
+    found = list(search(bowl((0.3,) * 4), spec, num_weights=4, num_segments=4, proxy=proxy))
+    assert best_candidate(found).weights == pytest.approx((0.3,) * 4, abs=0.05)
+
+
 def test_no_way_leads_back_beyond_the_pretrained_model() -> None:
     spec = SearchSpec(strategy="quadratic", max_candidates=12)
     found = search(bowl((-0.5, -0.5)), spec, num_weights=2, num_segments=2, proxy=bowl((0.5, 0.5)))

@@ -4,8 +4,11 @@ import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from deme_core import file_store
 from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeError, StoreUnavailableError
@@ -222,3 +225,33 @@ def test_a_key_is_no_longer_than_s3_has_them(store: FileStore) -> None:
 def test_boto3_is_loaded_by_those_who_need_it() -> None:
     command = "import sys, deme_core.store as s; s.open_store('file:///tmp'); sys.exit('boto3' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0
+
+
+class Conflicts:
+    """An S3 client whose conditional writes meet others', which write nothing in the end."""
+
+    def __init__(self, number: int) -> None:
+        self.left = number
+        self.meta = SimpleNamespace(endpoint_url="http://127.0.0.1:1")
+
+    def put_object(self, **_: object) -> None:
+        self.left -= 1
+        if self.left >= 0:
+            raise self._error(409, "ConditionalRequestConflict")
+
+    def head_object(self, **_: object) -> None:
+        raise self._error(404, "404")
+
+    def _error(self, status: int, code: str) -> ClientError:
+        return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")  # type: ignore[typeddict-item]
+
+
+def test_a_write_that_met_another_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = list[float]()
+    monkeypatch.setattr("time.sleep", waits.append)
+    make_client: Any = lambda: Conflicts(3)  # noqa: E731
+    assert S3Store("bucket", "", make_client).put_bytes("key", b"", if_absent=True)
+    assert len(waits) == 3
+    make_client = lambda: Conflicts(100)  # noqa: E731
+    with pytest.raises(StoreUnavailableError, match="409"):
+        S3Store("bucket", "", make_client).put_bytes("key", b"", if_absent=True)

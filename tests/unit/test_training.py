@@ -124,6 +124,11 @@ def losses_over_forward_passes(
     return diffusion, ((prediction - pretrained_prediction) ** 2).mean()
 
 
+def test_no_variable_of_the_environment_accumulates_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    assert all(progress.grad_norm > 0 for progress in run(build(num_steps=2)))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_step_equals_adamw_on_all_accumulated_images_at_once(accumulation: int) -> None:
     weight, rate, decay, max_norm = 0.5, 1e-2, 5.0, 0.05

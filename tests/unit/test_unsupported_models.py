@@ -25,6 +25,7 @@ from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, predict, tiny_ad
         ({"_class_name": "ScoreSdeVeScheduler"}, {}, "has a ScoreSdeVeScheduler"),
         ({"_class_name": "CMStochasticIterativeScheduler"}, {}, "has a CMStochasticIterativeScheduler"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, {}, "with use_flow_sigmas"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, {}, "with continuous timesteps"),
         ({"rescale_betas_zero_snr": True}, {}, "has rescale_betas_zero_snr, under which the last timestep"),
         ({"num_train_timesteps": None}, {}, "has num_train_timesteps None, which is no whole number from 1 to 100,000"),
         ({"num_train_timesteps": "abc"}, {}, "has num_train_timesteps 'abc'"),
