@@ -170,7 +170,8 @@ def score_conditions(
     return {
         "num_images": num_images,
         "reference": {"images": reference.images_digest, "num_images": reference.num_images},
-        # Others may be more or fewer: of two evaluations those that both have are compared.
+        # Others may be more or fewer: of two evaluations those that both have are compared. But clip_score brings CLIP
+        # into the source's conditions, and more_extractors change the extractor's digest there.
         "deciding_metric": metrics[0],
         "kid_subset_size": kid_subset_size,
     }

@@ -73,7 +73,7 @@ def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     table = Table(
         "run",
         *map(printable, columns),
-        title=_title(f"mean and 95 % interval, {direction(columns)}"),
+        title=_title(f"mean and 95 % interval over sampling seeds, {direction(columns)}"),
         title_justify="left",
     )
     for run, row in rows.items():
@@ -109,7 +109,7 @@ def mlflow_command(settings: Settings) -> str:
 def _table(report: dict[str, Any]) -> Table:
     metrics = list(next(iter(report["rows"].values())))
     counts = f"{report['num_images']} images for each of {len(report['seeds'])} seeds"
-    title = _title(f"{report['recipe']}: {counts}; mean and 95 % interval, {direction(metrics)}")
+    title = _title(f"{report['recipe']}: {counts}; mean and 95 % interval over sampling seeds, {direction(metrics)}")
     table = Table("row", *map(printable, metrics), title=title, title_justify="left")
     for row in sorted(report["rows"], key=_ORDER.index):  # JSON that came through MLflow is sorted by name.
         scores = report["rows"][row]

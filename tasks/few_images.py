@@ -6,15 +6,16 @@ from typing import Any
 from deme_core.recipe import EvaluateSpec
 
 
-def few_images_warning(evaluate: EvaluateSpec, reference: Mapping[str, Any]) -> str | None:
+def few_images_warning(evaluate: EvaluateSpec, reference: Mapping[str, Any], *, num_images: int) -> str | None:
     """Returns what to tell the user, if a Fréchet distance is asked for of fewer images than features.
 
     Args:
-        evaluate: which metrics are computed, with which extractor, of how many generated images.
+        evaluate: which metrics are computed, with which extractor.
         reference: metrics of the reference's artifact; older ones do not say how many features there are.
+        num_images: generated images that are scored: a candidate of a search has others than a row of the report.
     """
     num_features = reference.get("num_features", 0)
-    sets = {"real": reference["num_images"], "generated": evaluate.num_images}
+    sets = {"real": reference["num_images"], "generated": num_images}
     few = [f"{number:,} {kind}" for kind, number in sets.items() if number < num_features]
     if "fid" not in evaluate.metrics or not few:
         return None

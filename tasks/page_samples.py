@@ -1,5 +1,6 @@
 """Samples as a page shows them: a grid of each row, or, where there are prompts, the images of each above it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,7 @@ def page_samples(
     note = f"The first images of seed {seed}. All rows start from the same noise, so tiles compare one by one."
     if prompts is None:
         return Samples(note=note, rows={row: (read_picture(path),) for row, path in grids.items()})
-    tiles = {
-        row: cut_tiles(path, side=conditions["shape"][-1], count=conditions["num_images"])
-        for row, path in grids.items()
-    }
+    tiles = {row: _images(path, conditions) for row, path in grids.items()}
     return Samples(
         note=note,
         rows={
@@ -56,6 +54,20 @@ def page_samples(
             for row, images in tiles.items()
         },
     )
+
+
+def _images(path: Path, conditions: Mapping[str, Any]) -> list[Any]:
+    """Returns the images of a grid, as PIL's.
+
+    A grid holds the first slice of a set, 64 images at most. Where it was found in the store, the slices may have been
+    those of another recipe, so only the grid tells how many it holds: what follows them in the last line is white.
+    """
+    images = cut_tiles(path, side=conditions["shape"][-1], count=conditions["num_images"])
+    for _ in range(math.ceil(math.sqrt(len(images))) - 1):  # The last line is not empty, whatever is in it.
+        if any(darkest < 255 for darkest, _ in images[-1].getextrema()):
+            break
+        images.pop()
+    return images
 
 
 def _strip(images: Sequence[Any]) -> Any:

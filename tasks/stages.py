@@ -159,7 +159,9 @@ def build_reference(
     )
     task_name = f"reference for the {part}"
     result = runtime.run(job, task=task_name)
-    if warning := few_images_warning(job.evaluate, result.metrics):
+    search = runtime.recipe.merge.search
+    num_images = search.num_images if part == "search" and search else job.evaluate.num_images
+    if warning := few_images_warning(job.evaluate, result.metrics, num_images=num_images):
         tell(Event(task_name, "warning", {"message": warning}))
     return result
 

@@ -186,17 +186,29 @@ class Scores:
         rows: scores by row and metric.
         differences: those that the page states, the metric that decides first.
         higher_is_better: the metrics that grow as images get better.
+        draws_real_images: whether resamples draw the real images, too.
     """
 
     metric: str
     rows: Mapping[str, Mapping[str, Score]]
     differences: tuple[Difference, ...] = ()
     higher_is_better: frozenset[str] = frozenset()
+    draws_real_images: bool = True
 
     @property
     def deciding(self) -> tuple[Difference, ...]:
         """The differences that carry a verdict."""
         return tuple(difference for difference in self.differences if difference.verdict is not None)
+
+    @property
+    def is_resampled(self) -> bool:
+        """Whether a row has an interval over images; without one no difference has."""
+        return any(by_metric[self.metric].images is not None for by_metric in self.rows.values())
+
+    def lacks_images(self, difference: Difference) -> bool:
+        """Whether a difference has no interval over images because one of its rows, and only one, was resampled."""
+        ours, theirs = (self.rows[row][difference.metric].images for row in (difference.row, difference.baseline))
+        return (ours is None) != (theirs is None)
 
 
 @dataclass(frozen=True, kw_only=True)

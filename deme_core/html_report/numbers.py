@@ -8,21 +8,30 @@ _MOST_PLACES = 6
 
 
 def decimal_places(values: Iterable[float], significant: int = 4) -> int:
-    """Returns how many decimals a column needs for its largest number to have so many significant digits."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    if largest == 0.0:
+    """Returns how many decimals a column needs for its smallest number but 0 to have so many significant digits.
+
+    Not its largest: one row that is far off must not take the digits from all others.
+    """
+    smallest = min((abs(value) for value in values if value and math.isfinite(value)), default=None)
+    if smallest is None:
         return 1
-    return min(max(significant - 1 - math.floor(math.log10(largest)), 0), _MOST_PLACES)
+    return min(max(significant - 1 - math.floor(math.log10(smallest)), 0), _MOST_PLACES)
 
 
 def number(value: float, places: int) -> str:
-    """Returns a number with fixed decimals."""
-    return f"{value:,.{places}f}".replace("-", _MINUS)
+    """Returns a number with fixed decimals; one that these would make 0 keeps its first digit."""
+    return _fixed(value, places, "")
 
 
 def signed(value: float, places: int) -> str:
-    """Returns a number with its sign."""
-    return f"{value:+,.{places}f}".replace("-", _MINUS)
+    """Returns a number as `number` does, with its sign."""
+    return _fixed(value, places, "+")
+
+
+def _fixed(value: float, places: int, sign: str) -> str:
+    # A difference shown as -0.0 would be neither below zero nor zero.
+    digits = ".1g" if value and round(value, places) == 0 else f",.{places}f"
+    return f"{value:{sign}{digits}}".replace("-", _MINUS)
 
 
 def weight(value: float) -> str:

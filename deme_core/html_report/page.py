@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from deme_core.html_report import numbers
+from deme_core.html_report.captions import scores_caption
 from deme_core.html_report.chart_style import ROWS, colours
-from deme_core.html_report.content import ComparisonContent, RunContent, Scores
+from deme_core.html_report.content import ComparisonContent, Difference, RunContent, Scores
 from deme_core.html_report.loss_charts import heldout_chart, training_chart
 from deme_core.html_report.score_chart import score_chart
 from deme_core.html_report.search_chart import search_chart
@@ -51,6 +52,7 @@ def _render(template: str, charts: Mapping[str, "Figure"], scores: Scores, **con
         .render(
             charts={name: _json(figure) for name, figure in charts.items()},
             places=_decimal_places(scores),
+            scores_caption=scores_caption(scores),
             colours=colours(scores.rows),
             plotly_js=Markup(get_plotlyjs()),
             **context,
@@ -65,12 +67,19 @@ def _json(figure: "Figure") -> Markup:
 
 
 def _decimal_places(scores: Scores) -> dict[str, int]:
-    """Returns the decimals of each metric, for its scores and differences alike."""
+    """Returns the decimals of each metric, for its scores, and for differences at least."""
     metrics = next(iter(scores.rows.values()))
     return {
         metric: numbers.decimal_places([by_metric[metric].seeds.mean for by_metric in scores.rows.values()])
         for metric in metrics
     }
+
+
+def difference_places(difference: Difference, at_least: int) -> int:
+    """Returns the decimals of a difference: two digits for the bound next to zero, three at most for the farthest."""
+    intervals = [found for found in (difference.seeds, difference.images) if found is not None]
+    bounds = [abs(bound) for found in intervals for bound in (found.low, found.high)]
+    return max(min(numbers.decimal_places(bounds, 2), numbers.decimal_places([max(bounds)], 3)), at_least)
 
 
 @cache
@@ -84,12 +93,13 @@ def _environment() -> "Environment":
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    filters: list[Callable[..., str]] = [
+    filters: list[Callable[..., str | int]] = [
         numbers.number,
         numbers.signed,
         numbers.weight,
         numbers.percent,
         numbers.duration,
+        difference_places,
     ]
     environment.filters.update({each.__name__: each for each in filters})
     return environment

@@ -54,8 +54,8 @@ class SearchSpec(Spec):
         (),
         exclude_if=lambda guards: not guards,
         description="Scores, by the names that they are reported under, that shall not become worse than the "
-        "pretrained model's, such as fd_pixels_4x4. One that is 5 % worse makes the candidate's score count as 5 % "
-        "worse.",
+        "pretrained model's, such as fd_pixels_4x4. One that is 5 % worse makes the candidate's score count as worse "
+        "by 5 % of the pretrained model's score; several add up.",
     )
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."

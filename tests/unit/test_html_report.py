@@ -14,6 +14,7 @@ from PIL import Image
 
 from deme_core.binned_losses import RelativeLosses
 from deme_core.html_report import comparison_page, run_page
+from deme_core.html_report.captions import scores_caption
 from deme_core.html_report.content import (
     ComparedRun,
     ComparisonContent,
@@ -202,7 +203,64 @@ def test_the_table_has_both_intervals_of_every_row(page: Page) -> None:
 
 def test_differences_carry_their_intervals_and_verdict(page: Page) -> None:
     assert f"merged − pretrained {METRIC} −58.4 −60.4 to −56.4 −62.4 to −58.4 better" in page.rows()
-    assert f"merged − finetuned {METRIC} −1.2 −3.2 to +0.8 −5.2 to −1.2 too close to call" in page.rows()
+    assert f"merged − finetuned {METRIC} −1.20 −3.20 to +0.80 −5.20 to −1.20 too close to call" in page.rows()
+
+
+def test_a_bad_row_and_a_small_difference_keep_their_digits() -> None:
+    seeds, images = Interval(-0.04, -0.049, -0.02), Interval(-0.04, -0.0799, -0.0001)
+    close = Scores(
+        metric="fid",
+        rows={
+            row: {"fid": score(mean)} for row, mean in {"pretrained": 3.51, "finetuned": 250.0, "merged": 3.46}.items()
+        },
+        differences=(
+            Difference("merged", "pretrained", "fid", seeds, images, "better"),
+            Difference("merged", "finetuned", "fid", Interval(-246.54, -250.0, -0.0001), None, "better"),
+        ),
+    )
+    samples = Samples(note="", rows={row: (Picture(PIXEL, 274),) for row in close.rows})
+    rows = Page(run_page(replace(CONTENT, scores=close, samples=samples))).rows()
+    assert "merged − pretrained fid −0.0400 −0.0490 to −0.0200 −0.0799 to −0.0001 better" in rows
+    assert "merged − finetuned fid −246.540 −250.000 to −0.0001 – better" in rows
+    assert rows[1].startswith("pretrained the model as it came 3.510 1.510 to 5.510 over seeds")
+
+
+def captions(scores: Scores) -> tuple[str, str]:
+    """Returns what stands under the chart of the scores, and below that the note on all intervals."""
+    page = Page(run_page(replace(CONTENT, scores=scores)))
+    note = next(text for text in page.text["p"] if text.startswith("All intervals hold"))
+    return page.text["figcaption"][0], note
+
+
+BOTH_DECIDE = "only if both of its intervals exclude zero"
+SEEDS_DECIDE = "not resampled: the seeds alone decide"
+
+
+def test_the_caption_speaks_of_what_was_resampled() -> None:
+    caption, note = captions(SCORES)
+    assert "Wide bar: 95 % bootstrap over the images, generated and real." in caption
+    assert BOTH_DECIDE in caption and SEEDS_DECIDE not in caption
+    assert "and those over seeds the real images, too" in note
+    caption, note = captions(replace(SCORES, draws_real_images=False))
+    assert "Wide bar: 95 % bootstrap over the generated images alone." in caption
+    assert note.startswith("All intervals hold the training and the real images fixed")
+
+
+def test_without_resamples_the_seeds_alone_decide() -> None:
+    rows = {
+        row: {METRIC: score(by_metric[METRIC].seeds.mean, has_images=False)} for row, by_metric in SCORES.rows.items()
+    }
+    plain = tuple(replace(difference, images=None) for difference in SCORES.differences)
+    caption, note = captions(replace(SCORES, rows=rows, differences=plain))
+    assert SEEDS_DECIDE in caption and "Wide bar" not in caption and BOTH_DECIDE not in caption
+    assert note.startswith("All intervals hold the training and the real images fixed")
+
+
+def test_the_luck_of_random_subsets_is_named_where_a_kernel_distance_decides() -> None:
+    named = "but not over the random subsets of a kernel distance"
+    lone = {"model": {name: score(0.1) for name in ("kid", "kd_efficientnet_lite0", METRIC)}}
+    told = [named in scores_caption(Scores(metric=metric, rows=lone)) for metric in lone["model"]]
+    assert told == [True, True, False]
 
 
 def test_gate_and_costs_are_tables(page: Page) -> None:
@@ -216,6 +274,7 @@ def test_gate_and_costs_are_tables(page: Page) -> None:
 
 def test_the_run_can_be_done_again(page: Page) -> None:
     assert page.text["pre"] == ["deme run toy.yaml\n", CONTENT.provenance.recipe]
+    assert "Recipe, defaults filled in but for those that digests leave out" in page.text["h3"]
     download = next(attributes for _, attributes in page.elements if "download" in attributes)
     assert download["download"] == "toy.yaml"
     assert base64.b64decode(str(download["href"]).partition(",")[2]).decode() == CONTENT.provenance.recipe
@@ -363,14 +422,18 @@ def test_small_pictures_stay_as_they_are_and_large_ones_shrink(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("values", "places"), [([393.0, 2.0], 1), ([8.2, 7.1], 3), ([0.0047], 6), ([12345.6], 0), ([], 1), ([0.0], 1)]
+    ("values", "places"),
+    [([393.0, 0.0], 1), ([1250.0, 3.51, -3.46], 3), ([0.0047], 6), ([1e-9], 6), ([12345.6], 0), ([], 1), ([0.0], 1)],
 )
-def test_a_column_has_as_many_decimals_as_its_largest_number_needs(values: list[float], places: int) -> None:
+def test_a_column_has_as_many_decimals_as_its_smallest_number_needs(values: list[float], places: int) -> None:
     assert decimal_places(values) == places
 
 
 def test_numbers_as_people_write_them() -> None:
     assert (number(-1234.5, 1), signed(0.5, 2), percent(-0.0123)) == ("−1,234.5", "+0.50", "−1.23 %")
+    assert (signed(0.0, 1), signed(-0.04, 1), number(0.5, 0)) == ("+0.0", "−0.04", "0.5"), (
+        "what is not 0 is not shown so"
+    )
     assert [duration(s) for s in (0.04, 59.94, 61.2, 3599.7, 7260.0)] == [
         "0.0 s",
         "59.9 s",
@@ -411,7 +474,27 @@ def test_the_page_of_several_runs_shows_what_differs() -> None:
 def test_the_guards_of_a_search_are_told(page: Page) -> None:
     guarded = Page(run_page(replace(CONTENT, searches=(replace(SEARCH, guards=("fd_pixels_4x4", "recall")),))))
     sentence = (
-        "Where fd_pixels_4x4 or recall is worse than the pretrained model’s, the score is worse by the same share."
+        "Where fd_pixels_4x4 or recall is worse than the pretrained model’s by some share of it, the candidate’s score "
+        "is worse by the same share of the pretrained model’s score; shares of several add up."
     )
     assert any(sentence in text for text in guarded.text["p"])
     assert not any("worse by the same share" in text for text in page.text["p"])
+
+
+def test_a_run_without_resamples_beside_one_that_has_them_is_told_why_nothing_is_decided() -> None:
+    rows = {
+        label: {METRIC: score(mean, has_images=label == "c")} for label, mean in (("a", 3.0), ("b", 2.0), ("c", 1.0))
+    }
+    found = (difference("a", -1.0, "better", "b"), difference("a", -2.0, "too close to call", "c"))
+    content = ComparisonContent(
+        runs=tuple(map(compared, rows)),
+        facts={},
+        scores=Scores(metric=METRIC, rows=rows, differences=tuple(replace(each, images=None) for each in found)),
+        samples=Samples(note="", rows={label: (Picture(PIXEL, 274),) for label in rows}),
+    )
+    page = Page(comparison_page(content))
+    reason = "only one of the two has resamples"
+    assert [reason in row for row in page.rows() if "− a" in row] == [False, True]
+    assert page.text["dd"].count(reason) == 1
+    caption = page.text["figcaption"][0]
+    assert BOTH_DECIDE in caption and "Where neither of two was resampled, the seeds alone decide" in caption

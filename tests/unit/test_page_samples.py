@@ -60,6 +60,21 @@ def test_of_more_prompts_than_images_the_first_are_shown(tmp_path: Path) -> None
     assert all(decoded(picture).shape == (32, 32, 3) for picture in row)
 
 
+def test_of_a_grid_of_fewer_images_none_is_white(tmp_path: Path) -> None:
+    """Of 100 images a slice of 50 has 7 lines of 8 tiles, the last six of them empty."""
+    grid(tmp_path / "g.png", count=50, side=32)
+    ten = Prompts(tuple(f"prompt {index}" for index in range(10)), {}, "digest")
+    row = page_samples({"merged": tmp_path / "g.png"}, 1, {"num_images": 100, "shape": [3, 32, 32]}, ten).rows["merged"]
+    assert [decoded(picture).shape for picture in row] == [(32, 5 * 34 - 2, 3)] * 10
+
+
+def test_white_images_before_the_last_line_are_images(tmp_path: Path) -> None:
+    save_image_grid(torch.full((50, 3, 32, 32), 255, dtype=torch.uint8), tmp_path / "g.png")
+    ten = Prompts(tuple(f"prompt {index}" for index in range(10)), {}, "digest")
+    row = page_samples({"merged": tmp_path / "g.png"}, 1, {"num_images": 100, "shape": [3, 32, 32]}, ten).rows["merged"]
+    assert len(row) == 10
+
+
 def decoded(picture: Picture) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(picture.uri.partition(",")[2]))))
 

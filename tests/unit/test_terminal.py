@@ -88,10 +88,18 @@ def test_nothing_in_a_report_is_markup() -> None:
         "fingerprint": BRACKETS,
         "page": {"path": BRACKETS},
     }
-    assert printed(lambda console: print_scores(report, console)).count(BRACKETS) == 3
+    scores = printed(lambda console: print_scores(report, console))
+    assert scores.count(BRACKETS) == 3
+    assert "95 % interval over sampling seeds" in " ".join(scores.split())
     assert BRACKETS in printed(lambda console: print_model({"uri": BRACKETS}, console))
     assert BRACKETS in printed(lambda console: print_comparison({"run": {"fid": BRACKETS}}, console))
     assert "\x1b" not in printed(lambda console: print_comparison({"run": {COPY: COPY}}, console))
+
+
+def test_tables_say_what_their_intervals_are_of() -> None:
+    rows = {"row": {"model": "merged", "fid": "1 (0.5 to 1.5)"}}
+    told = " ".join(printed(lambda console: print_comparison(rows, console)).split())
+    assert told.startswith("mean and 95 % interval over sampling seeds, lower is better")
 
 
 def test_a_name_that_no_folder_can_have_is_one_sentence(tmp_path: Path) -> None:
