@@ -191,7 +191,7 @@ class ArtifactStore:
                 self.store.delete_if(manifest_key(*self._locate(ref)), text)
 
     def remove(self, ref: ArtifactRef) -> None:
-        """Remove an artifact and its local copy; a missing one is fine.
+        """Remove an artifact and its local copies; a missing one is fine.
 
         The manifest goes first, so that no reader finds a part of the artifact.
         """
@@ -203,10 +203,10 @@ class ArtifactStore:
             files = ()
         self.store.delete(manifest_key(stage, digest))
         self._delete_files(files)
-        folder = self.cache / stage / digest
-        with local_errors(folder), suppress(FileNotFoundError), temporary_beside(folder) as doomed:
-            # Renamed first: if this is interrupted, no part may stay that a later fetch would trust.
-            folder.rename(doomed)
+        for copy in (self.cache / stage).glob(f"{digest}-*"):
+            with local_errors(copy), suppress(FileNotFoundError), temporary_beside(copy) as doomed:
+                # Renamed first: if this is interrupted, no part may stay that a later fetch would trust.
+                copy.rename(doomed)
 
     def sweep(self, older_than: timedelta) -> int:
         """Delete what interrupted uploads and downloads left behind.
@@ -236,7 +236,8 @@ class ArtifactStore:
 
     def _copy(self, ref: ArtifactRef, text: bytes) -> Path:
         """Where in the cache the artifact lies that has this manifest."""
-        return self.cache.joinpath(*self._locate(ref), sha256_bytes(text)[:16])
+        stage, digest = self._locate(ref)
+        return self.cache / stage / f"{digest}-{sha256_bytes(text)[:16]}"
 
     def _named_keys(self, artifact: str) -> set[str]:
         stage, _, digest = artifact.rpartition("/")

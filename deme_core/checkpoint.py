@@ -64,7 +64,10 @@ class Checkpoint:
         self._places: dict[str, tuple[Any, str]] = {}
         for file in files:
             handle = _open(file)
-            places = {rename(stored): (handle, stored) for stored in list(handle.keys())}
+            stored_names = list(handle.keys())
+            places = {rename(stored): (handle, stored) for stored in stored_names}
+            if len(places) < len(stored_names):
+                raise ModelFolderError(f"{file} has a tensor twice, by its old name and by today's.")
             if repeated := places.keys() & self._places.keys():
                 raise ModelFolderError(f"{file} repeats tensors of another file: {', '.join(sorted(repeated))}.")
             self._places.update(places)

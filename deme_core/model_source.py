@@ -81,9 +81,11 @@ def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
 
 
 def _cached_snapshot(repo_id: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    """Returns what was downloaded of a model before, if that is all that DeMe needs of it."""
+    from huggingface_hub import get_cached_repo_tree, snapshot_download
+    from huggingface_hub.errors import CachedRepoTreeNotFoundError, LocalEntryNotFoundError
 
-    with suppress(LocalEntryNotFoundError):
-        return Path(snapshot_download(repo_id, revision=revision, local_files_only=True))
+    with suppress(CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
+        files = needed_files(file.path for file in get_cached_repo_tree(repo_id, revision=revision))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, local_files_only=True))
     return None

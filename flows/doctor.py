@@ -14,7 +14,7 @@ from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from flows.terminal import say
-from tasks.slots import visible_gpus
+from tasks.slots import count_cores, visible_gpus
 
 _PACKAGES = ("torch", "diffusers", "accelerate", "prefect", "mlflow", "clean-fid")
 _GB = 10**9
@@ -64,7 +64,7 @@ def _exit_code(console: Console, name: str, check: Callable[[], str]) -> int:
 
 
 def _devices() -> str:
-    cores = f"{len(os.sched_getaffinity(0))} CPU cores"
+    cores = f"{count_cores()} CPU cores"
     gpus = visible_gpus()
     return f"{len(gpus)} GPUs ({', '.join(gpus)}), {cores}" if gpus else f"no GPU, {cores}"
 

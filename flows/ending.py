@@ -1,7 +1,9 @@
 """How the command line ends: by an error, a signal or Ctrl-C, each with a sentence and its exit code."""
 
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from http import HTTPStatus
 
@@ -10,7 +12,10 @@ from rich.console import Console
 from deme_core.errors import DemeError, InputError
 from flows.terminal import say
 
-_SAID = {128 + signal.SIGTERM: "stopped", 128 + signal.SIGINT: "interrupted"}
+_STOPPED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
+_SAID = {_STOPPED: "stopped", _INTERRUPTED: "interrupted"}
+# What the last checkpoints of trainings may take, and a server to hear of the end.
+_SECONDS_TO_LEAVE = 40.0
 _NO_LOGIN = (
     "Prefect's server wants a log-in: PREFECT_API_AUTH_STRING is missing or wrong; `deme env` prints that of the local "
     "stack."
@@ -35,10 +40,30 @@ def run_to_its_end(app: Callable[[], None]) -> None:
         sys.exit(InputError.exit_code)
     except SystemExit as leaving:  # Typer makes one of Ctrl-C, too.
         if leaving.code in _SAID:
-            how = _SAID[leaving.code]
-            Console(stderr=True).print(f"deme: {how}; run the same command again to go on.", style="red")
+            Console(stderr=True).print(_sentence(leaving.code), style="red")
         raise
 
 
+def leave_in_time_after_interrupt() -> None:
+    """Have Ctrl-C end this process in time, though Prefect would try for minutes to reach a server that is away."""
+    signal.signal(signal.SIGINT, _interrupt)
+
+
+def _interrupt(*_: object) -> None:
+    timer = threading.Timer(_SECONDS_TO_LEAVE, _leave_at_once)
+    timer.daemon = True
+    timer.start()
+    raise KeyboardInterrupt
+
+
+def _leave_at_once() -> None:
+    os.write(2, f"{_sentence(_INTERRUPTED)}\n".encode())
+    os._exit(_INTERRUPTED)
+
+
+def _sentence(code: int) -> str:
+    return f"deme: {_SAID[code]}; run the same command again to go on."
+
+
 def _leave(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)
+    sys.exit(_STOPPED)

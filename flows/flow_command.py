@@ -1,6 +1,7 @@
 """A flow as a command: what is wrong is said at once, and all that takes seconds to start does so side by side."""
 
 import os
+from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
+from flows.ending import leave_in_time_after_interrupt
 from flows.environment import make_folders
 from flows.temporary_server import TemporaryServer
 from tasks.health import check_api_address, check_health
@@ -42,15 +44,17 @@ def run_flow(
     make_folders()  # Before Prefect is imported, which wants its own.
     server = None if address else TemporaryServer()
     console = Console(stderr=True)
-    with console.status("Starting"):
-        module, name = path.split(":")
-        flow = getattr(import_module(module), name)
-        from flows.flow_runtime import start_workers
-        from flows.progress_display import ProgressDisplay
+    with ExitStack() as stack:
+        with console.status("Starting"):
+            module, name = path.split(":")
+            flow = getattr(import_module(module), name)
+            from flows.flow_runtime import workers_ahead
+            from flows.progress_display import ProgressDisplay
 
-        if server:
-            start_workers(content)
-            server.connect()
-    with ProgressDisplay(console):
-        result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
+            if server:
+                stack.enter_context(workers_ahead(content))
+                server.connect()
+        leave_in_time_after_interrupt()
+        with ProgressDisplay(console):
+            result: dict[str, Any] = flow(recipe=recipe, overrides=overrides or [], **parameters)
     return result

@@ -29,23 +29,32 @@ from tasks.worker_pool import WorkerPool
 # What a run that fails at its start gives MLflow, so that it hears of the failure.
 _SECONDS_TO_OPEN = 10.0
 
-# Workers that started before the flow that needs them.
-_started: list[WorkerPool] = []
+# Workers that started before the flow that needs them, and what they have said meanwhile.
+_ahead: list[tuple[WorkerPool, list[str]]] = []
 
 # Before any flow starts: a local Prefect server cannot make its own folder's parents.
 make_folders()
 
 
-def start_workers(recipe: Recipe) -> None:
-    """Starts the workers of this machine for the flow that comes next, while something else is waited for.
+@contextlib.contextmanager
+def workers_ahead(recipe: Recipe) -> Iterator[None]:
+    """Starts the workers of this machine for the flow that begins within, while something else is waited for.
 
     Raises:
         InputError: there cannot be any, such as without a GPU.
     """
-    if recipe.execution.runner == "local":
-        pool = WorkerPool(plan_slots(recipe.execution, *recipe.process_counts))
+    if recipe.execution.runner != "local":
+        yield
+        return
+    said = list[str]()
+    pool = WorkerPool(plan_slots(recipe.execution, *recipe.process_counts), said.append)
+    with contextlib.closing(pool):
         pool.start()
-        _started.append(pool)
+        _ahead.append((pool, said))
+        try:
+            yield
+        finally:
+            _ahead.clear()
 
 
 @contextlib.contextmanager
@@ -64,10 +73,10 @@ def flow_runtime(recipe: Recipe) -> Iterator[Runtime]:
     elif recipe.execution.runner == "ray":
         pool = RayPool(recipe.execution, settings, store)
     else:
-        if not _started:
-            start_workers(recipe)
-        pool = _started.pop()
+        pool, said = _ahead.pop() if _ahead else (WorkerPool(plan_slots(recipe.execution, *recipe.process_counts)), [])
         pool.log = lambda line: logger.info("worker: %s", line)
+        for line in said:
+            pool.log(line)
     try:
         pool.start()  # First, since the imports of the workers take longest.
         check_access(store)

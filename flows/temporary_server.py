@@ -43,6 +43,7 @@ class TemporaryServer:
                 stdout=2,
                 env=os.environ | environment,
                 pass_fds=[listening.fileno()],
+                process_group=0,  # A terminal sends Ctrl-C to all of ours.
             )
         self._has_answered = False
         # What is registered first comes last: Prefect's own, which sends what is left to send, comes before.
@@ -91,13 +92,13 @@ def _is_wanted() -> bool:
 
 def _serve(listening: socket.socket) -> None:
     """Serves until stdin ends, as it does when the parent closes it or is killed."""
+    # A cluster may send them to all: the flow has yet to tell the server how it ended.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     import uvicorn
 
     if not _is_wanted():
         return
-    # A terminal or a cluster may send them to all: the flow has yet to tell the server how it ended.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     config = uvicorn.Config("prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
 
@@ -112,6 +113,7 @@ def _serve(listening: socket.socket) -> None:
     sys.stdin.read()
     server.should_exit = True
     thread.join(_SECONDS_TO_END)
+    os._exit(0)
 
 
 if __name__ == "__main__":

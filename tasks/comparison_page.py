@@ -17,7 +17,7 @@ from deme_core.recipe_file import differing_settings
 from deme_core.settings import Settings
 from deme_core.verdict import Interval
 from tasks.comparison import Reports, deciding_scores_of, scored_row
-from tasks.page_scores import draws_real_images, evaluation_facts, page_scores
+from tasks.page_scores import evaluation_facts, page_scores
 from tasks.run_page import samples_file
 from tasks.tracked_runs import download
 
@@ -57,7 +57,7 @@ def _content(settings: Settings, reports: list[Mapping[str, Any]]) -> Comparison
                 {label: deciding_scores_of(report, metric) for label, report in by_label.items()},
                 metric,
                 [(label, baseline) for label in others],
-                draws_real_images=draws_real_images(reports[0]),
+                draws_real_images=all(report.get("draws_real_images") for report in reports),
             ),
             samples=Samples(
                 note=f"The first images of seed {reports[0]['seeds'][0]}, from the same noise in every run.",

@@ -13,6 +13,7 @@ from deme_core.rows import BASELINES
 from deme_core.verdict import RowScores, compare, differences, paired_difference
 from tasks.experts import relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
+from tasks.page_scores import draws_real_images
 from tasks.prefect_artifacts import show_report, show_scores
 from tasks.registry import register, registration_tags
 from tasks.report_figures import draw_figures, sample_grids
@@ -88,7 +89,7 @@ def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any
     """Returns what any evaluation reports."""
     spec = runtime.recipe.evaluate
     conditions, scores = shared_conditions(rows, spec.seeds), scores_by_row(rows)
-    return {
+    report = {
         "recipe": runtime.recipe.name,
         "flow_run_id": flow_run_id,
         "mlflow_run_id": runtime.tracker.run_id,
@@ -101,6 +102,7 @@ def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any
         "num_images": spec.num_images,
         "seeds": list(spec.seeds),
     }
+    return report | {"draws_real_images": draws_real_images(report)}
 
 
 def _comparison(

@@ -25,7 +25,7 @@ from deme_core.rows import BASELINES, ROWS
 from deme_core.verdict import RowScores
 from tasks.experts import Expert
 from tasks.page_samples import image_prompts, page_samples
-from tasks.page_scores import draws_real_images, evaluation_facts, page_scores
+from tasks.page_scores import evaluation_facts, page_scores
 from tasks.provenance import evaluation_digests, model_digests, versions
 from tasks.report_figures import report_folder
 from tasks.row_scores import Rows
@@ -104,7 +104,7 @@ def page_of_rows(
         finished=f"{datetime.now(UTC):%-d %B %Y, %H:%M} UTC",
         facts=evaluation_facts(report),
         scores=page_scores(
-            report["scores"], deciding, report["metric"], pairs, draws_real_images=draws_real_images(report)
+            report["scores"], deciding, report["metric"], pairs, draws_real_images=report["draws_real_images"]
         ),
         samples=page_samples(grids, seed, report["conditions"], image_prompts(runtime, report["conditions"])),
         provenance=Provenance(

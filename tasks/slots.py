@@ -24,6 +24,11 @@ class Slot:
     num_threads: int
 
 
+def count_cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Not on macOS.
+
+
 def plan_slots(execution: ExecutionSpec, *num_processes: int) -> list[Slot]:
     """Returns the slots of this machine: one per GPU, or ``num_workers`` on CPU that share its cores.
 
@@ -35,7 +40,7 @@ def plan_slots(execution: ExecutionSpec, *num_processes: int) -> list[Slot]:
     Raises:
         InputError: CUDA is asked for on a machine that shows no GPU, or too few for one training.
     """
-    num_cores = len(os.sched_getaffinity(0))
+    num_cores = count_cores()
     gpus = visible_gpus() if execution.device != "cpu" else []
     if execution.device == "cuda" and not gpus:
         raise InputError(

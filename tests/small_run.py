@@ -88,7 +88,7 @@ def _manifest_keys(artifacts: ArtifactStore) -> list[str]:
 def check_cache(artifacts: ArtifactStore, visible: dict[str, dict[str, str]]) -> None:
     """Fails if the local cache shows anything but whole copies of what is in the store."""
     for name, files in visible.items():
-        for copy in (artifacts.cache / name).glob("[!.]*"):
+        for copy in artifacts.cache.glob(f"{name}-*"):
             assert _files(copy) == files, name
 
 

@@ -201,7 +201,7 @@ class ArtifactContract:
         assert ref == artifacts.find("finetune", DIGEST) == ArtifactRef(**asdict(ref))
         assert ref == ArtifactRef(f"{artifacts.store.uri}/finetune/{DIGEST}", DIGEST)
         copy = artifacts.fetch(ref)
-        assert copy.parent == artifacts.cache / "finetune" / DIGEST
+        assert copy.parent == artifacts.cache / "finetune" and copy.name.startswith(f"{DIGEST}-")
         files = {path.relative_to(copy).as_posix(): path.read_bytes() for path in copy.rglob("*") if path.is_file()}
         assert files == {
             name: (folder / name).read_bytes() for name in ("model_index.json", "unet/weights.safetensors")

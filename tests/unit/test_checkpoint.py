@@ -182,3 +182,9 @@ def test_every_difference_is_listed() -> None:
 
 def test_equal_names_and_shapes_are_no_difference() -> None:
     check_same_tensors("expert", infos(TENSORS), infos(TENSORS), reference="the pretrained model")
+
+
+def test_a_tensor_under_two_names_of_which_one_is_the_others_old_name_is_refused(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "w.safetensors", {"query": torch.zeros(1), "to_q": torch.ones(1)})
+    with pytest.raises(ModelFolderError, match="by its old name and by today's"):
+        Checkpoint(tmp_path / "w.safetensors", rename=lambda name: name.replace("query", "to_q"))

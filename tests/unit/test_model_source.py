@@ -54,6 +54,8 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     Hub.folder, Hub.claimed, Hub.got = write_tiny_folder(tmp_path / "published", one_level_unet()), {}, []
+    for name in (".gitattributes", "README.md", "unet/diffusion_pytorch_model.bin"):  # Of which none is needed.
+        (Hub.folder / name).write_text("else")
     with serving(Hub) as server:
         address = url_of(server)
         for name in ("constants.ENDPOINT", "hf_api.api.endpoint"):
@@ -67,7 +69,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 def test_a_model_of_the_hub_is_fetched_once(hub: type[Hub], tmp_path: Path) -> None:
     fetched = fetch_source("a/model", revision=None, cache=tmp_path / "cache")
-    files = {f.relative_to(hub.folder).as_posix() for f in hub.folder.rglob("*") if f.is_file()}
+    files = {
+        f.relative_to(hub.folder).as_posix() for f in hub.folder.rglob("*") if f.suffix in (".json", ".safetensors")
+    }
     assert {name: (fetched / name).read_bytes() for name in files} == {n: (hub.folder / n).read_bytes() for n in files}
     assert sorted(hub.got) == sorted(files)
     assert fetch_source("a/model", revision=None, cache=tmp_path / "cache") == fetched
@@ -81,6 +85,9 @@ def test_a_model_of_the_hub_that_was_downloaded_needs_the_hub_no_more(
     fetched = fetch_source("a/model", revision=revision, cache=tmp_path / "cache")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert fetch_source("a/model", revision=revision, cache=tmp_path / "cache") == fetched
+    (fetched / "unet" / "config.json").unlink()
+    with pytest.raises(ModelFolderError, match="could not be had from the hub"):
+        fetch_source("a/model", revision=revision, cache=tmp_path / "cache")
     with pytest.raises(ModelFolderError, match="could not be had from the hub"):
         fetch_source("another/model", revision=revision, cache=tmp_path / "cache")
 
