@@ -36,10 +36,11 @@ from tasks.runtime import Runtime, current_runtime
 def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
     """Compares the rows, draws page and figures, logs them, and returns what ``deme run --json`` prints."""
     runtime = current_runtime()
+    names = runtime.recipe.evaluate.score_names
     deciding = deciding_scores(results.rows, _primary(runtime))
     report = {
         **_evaluation(runtime, results.rows, flow_run_id),
-        **_comparison(deciding, scores_by_row(results.rows), _primary(runtime), "merged"),
+        **_comparison(deciding, scores_by_row(results.rows, names), _primary(runtime), "merged"),
         **_models(runtime, results),
         "heldout_loss": {row: result.metrics["mean"] for row, result in results.losses.items()},
     }
@@ -48,7 +49,7 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
             "uri": runtime.artifacts.folder_uri(distilled.ref),
             "digest": distilled.ref.digest,
             "weights_digest": distilled.metrics["weights_digest"],
-            **_comparison(deciding, scores_by_row(results.rows), _primary(runtime), "distilled"),
+            **_comparison(deciding, scores_by_row(results.rows, names), _primary(runtime), "distilled"),
         }
     log_run_metrics(runtime, report)
     report["registry"] = _register(runtime, report, results, deciding["merged"])
@@ -88,7 +89,7 @@ def _primary(runtime: Runtime) -> str:
 def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any]:
     """Returns what any evaluation reports."""
     spec = runtime.recipe.evaluate
-    conditions, scores = shared_conditions(rows, spec.seeds), scores_by_row(rows)
+    conditions, scores = shared_conditions(rows, spec.seeds), scores_by_row(rows, spec.score_names)
     report = {
         "recipe": runtime.recipe.name,
         "flow_run_id": flow_run_id,

@@ -12,10 +12,13 @@ from tasks.jobs import JobResult
 Rows = Mapping[str, Sequence[JobResult]]
 
 
-def scores_by_row(rows: Rows) -> dict[str, dict[str, list[float]]]:
-    """Returns the scores of each row, by metric, one per seed."""
+def scores_by_row(rows: Rows, names: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """Returns the scores of each row, by metric, one per seed; metrics in the order of ``names``, for all tables.
+
+    What comes from the store is sorted.
+    """
     return {
-        row: {metric: [r.metrics["scores"][metric] for r in results] for metric in results[0].metrics["scores"]}
+        row: {metric: [r.metrics["scores"][metric] for r in results] for metric in names}
         for row, results in rows.items()
     }
 

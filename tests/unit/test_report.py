@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
+from deme_core.manifest import ArtifactRef
 from deme_core.verdict import RowScores
+from tasks.jobs import JobResult
 from tasks.report import _comparison
+from tasks.row_scores import scores_by_row
 
 
 def comparison(metric: str, **rows: list[float]) -> dict[str, Any]:
@@ -24,3 +27,10 @@ def test_a_verdict_is_that_on_the_merged_model_against_each_other_row(metric: st
     for kind, name in (("gain", metric), ("gain_by", "seeds"), ("gain_by", "images")):
         differences = [found[kind][f"vs_{row}"][name]["mean"] for row in ("pretrained", "finetuned")]
         assert differences == pytest.approx([-0.3, 0.2])
+
+
+def test_tables_have_the_deciding_metric_first_whatever_the_store_sorted() -> None:
+    metrics = {"scores": {"clip_score": 1.0, "fid": 2.0}}
+    stored = JobResult(ArtifactRef("file:///store/evaluate/d", "d"), metrics, True, 0.0, 0.0)
+    scores = scores_by_row({"merged": [stored, stored]}, ["fid", "clip_score"])
+    assert list(scores["merged"].items()) == [("fid", [2.0, 2.0]), ("clip_score", [1.0, 1.0])]
