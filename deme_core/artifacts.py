@@ -107,7 +107,7 @@ class ArtifactStore:
         metrics: Mapping[str, Any] | None = None,
         take_folder: bool = False,
         look_first: bool = True,
-    ) -> ArtifactRef:
+    ) -> tuple[ArtifactRef, dict[str, Any]]:
         """Upload all files of a folder as an artifact; of several writers of one digest the first wins.
 
         Args:
@@ -123,11 +123,11 @@ class ArtifactStore:
             look_first: spare the upload if the artifact is there; False for whoever has just looked.
 
         Returns:
-            The artifact: this one, or the one that was there first.
+            The artifact and its metrics: this one, or the one that was there first.
         """
-        key = manifest_key(stage, digest)
-        if look_first and (existing := self.find(stage, digest)):
-            return existing
+        key, ref = manifest_key(stage, digest), self._ref(stage, digest)
+        if look_first and self.store.exists(key):
+            return ref, self.manifest(ref).metrics
         manifest = Manifest(
             stage=stage,
             digest=digest,
@@ -143,11 +143,12 @@ class ArtifactStore:
         files = upload_folder(self.store, folder, f"{stage}/{digest}/upload-{uuid4().hex}")
         text = replace(manifest, files=files).to_json().encode()
         # A retry after a lost answer finds our own manifest: then we have won all the same.
-        if not self.store.put_bytes(key, text, if_absent=True) and self.store.get_bytes(key) != text:
+        if not self.store.put_bytes(key, text, if_absent=True) and (first := self.store.get_bytes(key)) != text:
             self._delete_files(files)
-        elif take_folder:
-            _move(folder, self._copy(self._ref(stage, digest), text))
-        return self._ref(stage, digest)
+            return ref, self._parse(ref, first).metrics
+        if take_folder:
+            _move(folder, self._copy(ref, text))
+        return ref, manifest.metrics
 
     def fetch(self, ref: ArtifactRef) -> Path:
         """Return a verified local copy, downloading it the first time. Treat it as read-only.

@@ -3,16 +3,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deme_core.extractor_names import EXTRACTOR_NAMES
 from deme_core.html_report.content import Difference, Score, Scores
-from deme_core.metrics import METRICS, higher_is_better, metric_names, needs_features
+from deme_core.metrics import higher_is_better
 from deme_core.verdict import RowScores, compare, differences, interval, paired_difference, row_intervals
 
 ByMetric = Mapping[str, Sequence[float]]
-
-# As `tasks.work.reference` has it, which imports torch.
-_MOST_KEPT = 50_000
-_WITHOUT_FEATURES = frozenset(metric_names([m for m in METRICS if not needs_features([m])], EXTRACTOR_NAMES))
 
 
 def page_scores(
@@ -58,14 +53,6 @@ def _deciding_difference(row: str, baseline: str, metric: str, deciding: Mapping
     found = differences(ours, theirs)
     verdict = compare(ours, theirs, higher_is_better=higher_is_better(metric))
     return Difference(row, baseline, metric, found["seeds"], found.get("images"), verdict)
-
-
-def draws_real_images(report: Mapping[str, Any]) -> bool:
-    """Whether resamples draw the real images, too: not of a CLIP score, nor where their features were not kept."""
-    if report["metric"] == "clip_score":
-        return False
-    metrics = next(iter(report["rows"].values()))
-    return report["conditions"]["reference"]["num_images"] <= _MOST_KEPT or not _WITHOUT_FEATURES.issuperset(metrics)
 
 
 def evaluation_facts(report: Mapping[str, Any]) -> dict[str, str]:

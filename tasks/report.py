@@ -8,12 +8,11 @@ from typing import Any
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 
-from deme_core.metrics import higher_is_better
+from deme_core.metrics import higher_is_better, keeps_features
 from deme_core.rows import BASELINES
 from deme_core.verdict import RowScores, compare, differences, paired_difference
 from tasks.experts import relative_heldout_losses, spread_weights
 from tasks.jobs import JobResult
-from tasks.page_scores import draws_real_images
 from tasks.prefect_artifacts import show_report, show_scores
 from tasks.registry import register, registration_tags
 from tasks.report_figures import draw_figures, sample_grids
@@ -90,7 +89,8 @@ def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any
     """Returns what any evaluation reports."""
     spec = runtime.recipe.evaluate
     conditions, scores = shared_conditions(rows, spec.seeds), scores_by_row(rows, spec.score_names)
-    report = {
+    num_real = conditions["reference"]["num_images"]
+    return {
         "recipe": runtime.recipe.name,
         "flow_run_id": flow_run_id,
         "mlflow_run_id": runtime.tracker.run_id,
@@ -102,8 +102,8 @@ def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any
         "scores": scores,
         "num_images": spec.num_images,
         "seeds": list(spec.seeds),
+        "draws_real_images": spec.metrics[0] != "clip_score" and keeps_features(spec.metrics, num_real),
     }
-    return report | {"draws_real_images": draws_real_images(report)}
 
 
 def _comparison(

@@ -18,7 +18,6 @@ from deme_core.html_report.content import (
     TriedWeights,
 )
 from deme_core.html_report.sentences import headline
-from deme_core.manifest import ArtifactRef
 from deme_core.metrics import higher_is_better
 from deme_core.recipe_file import dump_recipe
 from deme_core.rows import BASELINES, ROWS
@@ -136,7 +135,7 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
     folder, run_id = report_folder(runtime), runtime.tracker.run_id
     (folder / PAGE).write_text(run_page(content), encoding="utf-8")
     runtime.tracker.log_file(run_id, folder / PAGE)
-    ref: ArtifactRef = runtime.artifacts.publish(
+    ref, _ = runtime.artifacts.publish(
         STAGE,
         run_id,
         folder,

@@ -53,7 +53,7 @@ def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Ca
     manifest = artifacts.manifest(described.ref)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "candidates.json").write_text(json.dumps(metrics["candidates"], indent=1))
-        ref = artifacts.publish(
+        ref, metrics = artifacts.publish(
             _STAGE,
             manifest.digest,
             Path(folder),
@@ -62,8 +62,6 @@ def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Ca
             dataset=manifest.dataset,
             metrics=metrics,
         )
-    # Of another machine's, where that was first.
-    metrics = artifacts.manifest(ref).metrics
     return JobResult(ref, metrics, False, time.perf_counter() - started, 0.0)
 
 

@@ -184,7 +184,7 @@ class ArtifactContract:
         take_folder: bool = False,
         look_first: bool = True,
     ) -> ArtifactRef:
-        return artifacts.publish(
+        ref, _ = artifacts.publish(
             stage,
             digest,
             folder,
@@ -195,6 +195,7 @@ class ArtifactContract:
             take_folder=take_folder,
             look_first=look_first,
         )
+        return ref
 
     def test_what_was_published_is_fetched(self, artifacts: ArtifactStore, folder: Path) -> None:
         ref = self.publish(artifacts, folder)

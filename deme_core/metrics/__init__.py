@@ -26,12 +26,16 @@ __all__ = [
     "direction",
     "grouped_scores",
     "higher_is_better",
+    "keeps_features",
     "metric_name",
     "metric_names",
     "needs_features",
     "needs_prompts",
     "score",
 ]
+
+# Of more real images the draw hardly matters to a score, and resamples of these take nine seconds each.
+MOST_KEPT = 50_000
 
 # What a recipe may name, and what each name means.
 MetricName = Literal["fid", "kid", "precision", "recall", "clip_score"]
@@ -121,6 +125,11 @@ def deciding_metric(name: MetricName) -> DecidingMetric | None:
 def needs_features(metrics: Sequence[MetricName]) -> bool:
     """Whether a score needs the features of the real images; for the Fréchet distance mean and covariance do."""
     return any(METRICS[metric].needs == "features" for metric in metrics)
+
+
+def keeps_features(metrics: Sequence[MetricName], num_real_images: int) -> bool:
+    """Whether the report's reference has the features of real images, which its resamples then draw, too."""
+    return needs_features(metrics) or num_real_images <= MOST_KEPT
 
 
 def needs_prompts(metrics: Sequence[MetricName]) -> bool:

@@ -131,7 +131,7 @@ class JobContext:
             The artifact and its metrics: those of another machine's, where that was first.
         """
         with self.storing() as artifacts:
-            ref = patiently(
+            return patiently(
                 lambda: artifacts.publish(
                     stage,
                     digest,
@@ -144,7 +144,6 @@ class JobContext:
                     look_first=False,  # `execute` has, under the lock.
                 )
             )
-            return ref, patiently(lambda: artifacts.manifest(ref)).metrics
 
     def discard_unfinished(self, digest: str) -> None:
         """Removes what an artifact that is in the store needed while it was made."""

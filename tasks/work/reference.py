@@ -6,14 +6,11 @@ from deme_core.digests import sha256_bytes
 from deme_core.extractors import JointExtractor
 from deme_core.feature_file import read_features
 from deme_core.feature_statistics import FeatureStatistics
-from deme_core.metrics import needs_features
+from deme_core.metrics import keeps_features, needs_features
 from deme_core.reference import Reference, save_reference
 from tasks.jobs import ReferenceJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.real_features import extractor_digest, extractor_of, indices_digest, real_indices
-
-# Of more real images the draw hardly matters to a score, and resamples of these take nine seconds each.
-_MOST_KEPT = 50_000
 
 
 def identity(job: ReferenceJob, context: JobContext) -> Identity:
@@ -55,5 +52,5 @@ def run(job: ReferenceJob, context: JobContext, out: Path, digest: str) -> Work:
 
 
 def _keeps_features(job: ReferenceJob, num_images: int) -> bool:
-    """Whether a reference has the features: for metrics that need them, and for the report's resamples."""
-    return needs_features(job.evaluate.metrics) or (job.part == "report" and num_images <= _MOST_KEPT)
+    metrics = job.evaluate.metrics
+    return keeps_features(metrics, num_images) if job.part == "report" else needs_features(metrics)

@@ -208,7 +208,7 @@ def test_killed_in_the_middle_of_an_upload_in_parts(
     artifacts = make_context(tmp_path, f"s3://{bucket}/store").artifacts
 
     def publish(store: ArtifactStore) -> ArtifactRef:
-        return store.publish("merged", "d", tmp_path / "made", settings={}, inputs={})
+        return store.publish("merged", "d", tmp_path / "made", settings={}, inputs={})[0]
 
     with FaultProxy(s3_server.endpoint_url) as proxy:
 

@@ -147,7 +147,7 @@ def test_sigterm_to_a_run_ends_it_in_time_and_the_next_one_goes_on(tmp_path: Pat
 
 
 def test_ctrl_c_ends_a_run_in_time_with_a_checkpoint(tmp_path: Path, write_recipe: WriteRecipe) -> None:
-    """The terminal sends it to all: to the workers and to Prefect's temporary server, too."""
+    """The terminal sends it to the workers, too."""
     deme = CommandLine(tmp_path / "home")
     training = {"num_steps": 5000, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 40}
     pretrained = TOY_RECIPE["pretrained"] | {"training": training}

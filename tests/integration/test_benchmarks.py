@@ -185,7 +185,7 @@ def test_an_artifact_takes_as_many_requests_to_s3_as_predicted(
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         store = open_store(f"s3://{s3_server.make_bucket(f'requests-{num_bytes}')}/store")
         artifacts = ArtifactStore(store, tmp_path / "cache")
-        ref = artifacts.publish("merged", "d", tmp_path / "made", settings={}, inputs={})
+        ref, _ = artifacts.publish("merged", "d", tmp_path / "made", settings={}, inputs={})
         made = len(proxy.requests)
         artifacts.fetch(ref)
     assert made == folder.made().calls + folder.made().parts

@@ -54,7 +54,7 @@ class MeetingPool:
             self._meeting.wait(timeout=60)
             metrics = {"value": 1.0 - sum(job.weights)}
         digest = "-".join(["d", *(f"{w:g}" for w in getattr(job, "weights", ()))])
-        ref = self._artifacts.publish(job.stage, digest, self._folder, settings={}, inputs={}, metrics=metrics)
+        ref, _ = self._artifacts.publish(job.stage, digest, self._folder, settings={}, inputs={}, metrics=metrics)
         return JobResult(ref, metrics, False, 0.0, 0.0)
 
 

@@ -110,7 +110,7 @@ def test_the_folder_of_an_artifact_names_it(tmp_path: Path) -> None:
     for name in ("unet/config.json", "model_index.json"):
         made.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
         made.joinpath(name).write_text("{}")
-    ref = artifacts.publish("merged", DIGEST, made, settings={}, inputs={})
+    ref, _ = artifacts.publish("merged", DIGEST, made, settings={}, inputs={})
     folder = artifacts.folder_uri(ref)
     assert ArtifactRef.of_folder(folder) == ArtifactRef.of_folder(ref.uri) == ref
     assert open_store(folder).get_bytes("unet/config.json") == b"{}"

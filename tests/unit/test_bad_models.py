@@ -150,7 +150,7 @@ def test_a_damaged_merged_model_is_made_anew_by_the_next_run(tmp_path: Path, mon
     artifacts = ArtifactStore(open_store((tmp_path / "store").as_uri()), tmp_path / "cache")
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "weights").write_bytes(b"sound")
-    ref = artifacts.publish("merged", "d" * 64, tmp_path / "made", settings={}, inputs={})
+    ref, _ = artifacts.publish("merged", "d" * 64, tmp_path / "made", settings={}, inputs={})
     monkeypatch.setenv("DEME_HOME", str(tmp_path))
     monkeypatch.setattr("tasks.tracked_runs.find_tag", lambda *_: ref.uri)
     export_model(None, tmp_path / "out")

@@ -104,7 +104,7 @@ def test_a_link_in_the_store_becomes_a_file_in_the_cache(tmp_path: Path) -> None
     artifacts = ArtifactStore(FileStore(tmp_path / "store"), tmp_path / "cache")
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "a").write_text("told")
-    ref = artifacts.publish("merge", DIGEST, tmp_path / "made", settings={}, inputs={})
+    ref, _ = artifacts.publish("merge", DIGEST, tmp_path / "made", settings={}, inputs={})
     stored = tmp_path / "store" / artifacts.manifest(ref).files[0].key
     elsewhere = stored.with_name("elsewhere")
     stored.rename(elsewhere)

@@ -1,12 +1,9 @@
 """Scores as a page shows them."""
 
-from typing import Any
-
 import pytest
 
 from deme_core.verdict import RowScores, differences, row_intervals
-from tasks.page_scores import _MOST_KEPT, draws_real_images, evaluation_facts, page_scores
-from tasks.work import reference
+from tasks.page_scores import evaluation_facts, page_scores
 
 METRIC = "fid"
 SCORES = {
@@ -53,23 +50,6 @@ def test_facts_say_how_scores_came_about() -> None:
     assert evaluation_facts(guided) == {**expected, "guidance": "7.5"}
 
 
-@pytest.mark.parametrize(
-    ("metrics", "num_real_images", "drawn"),
-    [
-        (["fid", "clip_score"], 50_000, True),
-        (["fid", "clip_score"], 50_001, False),
-        (["fd_dinov2_vitl14", "kd_dinov2_vitl14"], 50_001, True),
-        (["clip_score", "recall"], 100, False),
-    ],
-)
-def test_real_images_are_drawn_where_their_features_were_kept(
-    metrics: list[str], num_real_images: int, drawn: bool
-) -> None:
-    report: dict[str, Any] = {
-        "metric": metrics[0],
-        "rows": {"model": dict.fromkeys(metrics)},
-        "conditions": {"reference": {"num_images": num_real_images}},
-    }
-    assert draws_real_images(report) == drawn
+@pytest.mark.parametrize("drawn", [True, False])
+def test_the_page_is_told_whether_real_images_were_drawn(drawn: bool) -> None:
     assert page_scores(SCORES, DECIDING, METRIC, [], draws_real_images=drawn).draws_real_images == drawn
-    assert reference._MOST_KEPT == _MOST_KEPT

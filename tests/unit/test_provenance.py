@@ -26,7 +26,7 @@ def test_digests_name_models_trainings_and_the_images_that_these_saw(tmp_path: P
     artifacts = ArtifactStore(open_store((tmp_path / "store").as_uri()), tmp_path / "cache")
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "weights").write_bytes(b"w")
-    trained = artifacts.publish("finetune", "c" * 64, tmp_path / "copy", settings={}, inputs={}, dataset="d" * 64)
+    trained, _ = artifacts.publish("finetune", "c" * 64, tmp_path / "copy", settings={}, inputs={}, dataset="d" * 64)
     merged = ArtifactRef("file:///store/merged/e", "e")
     found = model_digests(
         artifacts,

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from deme_core.errors import InputError
+from deme_core.metrics import MetricName, keeps_features
 from deme_core.recipe import DatasetSpec, EvaluateSpec
 from deme_core.reference import Reference
 from deme_core.settings import Settings
@@ -54,7 +55,7 @@ def test_a_reference_does_not_depend_on_how_many_tasks_made_it(
     metrics: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tasks.work.real_features.REAL_BATCH_SIZE", 4)  # Slices hold whole batches, as in a flow.
-    monkeypatch.setattr("tasks.work.reference._MOST_KEPT", 0)
+    monkeypatch.setattr("deme_core.metrics.MOST_KEPT", 0)
     whole, sliced = Machine(tmp_path / "one task"), Machine(tmp_path / "three tasks")
     first, other = whole.reference(metrics=metrics), sliced.reference(4, 12, metrics=metrics)
     assert not other.cached
@@ -87,7 +88,7 @@ def test_at_most_one_slice_of_the_features_is_in_memory(tmp_path: Path, monkeypa
 
     machine = Machine(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("tasks.work.reference._MOST_KEPT", 0)
+        patch.setattr("deme_core.metrics.MOST_KEPT", 0)
         machine.reference(metrics=("fid",), num_images=num_images)  # All but the features is loaded now.
     monkeypatch.setattr("tasks.work.reference.read_features", read_wide_features)
     tracemalloc.start()
@@ -130,3 +131,13 @@ def test_images_extractor_and_preprocessing_have_digests_of_their_own(tmp_path: 
     assert len({each.extractor_digest for each in (plain, resized, other)}) == 3
     with pytest.raises(InputError, match=r"was made with .*give every machine the same evaluate\.extractor_weights"):
         check_extractor("efficientnet_lite0", other.extractor_digest, plain)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "num_real_images", "kept"),
+    [(["fid"], 50_000, True), (["fid", "clip_score"], 50_001, False), (["fid", "kid"], 50_001, True)],
+)
+def test_features_are_kept_for_metrics_that_need_them_and_of_few_images(
+    metrics: list[MetricName], num_real_images: int, kept: bool
+) -> None:
+    assert keeps_features(metrics, num_real_images) == kept

@@ -23,7 +23,7 @@ def test_what_killed_processes_left_is_freed_and_nothing_else(tmp_path: Path, mo
     artifacts = make_context(tmp_path).artifacts
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "a").write_text("a")
-    ref = artifacts.publish("merged", "whole", tmp_path / "made", settings={}, inputs={})
+    ref, _ = artifacts.publish("merged", "whole", tmp_path / "made", settings={}, inputs={})
     half = f"merged/killed/upload-{'0' * 32}/a"
     artifacts.store.put_bytes(half, b"half")
     of_killed_run = ("jobs/5e2a.json", "jobs/sender-5e2b")
@@ -140,7 +140,7 @@ def test_copies_that_nobody_asked_for_are_freed_from_the_cache(tmp_path: Path, m
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "a").write_text("1234")
     used, unused, remade = (
-        artifacts.publish("merged", name, tmp_path / "made", settings={}, inputs={})
+        artifacts.publish("merged", name, tmp_path / "made", settings={}, inputs={})[0]
         for name in ("used", "unused", "remade")
     )
     source = FileStore(tmp_path / "elsewhere")
