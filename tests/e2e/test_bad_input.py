@@ -1,4 +1,3 @@
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -107,22 +106,12 @@ def test_what_a_worker_finds_reaches_the_user(
     assert not list(fresh_deme.home.glob("store/*/*/manifest.json"))
 
 
-def test_captions_that_are_missing_reach_the_user(
-    fresh_deme: CommandLine, write_recipe: WriteRecipe, broken_images: Path
-) -> None:
-    (broken_images / "torn.png").unlink()
-    rows = [json.dumps({"file_name": f"{index}.png", "text": None if index else "black"}) for index in range(4)]
-    (broken_images / "metadata.jsonl").write_text("\n".join(rows))
-    dataset = {"source": "imagefolder", "path": str(broken_images), "resolution": 8, "caption_column": "text"}
-    done = fresh_deme.run("run", write_recipe(dataset=dataset))
-    _refused(done, "3 of 4 images", "1.png, 2.png, 3.png", "'text'")
-
-
 def _write_model(folder: Path, model: torch.nn.Module) -> str:
     blocks = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
     return str(write_tiny_folder(folder, model, **blocks))
 
 
+@pytest.mark.long
 def test_too_few_candidates_for_all_blocks_are_told_before_anything_is_trained(
     fresh_deme: CommandLine, write_recipe: WriteRecipe, tmp_path: Path
 ) -> None:

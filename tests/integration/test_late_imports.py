@@ -14,9 +14,10 @@ def test_a_job_that_was_done_before_imports_no_library_to_do_it_with() -> None:
         f"import importlib, pathlib, sys; [importlib.import_module(name) for name in {modules}]; "
         "from deme_core.extractors import extractors_digest; "
         "extractors_digest(['efficientnet_lite0'], weights=None, resolution=None, cache=pathlib.Path('none')); "
+        "from deme_core.images.digits import DigitsSource; DigitsSource(); "
         "print(*sorted(set(sys.argv[1:]) & set(sys.modules)))"
     )
-    libraries = ["accelerate", "diffusers", "peft", "scipy", "timm", "torchvision", "transformers"]
+    libraries = ["accelerate", "diffusers", "peft", "scipy", "sklearn", "timm", "torchvision", "transformers"]
     done = subprocess.run([sys.executable, "-c", script, *libraries], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 

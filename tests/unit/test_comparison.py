@@ -56,7 +56,9 @@ def test_runs_of_one_deciding_metric_are_compared_by_the_metrics_that_all_have(m
 
     runs = {"a": evaluated("a", "fid", "kid"), "b": evaluated("b", "fid", "recall"), "c": evaluated("c", "kid", "kid")}
     monkeypatch.setattr(comparison, "check_tracking", lambda _: None)
-    monkeypatch.setattr(comparison, "find_report", lambda _, run: runs[run])
+    monkeypatch.setattr(comparison, "find_report", lambda _, run: runs["a" if run == "the-same" else run])
+    with pytest.raises(InputError, match="Some of a, the-same are the same run; name each once"):
+        comparison.comparable_reports(["a", "the-same"])
     shared = comparison.comparable_reports(["a", "b"])
     assert [set(each[kind]["merged"]) for each in shared.values() for kind in ("rows", "scores")] == [{METRIC}] * 4
     with pytest.raises(InputError, match=r"they differ in deciding_metric \(fid, kid\)"):

@@ -24,6 +24,7 @@ from deme_core.images import (
     normalize,
     source,
 )
+from deme_core.images.digits import DigitsSource
 from deme_core.images.pixels import FORMATS, decode
 from deme_core.images.preview import preview_images
 from deme_core.images.remote import FileKind, fetch_images
@@ -130,6 +131,14 @@ def test_digits_are_scaled_from_sixteen_levels(tmp_path: Path) -> None:
     assert (len(dataset), dataset.channels, dataset.resolution) == (1797, 1, 8)
     expected = torch.tensor(load_digits().images).mul(255 / 16).round().to(torch.uint8)
     assert torch.equal(pixels_of(dataset), expected[:, None])
+
+
+def test_digits_do_without_scikit_learns_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_the_file = DigitsSource()
+    monkeypatch.setattr("deme_core.images.digits.importlib.util.find_spec", lambda _: None)
+    loaded = DigitsSource()
+    assert [loaded.read(i) for i in range(1797)] == [of_the_file.read(i) for i in range(1797)]
+    assert loaded.column("label") == of_the_file.column("label")
 
 
 def test_digits_take_another_resolution_and_channels(tmp_path: Path) -> None:
