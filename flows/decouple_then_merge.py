@@ -82,9 +82,9 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     refs = tuple(expert.ref for expert in chosen)
     if recipe.merge.method == "regmean":
         refs = confined_copies(recipe, pretrained.ref, chosen)
-    weights = plan.find_weights(refs, "merge weights")
+    weights = plan.find_weights(refs, experts, "merge weights")
     (control_result,) = _results([control])
-    scale = plan.find_weights((control_result.ref,), "scale of the control", is_control=True)
+    scale = plan.find_weights((control_result.ref,), None, "scale of the control")
     merged = plan.merge(refs, weights, experts, "experts")
     scaled = plan.merge((control_result.ref,), scale, None, "control")
     models = {"pretrained": pretrained, "finetuned": scaled, "merged": merged}

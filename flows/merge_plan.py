@@ -8,7 +8,7 @@ from prefect.futures import PrefectFuture
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import MethodSpec, Recipe
 from deme_core.search import from_natural_weights
-from tasks.experts import Expert
+from tasks.experts import Expert, weights_of_merged
 from tasks.jobs import JobResult, MergeJob, SearchJob
 from tasks.stages import merge, search
 
@@ -35,18 +35,22 @@ class MergePlan:
     searches: dict[str, JobResult] = field(default_factory=dict)
 
     def find_weights(
-        self, experts: tuple[ArtifactRef, ...], what: str, *, is_control: bool = False
+        self, refs: tuple[ArtifactRef, ...], experts: Sequence[Expert] | None, what: str
     ) -> PrefectFuture[JobResult] | None:
-        """Submits the search for weights; None if there is nothing to search."""
-        if self.reference is None or self.recipe.merge.search is None or not experts:
+        """Submits the search for weights; None if there is nothing to search; ``experts`` is None for the control."""
+        if self.reference is None or self.recipe.merge.search is None or not refs:
             return None
+        search_spec = from_natural_weights(self.recipe.merge.search, self.recipe.merge)
+        if experts is not None and search_spec.known_weights:
+            known = dict.fromkeys(weights_of_merged(experts, weights) for weights in search_spec.known_weights)
+            search_spec = search_spec.model_copy(update={"known_weights": tuple(known)})
         job = SearchJob(
             pretrained=self.pretrained,
-            experts=experts,
-            method=_SCALE if is_control else self._method(),
+            experts=refs,
+            method=_SCALE if experts is None else self._method(),
             segment_edges=self.segment_edges,
-            is_control=is_control,
-            search=from_natural_weights(self.recipe.merge.search, self.recipe.merge),
+            is_control=experts is None,
+            search=search_spec,
             evaluate=self.recipe.evaluate_for("search"),
             dataset=self.recipe.dataset,
             reference=self.reference,
@@ -67,8 +71,8 @@ class MergePlan:
         elif experts is None:
             weights = (1.0,)
         else:
-            fixed = self.recipe.merge.weights or ()
-            weights = tuple(w for w, expert in zip(fixed, experts, strict=False) if expert.merged)
+            fixed = self.recipe.merge.weights
+            weights = weights_of_merged(experts, fixed) if fixed else ()
         method = _SCALE if experts is None else self._method()
         return merge(MergeJob(pretrained=self.pretrained, experts=refs, method=method, weights=weights), what)
 

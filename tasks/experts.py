@@ -119,6 +119,11 @@ def relative_heldout_losses(
     return {row: relative_losses(losses, before, edges) for row, losses in of_rows.items()}
 
 
+def weights_of_merged(experts: Sequence[Expert], weights: Sequence[float]) -> tuple[float, ...]:
+    """Returns of one weight per expert those of the merged ones."""
+    return tuple(weight for weight, expert in zip(weights, experts, strict=True) if expert.merged)
+
+
 def spread_weights(experts: Sequence[Expert], weights: Sequence[float]) -> list[float]:
     """Returns the weights of all experts from those of the merged ones: a dropped one has 0.
 

@@ -8,6 +8,9 @@ from deme_core.recipe.base import Spec
 
 # At half a minute for each, a week.
 _LARGEST_GRID = 20_000
+# How far a control may be scaled, whatever bounds the weights of segments: those add up where copies agree, and a
+# control that could not even keep what it learnt would lose to any merge.
+CONTROL_REACH = 2.0
 
 
 class SearchSpec(Spec):
@@ -57,6 +60,18 @@ class SearchSpec(Spec):
         "pretrained model's, such as fd_pixels_4x4. One that is 5 % worse makes the candidate's score count as worse "
         "by 5 % of the pretrained model's score; several add up.",
     )
+    known_weights: tuple[tuple[float, ...], ...] = Field(
+        (),
+        exclude_if=lambda known: not known,
+        description="coordinate, tpe, cma_es, gp: weights that earlier searches found, lowest timesteps first, scored "
+        "before all else. They count as candidates; coordinate goes on from the best, cma_es around the first.",
+    )
+    known_scales: tuple[float, ...] = Field(
+        (),
+        exclude_if=lambda known: not known,
+        description="The same for the control's scale: who gives the one must give the other, or the control would "
+        "start behind.",
+    )
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
     )
@@ -67,8 +82,35 @@ class SearchSpec(Spec):
             raise ValueError("seeds must differ from one another: one seed makes the same images twice")
         return self
 
+    @model_validator(mode="after")
+    def _known_to_both(self) -> Self:
+        if not self.known_weights and not self.known_scales:
+            return self
+        if not (self.known_weights and self.known_scales):
+            raise ValueError(
+                "give known_weights and known_scales, or neither: a report has both, as merged.weights and "
+                "finetuned.scale"
+            )
+        if self.strategy in ("grid", "quadratic"):
+            raise ValueError(f"strategy '{self.strategy}' takes no known_weights: it goes its own way")
+        bounds = [(self.known_scales, 0.0, max(self.max_weight, CONTROL_REACH))]
+        if self.strategy != "coordinate":
+            bounds += [(known, self.min_weight, self.max_weight) for known in self.known_weights]
+        for known, low, high in bounds:
+            if not all(low <= weight <= high for weight in known):
+                raise ValueError(f"the known {list(known)} are not all in [{low:g}, {high:g}], where the search looks")
+        return self
+
     def shortcoming(self, num_weights: int) -> str | None:
         """Returns why so many weights cannot be searched: with too small a budget, or on too large a grid."""
+        if num_known := max(len(self.known_weights), len(self.known_scales)):
+            # What is known to be near needs no change of each weight to be found.
+            if self.max_candidates > num_known + 1:
+                return None
+            return (
+                f"max_candidates {self.max_candidates} is too small: theta_0, what is known and one candidate more "
+                f"take {num_known + 2}"
+            )
         if self.strategy != "grid":
             if self.max_candidates > num_weights:
                 return None

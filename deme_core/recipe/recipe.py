@@ -58,6 +58,7 @@ class Recipe(Spec):
         num_weights = num_segments * (self.pretrained.num_blocks if self.merge.method == "block_weights" else 1)
         if self.merge.search and (shortcoming := self.merge.search.shortcoming(num_weights)):
             raise ValueError(f"merge.search: {shortcoming}")
+        self._check_known_weights(num_segments)
         if self.merge.search and (unknown := set(self.merge.search.guards) - set(self.evaluate.score_names[1:])):
             able = ", ".join(self.evaluate.score_names[1:]) or "none"
             raise ValueError(
@@ -73,6 +74,17 @@ class Recipe(Spec):
         if few and few >= full:
             raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")
         return self
+
+    def _check_known_weights(self, num_segments: int) -> None:
+        known = self.merge.search.known_weights if self.merge.search else ()
+        if known and self.merge.method == "block_weights":
+            raise ValueError("merge.search.known_weights are one for each segment, which block_weights does not take")
+        for weights in known:
+            if len(weights) != num_segments:
+                raise ValueError(
+                    f"merge.search.known_weights has {len(weights)} values in {list(weights)}, for {num_segments} "
+                    "segments"
+                )
 
     def num_control_steps(self, num_segments: int) -> int:
         """Optimizer steps of the control: as many as all copies, and the distillation, take together."""

@@ -7,7 +7,7 @@ chance.
 
 import math
 
-from deme_core.recipe import MethodSpec, SearchSpec
+from deme_core.recipe import CONTROL_REACH, MethodSpec, SearchSpec
 from deme_core.search.candidates import (
     Batch,
     Candidate,
@@ -22,10 +22,6 @@ from deme_core.search.grid import control_values
 from deme_core.search.halving import halve
 from deme_core.search.quadratic import fit_minimum
 from deme_core.search.strategies import FITTED, STRATEGIES
-
-# How far a control may be scaled, whatever bounds the weights of segments: those add up where copies agree, and a
-# control that could not even keep what it learnt would lose to any merge.
-_CONTROL_REACH = 2.0
 
 __all__ = [
     "STRATEGIES",
@@ -66,14 +62,15 @@ def search_weights(
         is_control: search the control's scale, which starts at 1.
     """
     start = 1.0 if is_control else spec.initial_weight if spec.initial_weight is not None else 1.0 / num_copies
-    starts = [(start,) * num_weights]
+    known = [(scale,) for scale in spec.known_scales] if is_control else list(spec.known_weights)
+    starts = [*known, (start,) * num_weights]
     if is_control:
-        spec = spec.model_copy(update={"max_weight": max(spec.max_weight, _CONTROL_REACH), "min_weight": 0.0})
+        spec = spec.model_copy(update={"max_weight": max(spec.max_weight, CONTROL_REACH), "min_weight": 0.0})
     if spec.strategy in FITTED:
         # The line through theta_0 is bounded above alone: it leads where all weights but the least grow.
         lowest = 0.0 if spec.strategy == "quadratic" else spec.min_weight
         fit = fit_minimum(num_weights=num_weights, step=start, max_weight=spec.max_weight, min_weight=lowest)
-        starts.insert(0, (yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))))
+        starts.insert(len(known), (yield from translated(fit, lambda weights: Batch("loss", tuple(weights)))))
     values = control_values(spec.values, num_segments) if is_control else spec.values
     strategy = STRATEGIES[spec.strategy](spec.model_copy(update={"values": values}), starts)
     if spec.few_steps is None:

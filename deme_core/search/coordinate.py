@@ -1,11 +1,14 @@
 """One weight at a time around the best so far."""
 
+from collections.abc import Sequence
+
 from deme_core.search.candidates import Strategy, Weights
 
 
 def coordinate_search(
     start: Weights,
     *,
+    others: Sequence[Weights] = (),
     step_size: float,
     max_candidates: int,
     min_step_size: float = 0.02,
@@ -20,6 +23,7 @@ def coordinate_search(
 
     Args:
         start: the first weights after all zeros.
+        others: scored with them; the search goes on from the best.
         step_size: first step.
         max_candidates: score at most so many, the pretrained model included.
         min_step_size: give up below this step.
@@ -44,7 +48,7 @@ def coordinate_search(
     def value(weights: Weights) -> float:
         return scored.get(weights, float("inf"))
 
-    yield from score((0.0,) * len(start), start)
+    yield from score((0.0,) * len(start), start, *others)
     best = min(scored, key=scored.__getitem__)
     while step_size >= min_step_size and len(scored) < max_candidates:
         improved = False

@@ -20,7 +20,7 @@ def _grid(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
 
 
 def _coordinate(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:
-    return coordinate_search(starts[0], step_size=spec.step_size, max_candidates=spec.max_candidates)
+    return coordinate_search(starts[0], others=starts[1:], step_size=spec.step_size, max_candidates=spec.max_candidates)
 
 
 def _quadratic(spec: SearchSpec, starts: Sequence[Weights]) -> Strategy:

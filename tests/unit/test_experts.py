@@ -13,7 +13,7 @@ from deme_core.errors import BadExpertError
 from deme_core.manifest import ArtifactRef
 from deme_core.segments import TimestepSegment
 from deme_core.verdict import Interval
-from tasks.experts import Expert, judge, judge_experts, spread_weights
+from tasks.experts import Expert, judge, judge_experts, spread_weights, weights_of_merged
 from tasks.jobs import JobResult
 from tasks.runtime import use_runtime
 
@@ -83,3 +83,7 @@ def test_a_dropped_copy_has_the_weight_zero(
     merged: tuple[bool, ...], weights: tuple[float, ...], spread: list[float]
 ) -> None:
     assert spread_weights(experts(*merged), weights) == spread
+
+
+def test_of_known_weights_those_of_a_dropped_copy_are_left_out() -> None:
+    assert weights_of_merged(experts(True, False, True), (0.1, 0.2, 0.3)) == (0.1, 0.3)

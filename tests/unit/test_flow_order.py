@@ -1,5 +1,6 @@
 """What a flow asks for first, and what it takes from overrides; without Prefect and without work."""
 
+import json
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 
 from deme_core.errors import InputError
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe_file import load_recipe
-from flows import decouple_then_merge
+from flows import decouple_then_merge, merge_plan
 from flows import evaluate as evaluation
 
 
@@ -84,3 +86,18 @@ def test_what_is_said_of_the_model_that_is_scored_is_kept(monkeypatch: pytest.Mo
         evaluation.evaluate.fn("some/model", "digits", overrides)
     assert (taken[0].source, taken[0].allow_pickle, taken[0].revision) == ("some/model", True, "v2")
     assert taken[0].training is None
+
+
+def test_a_search_is_told_what_is_known_of_the_copies_that_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+    monkeypatch.setattr(merge_plan, "search", SimpleNamespace(submit=lambda job, _: jobs.append(job)))
+    known = {"strategy": "cma_es", "known_weights": [[0.1, 0.2, 0.3], [0.1, 0.9, 0.3]], "known_scales": [0.5]}
+    overrides = ["segments={count: 3}", f"merge={json.dumps({'search': known})}"]
+    ref = ArtifactRef("file:///store/finetune/a", "a")
+    plan = merge_plan.MergePlan(load_recipe("digits", overrides), ref, (0, 300, 600, 1000), ref)
+    experts: Any = [SimpleNamespace(merged=merged) for merged in (True, False, True)]
+    plan.find_weights((ref, ref), experts, "merge weights")
+    plan.find_weights((ref,), None, "scale of the control")
+    assert [(job.is_control, len(job.experts)) for job in jobs] == [(False, 2), (True, 1)]
+    assert jobs[0].search.known_weights == ((0.1, 0.3),)
+    assert {job.search.known_scales for job in jobs} == {(0.5,)}

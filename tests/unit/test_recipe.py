@@ -204,6 +204,38 @@ def test_a_search_that_cannot_end_or_see_is_refused() -> None:
     assert recipe(merge={"search": {"few_steps": 19}}, evaluate=evaluate)
 
 
+KNOWN = {"strategy": "cma_es", "known_weights": [[0.3, 1.2]], "known_scales": [0.5]}
+
+
+@pytest.mark.parametrize(
+    ("merge", "message"),
+    [
+        ({"search": KNOWN | {"known_scales": []}}, "give known_weights and known_scales, or neither"),
+        ({"search": KNOWN | {"known_weights": []}}, "give known_weights and known_scales, or neither"),
+        ({"search": KNOWN | {"strategy": "grid"}}, "strategy 'grid' takes no known_weights"),
+        ({"search": KNOWN | {"strategy": "quadratic"}}, "strategy 'quadratic' takes no known_weights"),
+        ({"search": KNOWN | {"known_weights": [[0.3]]}}, r"has 1 values in \[0.3\], for 2 segments"),
+        ({"search": KNOWN | {"known_weights": [[0.3, 2.5]]}}, r"\[0.3, 2.5\] are not all in \[0, 2\]"),
+        ({"search": KNOWN | {"known_scales": [-0.1]}}, r"\[-0.1\] are not all in \[0, 2\]"),
+        ({"search": KNOWN | {"max_candidates": 2}}, r"max_candidates 2 is too small: .* take 3"),
+        ({"search": KNOWN, "method": "block_weights"}, "which block_weights does not take"),
+    ],
+)
+def test_what_is_known_of_weights_suits_the_search_and_gives_no_row_a_start_before_the_other(
+    merge: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        recipe(segments={"count": 2}, merge=merge)
+
+
+def test_known_weights_may_lie_where_the_search_looks_and_spare_it_candidates() -> None:
+    below = KNOWN | {"known_weights": [[-0.3, 1.2]]}
+    for search in (KNOWN | {"max_candidates": 3}, below | {"min_weight": -0.5}, below | {"strategy": "coordinate"}):
+        assert recipe(segments={"count": 2}, merge={"search": search})
+    dumped = recipe(segments={"count": 2}, merge={"search": {}}).merge.model_dump()["search"]
+    assert not {"known_weights", "known_scales"} & set(dumped), "digests of searches without them stay"
+
+
 def test_a_guard_is_a_score_that_is_computed_and_does_not_decide() -> None:
     evaluate = {"num_images": 10, "metrics": ["fid", "kid"], "more_extractors": ["pixels_4x4"]}
     assert recipe(merge={"search": {"guards": ["fd_pixels_4x4", "kid"]}}, evaluate=evaluate)

@@ -119,6 +119,25 @@ def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weight
     assert run() == weights
 
 
+@pytest.mark.parametrize("strategy", ["coordinate", "tpe", "cma_es", "gp"])
+def test_what_an_earlier_search_found_is_scored_first_and_searched_around(strategy: str) -> None:
+    known = {"known_weights": [[1.4, 0.1, 0.9], [0.2, 0.2, 0.2]], "known_scales": [1.6]}
+    spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 12, **known})
+    objective, proxy = bowl((1.5, 0.2, 1.0)), bowl((0.0, 0.0, 0.0))
+    found = list(search(objective, spec, num_weights=3, num_segments=3, proxy=proxy))
+    assert [c.weights for c in found[:3]] == [(0.0,) * 3, *spec.known_weights]
+    assert len(found) == 12
+    best = best_candidate(found)
+    assert best.score <= objective((1.4, 0.1, 0.9)) < found[0].score
+    without = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 12})
+    assert (
+        best.score < best_candidate(list(search(objective, without, num_weights=3, num_segments=3, proxy=proxy))).score
+    )
+
+    control = search(bowl((1.7,)), spec, num_weights=1, num_segments=3, is_control=True, proxy=bowl((1.0,)))
+    assert [next(control).weights for _ in range(2)] == [(0.0,), (1.6,)]
+
+
 @pytest.mark.parametrize("strategy", ["quadratic", "tpe", "cma_es", "gp"])
 def test_no_weight_is_tried_or_measured_beyond_its_bound(strategy: str) -> None:
     spec = SearchSpec.model_validate({"strategy": strategy, "max_candidates": 16, "max_weight": 0.6})
