@@ -1,6 +1,6 @@
 """Gram matrices of the inputs of a denoiser's linear maps: which directions a copy sees on its own timesteps."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,15 +20,22 @@ LinearMap = nn.Linear | nn.Conv2d
 
 
 def linear_maps(model: nn.Module, *, max_features: int) -> dict[str, LinearMap]:
-    """Returns the linear maps by name whose inputs have at most ``max_features`` features.
+    """Returns the linear maps by name whose inputs have at most ``max_features`` features, a bias not counted.
 
     A convolution is the linear map from the patches it sees; one in groups is left out.
     """
+    maps = {name: module for name, module in model.named_modules() if isinstance(module, LinearMap)}
     return {
         name: module
-        for name, module in model.named_modules()
-        if isinstance(module, LinearMap) and getattr(module, "groups", 1) == 1 and num_features(module) <= max_features
+        for name, module in maps.items()
+        if getattr(module, "groups", 1) == 1 and module.weight[0].numel() <= max_features
     }
+
+
+def share_of(names: Iterable[str], model: nn.Module) -> float:
+    """Returns which share of a model's parameters the linear maps of these names have."""
+    maps = [model.get_submodule(name) for name in names]
+    return sum(p.numel() for each in maps for p in each.parameters()) / sum(p.numel() for p in model.parameters())
 
 
 def num_features(layer: LinearMap) -> int:
@@ -66,7 +73,7 @@ def input_grams(
         device: where the model is.
 
     Returns:
-        float64 (D, D) by the name of the map, on the CPU.
+        float64 (D, D) by the name of the map, on the CPU; with a bias D is one more than its features.
     """
     order = torch.randperm(len(images), generator=generator("grams", seed)).tolist()[:num_images]
     process = adapter.noise_process

@@ -17,6 +17,7 @@ from deme_core.store import folder_and_key, open_store
 _PROMPT_COLUMNS = ("prompt", "caption")
 _MEND = "set evaluate.prompts to a text file with one prompt per line, or a .tsv or .csv file with a header"
 # Not files: prompts made of the names of classes.
+_BIRD, _MACHINE = 134, 517
 IMAGENET_1K, CIFAR_10 = "imagenet1k", "cifar10"
 _CIFAR_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -88,6 +89,7 @@ def _imagenet_prompts() -> tuple[str, ...]:
     first_names = [names.split(",")[0] for names in descriptions]
     count = Counter(first_names)
     names = [first if count[first] == 1 else every for first, every in zip(first_names, descriptions, strict=True)]
+    names[_BIRD], names[_MACHINE] = "crane bird", "construction crane"  # Both are called crane and nothing else.
     return tuple(f"a photo of a {name}" for name in names)
 
 

@@ -43,6 +43,7 @@ def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[
         captions = _captions(source, spec.caption_column, indices)
     elif spec.caption_template is not None:
         captions = _from_template(source, spec.caption_template, indices)
+    _refuse_half_characters(source, indices, captions or ())
     if spec.label_column is None:
         return Conditioning(captions)
     labels, names = _labels(_column(source, spec.label_column, "label_column"), source, spec.label_column)
@@ -112,6 +113,20 @@ def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | 
     such = f"values such as {wrong!r:.60}, neither classes nor their names"
     held = "both classes and names" if wrong is None else such
     raise DatasetError(f"Column '{name}' of {source.description} holds {held}; set dataset.label_column.")
+
+
+def _refuse_half_characters(source: ImageSource, indices: Sequence[int], captions: Sequence[str]) -> None:
+    """Refuse what JSON allows and no tokenizer takes: one half of a character that UTF-16 writes in two."""
+    halves = [index for index, text in zip(indices, captions, strict=False) if _is_half(text)]
+    if halves:
+        raise DatasetError(
+            f"{len(halves)} of {len(indices)} captions in {source.description} hold half of a character, such as a cut "
+            f"emoji ({first_names([source.name(index) for index in halves])}); mend them, or leave these images out."
+        )
+
+
+def _is_half(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _refuse_missing(source: ImageSource, indices: Sequence[int], values: Sequence[Any], what: str) -> None:

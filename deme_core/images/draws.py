@@ -66,11 +66,10 @@ class BatchSchedule:
 
     def _indices(self, number: int) -> torch.Tensor:
         batch_size = self.batch_size * self.share.num_processes
-        first, last = number * batch_size, (number + 1) * batch_size
-        epochs = range(first // self.num_images, (last - 1) // self.num_images + 1)
-        order = torch.cat([self._epoch(epoch) for epoch in epochs])
-        start = first - epochs.start * self.num_images
-        return order[start : start + batch_size]
+        first, last, size = number * batch_size, (number + 1) * batch_size, self.num_images
+        epochs = range(first // size, (last - 1) // size + 1)
+        # Cut first: an epoch is copied as a whole otherwise, for each batch.
+        return torch.cat([self._epoch(e)[max(first - e * size, 0) : last - e * size] for e in epochs])
 
     def _epoch(self, epoch: int) -> torch.Tensor:
         if self.windows is not None:

@@ -25,7 +25,7 @@ from deme_core.images.tars import CLASSES, JSON, TEXTS, Member, Sample, TarSourc
 from deme_core.store import ObjectStore, StoredObject
 
 _GB = 10**9
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ class StreamedTars(TarSource):
             if num_images is not None and sum(not v.startswith(BROKEN) for v in self.verdicts) >= num_images:
                 break
             for row in json.loads(self._index(number)):
-                texts = {e: Member(number, 0, len(text), text.encode()) for e, text in row["texts"].items()}
+                texts = {e: _member_of(number, text) for e, text in row["texts"].items()}
                 image = Member(number, row["offset"], row["size"])
                 self._samples.append(Sample(number, row["key"], {row["image"]: image} | texts, row["image"]))
                 self.verdicts.append(row["verdict"])
@@ -149,7 +149,8 @@ class StreamedTars(TarSource):
                 "size": sample.members[sample.image].size,
                 "verdict": verdict(local, position, self._channels),
                 "texts": {
-                    extension: local.read_member(member).decode("utf-8-sig", errors="replace")
+                    # What is no UTF-8 is kept as it is, for whoever asks for it to refuse.
+                    extension: local.read_member(member).decode(errors="surrogateescape")
                     for extension, member in sample.members.items()
                     if extension in (*TEXTS, *CLASSES, JSON)
                 },
@@ -215,3 +216,8 @@ class StreamedTars(TarSource):
             self._shards.discard(tar)  # It may have been damaged on its way, or on this disk.
         self._index_store.delete(self._index_key(tar))  # And so may what was indexed.
         raise changed(f"{self.name(index)} at {self._store.uri}")
+
+
+def _member_of(tar: int, text: str) -> Member:
+    content = text.encode(errors="surrogateescape")
+    return Member(tar, 0, len(content), content)

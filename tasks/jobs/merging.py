@@ -12,6 +12,7 @@ class GramsJob(Job):
 
     stage: ClassVar[str] = "grams"
     work: ClassVar[str] = "grams"
+    version: ClassVar[int] = 2
     expert: ArtifactRef
     dataset: DatasetSpec
     low: int

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deme_core.activation_grams import input_grams
+from deme_core.activation_grams import input_grams, share_of
 from deme_core.checkpoint import save_tensors
 from deme_core.model_folder import load_denoiser
 from deme_core.segments import TimestepSegment
@@ -25,8 +25,9 @@ def run(job: GramsJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the matrices, float32."""
     yield {"message": "measuring inputs"}
     folder = context.open_model(job.expert)
+    model = load_denoiser(folder).eval().to(context.device)
     grams = input_grams(
-        load_denoiser(folder).eval().to(context.device),
+        model,
         folder.adapter(context.device),
         context.training_images(job.dataset),
         segment=TimestepSegment(job.low, job.high),
@@ -35,4 +36,6 @@ def run(job: GramsJob, context: JobContext, out: Path, digest: str) -> Work:
         device=context.device,
     )
     save_tensors(out / GRAMS, {name: gram.float() for name, gram in grams.items()})
-    return {"num_maps": len(grams)}
+    share = share_of(grams, model)
+    yield {"message": f"{len(grams)} linear maps with {share:.0%} of the parameters are confined, the rest is averaged"}
+    return {"num_maps": len(grams), "share_of_parameters": share}

@@ -1,4 +1,5 @@
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,15 @@ def test_the_digits_know_their_labels(tmp_path: Path) -> None:
     expected = load_digits().target[:50].tolist()
     assert (dataset.labels, dataset.label_names) == (expected, [str(digit) for digit in range(10)])
     assert dataset.captions == [f"the digit {digit}" for digit in expected]
+
+
+@pytest.mark.parametrize("asked", [{"caption_column": "text"}, {"caption_template": "see {text}"}])
+def test_half_a_character_is_no_caption(folder: Path, tmp_path: Path, asked: dict[str, str]) -> None:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    rows = [{"file_name": name, "text": "a cat" if number else "a \ud83d cat"} for number, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DatasetError, match=rf"^1 of {len(names)} captions .* half of a character, .* \({names[0]}\)"):
+        load(folder, tmp_path, **asked)
 
 
 def test_subfolders_are_classes(folder: Path, tmp_path: Path) -> None:

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deme_core.activation_grams import Grams, input_grams, linear_maps, num_features
+from deme_core.activation_grams import Grams, input_grams, linear_maps, num_features, share_of
 from deme_core.images import load_images
-from deme_core.recipe import DatasetSpec
+from deme_core.recipe import DatasetSpec, RegMeanSpec
 from deme_core.regmean import confine
 from deme_core.segments import TimestepSegment
 from tests.tiny_models import randomize, tiny_adapter, tiny_unet
@@ -82,8 +82,15 @@ def test_every_linear_map_has_a_gram_but_those_with_too_many_features(grams_of: 
     assert set(grams_of(model, SEGMENTS[0])) == everything
     few = grams_of(model, SEGMENTS[0], max_features=80)
     assert set(few) == set(linear_maps(model, max_features=80)) < everything
-    assert all(len(gram) <= 80 for gram in few.values())
+    assert all(len(gram) <= 80 + 1 for gram in few.values())
     assert num_features(model.conv_in) == 9 + 1
+
+
+def test_the_default_confines_what_its_description_names() -> None:
+    widest = nn.Sequential(nn.Conv2d(512, 8, 3), nn.Conv2d(512, 8, 3, bias=False), nn.Conv2d(513, 8, 3))
+    assert list(linear_maps(widest, max_features=RegMeanSpec().max_features)) == ["0", "1"]
+    num = [sum(p.numel() for p in layer.parameters()) for layer in widest]
+    assert share_of(["0", "1"], widest) == (num[0] + num[1]) / sum(num)
 
 
 def test_inputs_differ_between_segments_and_repeat(grams_of: GramsOf) -> None:

@@ -109,6 +109,20 @@ def test_names_that_are_not_utf8_are_streamed(tmp_path: Path) -> None:
         assert [source.name(number) for number in range(len(source))] == [f"0.tar/{name}"]
 
 
+def test_texts_that_are_not_utf8_are_refused_as_on_disk(tmp_path: Path) -> None:
+    folder = tmp_path / "tars"
+    pack_tars(folder)
+    with tarfile.open(folder / "000.tar", "a") as archive:
+        for name, content in (("z.png", b"no image"), ("z.txt", "caf\u00e9".encode("latin-1"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    settings = {"skip_broken": True, "cache_gb": 1e-3}
+    assert len(_load(folder, tmp_path, caption_column=None, **settings)) == NUM_TARS * PER_TAR
+    with pytest.raises(DatasetError, match=r"000\.tar/z\.txt is not UTF-8; pack the tar anew"):
+        _load(folder, tmp_path, **settings)
+
+
 def test_the_cache_stays_under_its_bound_while_epochs_pass_through_it(
     tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
