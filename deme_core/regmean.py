@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from deme_core.activation_grams import Grams
+from deme_core.checkpoint import Checkpoint
 
 # A layer some of whose inputs never vary has a singular matrix: theta_0 pulls with this share of the mean square input.
 _RIDGE = 1e-3
@@ -23,7 +24,7 @@ def confine(
     pretrained: Mapping[str, torch.Tensor],
     expert: Mapping[str, torch.Tensor],
     index: int,
-    grams: Sequence[Grams],
+    grams: Sequence[Grams | Checkpoint],
     *,
     shrinkage: float,
 ) -> dict[str, torch.Tensor]:
@@ -36,7 +37,7 @@ def confine(
         pretrained: theta_0, stock tensors.
         expert: theta_i, stock tensors.
         index: i.
-        grams: Gram matrices (D, D) by linear map, of each of the N experts.
+        grams: Gram matrices (D, D) by linear map, of each of the N experts; of files one map's are in memory at a time.
         shrinkage: share of the matrices' off-diagonal entries that is kept, in [0, 1].
 
     Returns:

@@ -24,7 +24,7 @@ def run(job: ConfineJob, context: JobContext, out: Path, digest: str) -> Work:
     """Writes the confined copy, its projections folded in first."""
     yield {"message": "confining"}
     base = context.open_model(job.pretrained)
-    grams = [Checkpoint(context.fetch(ref) / GRAMS).tensors() for ref in job.grams]
+    grams = [Checkpoint(context.fetch(ref) / GRAMS) for ref in job.grams]
     tensors = confine(
         load_denoiser(base).state_dict(),
         load_denoiser(context.open_model(job.expert)).state_dict(),
