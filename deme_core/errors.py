@@ -107,7 +107,7 @@ class IncompatibleCheckpointsError(InputError):
     ) -> None:
         self.missing, self.extra, self.mismatched = tuple(missing), tuple(extra), tuple(mismatched)
         parts = [
-            f"{label} {', '.join(names)}"
+            f"{label} {', '.join(_first_of(names))}"
             for label, names in (
                 ("missing tensors:", self.missing),
                 ("extra tensors:", self.extra),
@@ -116,6 +116,12 @@ class IncompatibleCheckpointsError(InputError):
             if names
         ]
         super().__init__(f"{checkpoint} does not hold the tensors of {reference}; {'; '.join(parts)}.")
+
+
+def _first_of(names: Sequence[str]) -> list[str]:
+    """Returns the first three names and how many more there are: hundreds would bury the sentence."""
+    num_more = len(names) - 3
+    return [*names[:3], f"and {num_more} more"] if num_more > 0 else list(names)
 
 
 class ArtifactNotFoundError(DemeError):
@@ -164,6 +170,13 @@ class TimestepHistogramError(DemeError):
 
 class BadExpertError(DemeError):
     """A finetuned copy is not better than the pretrained model where it should be."""
+
+
+class RunEndedError(DemeError):
+    """A job was not done, or not to its end, since the flow run that wanted it ended."""
+
+    def __init__(self, message: str = "The flow run ended before the job did.") -> None:
+        super().__init__(message)
 
 
 class WorkerDiedError(DemeError):

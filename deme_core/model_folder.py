@@ -131,6 +131,7 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
     if (found := config.get("_class_name")) not in (known := index.family.denoiser_classes):
         raise ModelFolderError(f"{denoiser / 'config.json'} describes a {found}; known are {', '.join(known)}.")
     scheduler_config = read_json(scheduler / "scheduler_config.json")
+    scheduler_config.pop("_use_default_values", None)  # In folders that were written by DeMe until 2026-11-28.
     if problem := index.family.unsupported(config, scheduler_config):
         raise ModelFolderError(f"{path} has {problem}; DeMe cannot finetune it.")
     folder = ModelFolder(

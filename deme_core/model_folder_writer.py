@@ -138,7 +138,6 @@ def _copy_file(source: Path, destination: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(defaults := content.get("_use_default_values"), list):
-        # diffusers lists a set, in an order of its own in every process: equal models shall be equal files.
-        content = content | {"_use_default_values": sorted(defaults)}
+    # What diffusers keeps of a config in memory alone: `from_config` of another scheduler would drop what it lists.
+    content = {name: value for name, value in content.items() if name != "_use_default_values"}
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -31,7 +31,10 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
         return folder
     if _HUB_ID.fullmatch(source) and not source.startswith("."):
         return _fetch_from_hub(source, revision)
-    raise ModelFolderError(f"pretrained.source '{source}' is no folder, object-store URI or hub id.")
+    raise ModelFolderError(
+        f"The model '{source}' is no folder, object-store URI or hub id; name a folder that holds the model, "
+        "s3://BUCKET/PREFIX or OWNER/MODEL."
+    )
 
 
 def _fetch_uri(uri: str, cache: Path) -> Path:
@@ -49,7 +52,8 @@ def _open(uri: str) -> ObjectStore:
     except StoreUnavailableError:
         raise
     except InputError as error:
-        raise ModelFolderError("pretrained.source is no object-store URI; give s3://BUCKET/PREFIX.") from error
+        # Not repeated: it may hold a password.
+        raise ModelFolderError("The model's address is no object-store URI; give s3://BUCKET/PREFIX.") from error
 
 
 def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
@@ -76,7 +80,7 @@ def _fetch_from_hub(repo_id: str, revision: str | None) -> Path:
         reason = first_line(error)
         raise ModelFolderError(
             f"{repo_id} is not a local folder and could not be had from the hub ({type(error).__name__}: {reason}); "
-            "set pretrained.source to a folder that holds the model."
+            "name a folder that holds the model, in a recipe as pretrained.source."
         ) from error
 
 

@@ -1,6 +1,8 @@
 """The command line. Each command imports what it needs when it runs, so that ``deme --help`` is instant."""
 
+import io
 import json
+import sys
 import webbrowser
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,7 @@ from rich.console import Console
 
 from deme_core.errors import InputError
 from flows.ending import run_to_its_end
+from flows.environment import reach_loopback_without_proxy
 from flows.stack.commands import app as stack_app
 from flows.terminal import say
 
@@ -184,9 +187,14 @@ def merge(
         Literal["task_arithmetic", "block_weights", "ties", "dare", "average"],
         typer.Option(help="How task vectors are combined; block_weights takes a weight per expert and block, too."),
     ] = "task_arithmetic",
-    density: Annotated[float | None, typer.Option(help="ties: share of each tensor's entries that is kept.")] = None,
-    drop_rate: Annotated[float | None, typer.Option(help="dare: share of the entries that is dropped.")] = None,
-    seed: Annotated[int | None, typer.Option(help="dare: decides which entries are dropped.")] = None,
+    # None where it is not given: a method refuses what is another's.
+    density: Annotated[
+        float | None, typer.Option(help="ties: share of each tensor's entries that is kept.", show_default="0.2")
+    ] = None,
+    drop_rate: Annotated[
+        float | None, typer.Option(help="dare: share of the entries that is dropped.", show_default="0.5")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="dare: decides which entries are dropped.", show_default="0")] = None,
 ) -> None:
     """Merge finetuned copies of a model into one, in weight space."""
     from flows.model_commands import merge_models
@@ -305,6 +313,10 @@ def doctor(
 
 def main() -> None:
     """Runs the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # In a locale without … a line is better than a traceback.
+            stream.reconfigure(errors="replace")
+    reach_loopback_without_proxy()
     run_to_its_end(app)
 
 

@@ -1,7 +1,7 @@
 """Registers work pools, deployments and automations with a Prefect server.
 
-Again and again, it changes nothing, and what was set on the server since stays: parameters and concurrency limits of
-deployments, job templates of pools, and whether an automation is on.
+Again and again, it changes nothing, and what was set on the server since stays: whatever of a deployment is not code
+(parameters, schedules, a pause, job variables and so on), job templates of pools, and whether an automation is on.
 """
 
 import contextlib
@@ -10,20 +10,24 @@ import json
 import ssl
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import yaml
+from prefect import Flow
 from prefect.cli import app as prefect_command
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterTags
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.responses import DeploymentResponse
-from prefect.events.schemas.automations import AutomationCore
-from prefect.exceptions import ObjectAlreadyExists
+from prefect.events import DeploymentTriggerTypes
+from prefect.events.schemas.automations import Automation, AutomationCore
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPStatusError
+from prefect.utilities.callables import parameter_schema
+from pydantic import TypeAdapter
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DemeError
@@ -61,17 +65,36 @@ def deploy(pool_type: PoolType = "process", say: Callable[[str], None] = lambda 
     with get_client(sync_client=True) as client:
         for name, description in POOLS.items():
             _make_pool(client, name, description, pool_type, say)
-        _register_deployments(client)
+        content = _read("prefect.yaml")
+        names = {_full_name(deployment): deployment for deployment in content["deployments"]}
+        there = {name: found for name in names if (found := _find(client, name)) is not None}
+        new = [deployment for name, deployment in names.items() if name not in there]
+        if new:
+            _register({**content, "deployments": new})
+        for name, found in there.items():
+            _update(client, name, found, names[name])
         for automation in _read("automations.yaml")["automations"]:
-            _make_automation(client, automation)
-        return sorted("/".join(names) for names in _registered(client))
+            _make_automation(
+                client, AutomationCore.model_validate(automation), client.read_automations_by_name(automation["name"])
+            )
+        return sorted(names)
 
 
-def _registered(client: SyncPrefectClient) -> dict[tuple[str, str], DeploymentResponse]:
-    """Returns our deployments that are there, by names of flow and deployment."""
-    ours = DeploymentFilter(tags=DeploymentFilterTags(all_=["deme"]))  # Of all the server gives the first 200.
-    found = client.read_deployments(deployment_filter=ours)
-    return {(client.read_flow(each.flow_id).name, each.name): each for each in found}
+def _flow_of(deployment: Mapping[str, Any]) -> Flow[..., Any]:
+    module, _, function = deployment["entrypoint"].rpartition(".")
+    found: Flow[..., Any] = getattr(import_module(module), function)
+    return found
+
+
+def _full_name(deployment: Mapping[str, Any]) -> str:
+    return f"{_flow_of(deployment).name}/{deployment['name']}"
+
+
+def _find(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
+    try:
+        return client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
 
 
 def _make_pool(
@@ -118,25 +141,46 @@ def _digest(template: Mapping[str, Any]) -> str:
     return sha256_bytes(canonical_json({**template, "variables": variables}).encode())
 
 
-def _deployments_to_register(client: SyncPrefectClient) -> dict[str, Any]:
-    """Returns what prefect.yaml says, with the parameters and concurrency limits of deployments that are there."""
-    content, there = _read("prefect.yaml"), _registered(client)
-    for deployment in content["deployments"]:
-        module, _, function = deployment["entrypoint"].rpartition(".")
-        found = there.get((getattr(import_module(module), function).name, deployment["name"]))
-        if found is None:
-            continue
-        deployment["parameters"] = deployment.get("parameters", {}) | found.parameters
-        if (limit := found.global_concurrency_limit) is not None:
-            strategy = found.concurrency_options and found.concurrency_options.collision_strategy
-            deployment["concurrency_limit"] = {
-                "limit": limit.limit,
-                "collision_strategy": str(strategy.value) if strategy else "ENQUEUE",
-            }
-    return content
+def _update(
+    client: SyncPrefectClient, full_name: str, found: DeploymentResponse, deployment: Mapping[str, Any]
+) -> None:
+    """Tells the server what has changed in the code of a deployment that is there, and nothing else.
+
+    `prefect deploy` would end a pause, replace schedules and job variables, and show what is secret in the latter.
+    """
+    flow = _flow_of(deployment)
+    wanted = {
+        "entrypoint": deployment["entrypoint"],
+        "version": flow.version,
+        "parameter_openapi_schema": parameter_schema(flow).model_dump(mode="json", exclude_unset=True),
+        "parameters": deployment.get("parameters", {}) | found.parameters,
+        "tags": [*found.tags, *(tag for tag in deployment["tags"] if tag not in found.tags)],
+    }
+    changes = {name: value for name, value in wanted.items() if getattr(found, name) != value}
+    if changes:
+        try:
+            client.update_deployment(found.id, DeploymentUpdate.model_validate(changes))
+        except PrefectHTTPStatusError as error:
+            if error.response.status_code != httpx.codes.CONFLICT:
+                raise
+            raise DemeError(
+                f"Deployment {full_name} has parameters on the server that its flow does not take; correct them there: "
+                f"{error.response.text}"
+            ) from error
+    _update_triggers(client, found, deployment.get("triggers", ()))
 
 
-def _register_deployments(client: SyncPrefectClient) -> None:
+def _update_triggers(
+    client: SyncPrefectClient, found: DeploymentResponse, triggers: Iterable[Mapping[str, Any]]
+) -> None:
+    of_it = client.read_resource_related_automations(f"prefect.deployment.{found.id}")
+    for content in triggers:
+        trigger = TypeAdapter[DeploymentTriggerTypes](DeploymentTriggerTypes).validate_python(content)
+        trigger.set_deployment_id(found.id)
+        _make_automation(client, trigger.as_automation(), of_it)
+
+
+def _register(content: Mapping[str, Any]) -> None:
     """Does what `prefect deploy` does, in this process: another one would import Prefect and all flows once more."""
     said = io.StringIO()
     with (
@@ -146,7 +190,7 @@ def _register_deployments(client: SyncPrefectClient) -> None:
         _shared_tls_contexts(),
     ):
         file = Path(folder) / "prefect.yaml"
-        file.write_text(yaml.safe_dump(_deployments_to_register(client)))
+        file.write_text(yaml.safe_dump(content))
         try:
             with _command_line("prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(file)):
                 prefect_command()
@@ -177,15 +221,15 @@ def _shared_tls_contexts() -> Iterator[None]:
         ssl.create_default_context = before
 
 
-def _make_automation(client: SyncPrefectClient, content: dict[str, Any]) -> None:
-    automation = AutomationCore.model_validate(content)
-    found = client.read_automations_by_name(automation.name)
-    if not found:
+def _make_automation(client: SyncPrefectClient, automation: AutomationCore, there: Iterable[Automation]) -> None:
+    found = next((each for each in there if each.name == automation.name), None)
+    if found is None:
         client.create_automation(automation)
         return
-    automation = automation.model_copy(update={"enabled": found[0].enabled})
-    if found[0].model_dump(exclude={"id"}) != automation.model_dump():
-        client.update_automation(found[0].id, automation)
+    # The owner is told to the server once, and never told by it.
+    wanted = automation.model_dump(exclude={"owner_resource"}) | {"enabled": found.enabled}
+    if found.model_dump(exclude={"id", "owner_resource"}) != wanted:
+        client.update_automation(found.id, AutomationCore.model_validate(wanted))
 
 
 def _read(name: str) -> dict[str, Any]:

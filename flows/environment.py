@@ -1,6 +1,7 @@
 """Environment defaults: state under DEME_HOME, no telemetry, no connection nobody asked for."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from deme_core.local_files import local_errors
@@ -26,6 +27,8 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+_LOOPBACK = ("127.0.0.1", "localhost")
+_PROXIES, _EXEMPTIONS = ("http_proxy", "https_proxy", "all_proxy"), ("NO_PROXY", "no_proxy")
 
 
 def set_defaults() -> None:
@@ -33,6 +36,29 @@ def set_defaults() -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("PREFECT_HOME", str(Settings().state_folder / "prefect"))
+
+
+def proxy_exemptions(environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what keeps clients from asking a proxy for this machine's own servers.
+
+    Args:
+        environment: may name a proxy, and what goes past it already.
+
+    Returns:
+        NO_PROXY and no_proxy, alike since clients differ in which they prefer; nothing if no proxy is named.
+    """
+    if not any(environment.get(name) or environment.get(name.upper()) for name in _PROXIES):
+        return {}
+    given = ",".join(environment.get(name, "") for name in _EXEMPTIONS).split(",")
+    hosts = dict.fromkeys(host.strip() for host in given if host.strip())
+    # An asterisk exempts all, but for urllib only where it stands alone.
+    exempt = "*" if "*" in hosts else ",".join(hosts | dict.fromkeys(_LOOPBACK))
+    return dict.fromkeys(_EXEMPTIONS, exempt)
+
+
+def reach_loopback_without_proxy() -> None:
+    """Has this process and those that it starts reach servers of this machine past any proxy."""
+    os.environ.update(proxy_exemptions(os.environ))
 
 
 def make_folders() -> None:

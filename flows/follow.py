@@ -1,13 +1,22 @@
 """Follows a flow run on a Prefect server to its end."""
 
 import time
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.client.schemas.filters import (
+    FlowFilter,
+    FlowFilterName,
+    FlowRunFilter,
+    FlowRunFilterId,
+    WorkerFilter,
+    WorkerFilterStatus,
+)
+from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.sorting import FlowRunSort, TaskRunSort
+from prefect.exceptions import ObjectNotFound
 from rich.console import Console
 
 from deme_core.errors import DemeError, InputError
@@ -19,6 +28,7 @@ from tasks.tracked_runs import find_report
 _POLL_SECONDS = 1.0
 # Reading the tasks takes a server on SQLite some 30 ms of processor time, three times as long as the run's state.
 _POLLS_PER_READING = 3
+_SECONDS_UNTIL_TOLD = 15.0
 
 
 def follow_run(run: str | None, console: Console) -> dict[str, Any]:
@@ -66,18 +76,71 @@ def _is_to_come(found: FlowRun) -> bool:
 
 def _wait(client: SyncPrefectClient, found: FlowRun, console: Console) -> State[Any]:
     seen: set[Any] = set()
+    queue = _Queue(client, console)
     num_polls = 0
     while True:
-        state = client.read_flow_run(found.id).state
+        run = client.read_flow_run(found.id)
+        state = run.state
         is_final = state is not None and state.is_final()
         if is_final or num_polls % _POLLS_PER_READING == 0:
             _print_ended(client, found, console, seen)
+            queue.look(run)
         if state is not None and is_final:
             return state
         if seen:
             import_mlflow()  # For the report: now nobody waits for it.
         num_polls += 1
         time.sleep(_POLL_SECONDS)
+
+
+class _Queue:
+    """Tells why a run that has not started for a while does not, once for each reason."""
+
+    def __init__(self, client: SyncPrefectClient, console: Console) -> None:
+        self._client, self._console = client, console
+        self._type: StateType | None = None
+        self._since = 0.0
+        self._told = ""
+
+    def look(self, run: FlowRun) -> None:
+        """Looks at the run as it is now."""
+        state = run.state
+        if state is None or not (state.is_scheduled() or state.is_pending()):
+            self._type = None
+            return
+        if state.type != self._type:
+            self._type, self._since = state.type, time.monotonic()
+        if time.monotonic() - self._since < _SECONDS_UNTIL_TOLD:
+            return
+        reason = self._reason(run.work_pool_name, state)
+        if reason != self._told:
+            self._told = reason
+            say(self._console, f"waits: {reason}")
+
+    def _reason(self, pool: str | None, state: State[Any]) -> str:
+        begin = state.state_details.scheduled_time
+        if state.is_scheduled() and begin is not None and begin > datetime.now(UTC):
+            return f"{state.name} for {_clock(begin)}"
+        problem = self._problem_of_pool(pool) if pool else None
+        return problem or f"{state.name} since {_clock(state.timestamp)}"
+
+    def _problem_of_pool(self, name: str) -> str | None:
+        online = WorkerFilter(status=WorkerFilterStatus(any_=["ONLINE"]))
+        try:
+            pool = self._client.read_work_pool(name)
+            if pool.is_paused:
+                return f"work pool {name} is paused"
+            if not self._client.read_workers_for_work_pool(name, worker_filter=online):
+                return f"no worker of work pool {name} is online"
+        except ObjectNotFound:
+            return f"work pool {name} is gone"
+        return None
+
+
+def _clock(when: datetime) -> str:
+    """Returns a time as clocks here show it, with the date if that is another."""
+    here, now = when.astimezone(), datetime.now().astimezone()
+    return f"{here:%H:%M}" if here.date() == now.date() else f"{here:%Y-%m-%d %H:%M}"
 
 
 def _print_ended(client: SyncPrefectClient, found: FlowRun, console: Console, seen: set[Any]) -> None:

@@ -21,6 +21,8 @@ from deme_core.recipe import Sampler
 from deme_core.settings import Settings
 from deme_core.store import open_store
 
+_METHOD_OF_SETTING = {"density": "ties", "drop_rate": "dare", "seed": "dare"}
+
 
 def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
     """Writes the merged or distilled model of a run, by default the newest that has one, into ``out``."""
@@ -73,7 +75,7 @@ def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out
         method: of `MethodSpec`; what is None is left at its default.
 
     Raises:
-        InputError: weights or settings are none, or do not fit the method.
+        InputError: weights or settings are none, do not fit the method, or are another method's.
     """
     try:
         parsed = tuple(float(weight) for weight in weights.split(",")) if weights else ()
@@ -84,12 +86,20 @@ def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out
     from deme_core.recipe import MethodSpec
     from tasks.work.merge import merge_folders
 
+    given = {name: value for name, value in method.items() if value is not None}
     try:
-        spec = MethodSpec.model_validate({name: value for name, value in method.items() if value is not None})
+        spec = MethodSpec.model_validate(given)
     except ValidationError as error:
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
         raise InputError(f"--{option} {problem['input']}: {problem['msg']}.") from None
+    for name, owner in _METHOD_OF_SETTING.items():
+        if name in given and spec.method != owner:
+            option = name.replace("_", "-")
+            raise InputError(
+                f"--{option} is a setting of --method {owner}, and {spec.method} ignores it; leave it out, or give "
+                f"--method {owner}."
+            )
     if spec.method == "average" and parsed:
         raise InputError("--method average takes no --weights.")
     with new_folder(out) as folder:

@@ -56,10 +56,10 @@ class ProgressDisplay:
                 self._progress.update(bar, total=total, completed=total, note=note)
                 self._progress.stop_task(bar)
                 self._say(f"{event.task}: {note}")
-            elif event.kind == "failed":
+            elif event.kind in ("failed", "stopped"):
                 self._progress.stop_task(bar)
-                self._progress.update(bar, note="failed")
-                self._say(f"{event.task}: failed")
+                self._progress.update(bar, note=event.kind)
+                self._say(f"{event.task}: {event.kind}")
 
     def _say(self, line: str) -> None:
         if not self._console.is_terminal:

@@ -23,6 +23,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     if "distilled" in report:
         _print_verdicts("distilled", report["distilled"], report["metric"], console)
     weights = ", ".join(f"{weight:g}" for weight in report["merged"]["weights"])
+    if not any(report["merged"]["weights"]):
+        say(console, "merged is the pretrained model: all merge weights are 0")
     lines = [
         f"merge weights  {weights}  (scale of the control: {report['finetuned']['scale']:g})",
         f"merged model   {report['merged']['uri']}",

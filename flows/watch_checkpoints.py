@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import PurePosixPath
 from typing import Annotated, Any
 
 from prefect import flow
@@ -67,7 +68,9 @@ def watch(
             if finding.look.verdict.outcome != "whole":
                 news.tell_of(finding)
                 continue
-            start = _starter(finding.look, recipe, [*overrides, _pretrained_from(finding.look.uri)], deployment)
+            # As the ledger's entry: watches of other prefixes, which may have other overrides, start runs of their own.
+            key = f"deme-watch-{recipe}-{PurePosixPath(ledger.uri).name}-{finding.look.verdict.digest}"
+            start = _starter(key, recipe, [*overrides, _pretrained_from(finding.look.uri)], deployment)
             looked, started = ledger.start_once(finding.look, start, claimed_by=f"flow run {flow_run.id}")
             looks[looked.uri] = looked
             news.tell_of(finding, looked, started=started)
@@ -82,8 +85,8 @@ def _pretrained_from(uri: str) -> str:
     return f"pretrained={json.dumps({'source': uri})}"
 
 
-def _starter(looked: Look, recipe: str, overrides: list[str], deployment: str) -> Callable[[], str]:
-    """Returns what starts the run, once in a Prefect database however often it is called."""
+def _starter(key: str, recipe: str, overrides: list[str], deployment: str) -> Callable[[], str]:
+    """Returns what starts the run, once in a Prefect database for each key however often it is called."""
 
     def start() -> str:
         try:
@@ -93,7 +96,7 @@ def _starter(looked: Look, recipe: str, overrides: list[str], deployment: str) -
                 timeout=0,
                 # A run of its own: it outlives the watch.
                 as_subflow=False,
-                idempotency_key=f"deme-watch-{recipe}-{looked.verdict.digest}",
+                idempotency_key=key,
             )
         except ObjectNotFound as error:
             raise InputError(f"There is no deployment {deployment}; register it with deme deploy.") from error

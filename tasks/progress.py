@@ -15,12 +15,12 @@ class Event:
 
     Attributes:
         task: name of the task, e.g. ``finetune segment 2 [500, 750)``.
-        kind: started, progress, warning, finished, cached or failed.
+        kind: started, progress, warning, finished, cached, failed, or stopped, as the run was.
         record: the progress record, for kind progress; for a warning its ``message``, a sentence.
     """
 
     task: str
-    kind: Literal["started", "progress", "warning", "finished", "cached", "failed"]
+    kind: Literal["started", "progress", "warning", "finished", "cached", "failed", "stopped"]
     record: dict[str, Any] = field(default_factory=dict)
 
 

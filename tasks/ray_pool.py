@@ -18,7 +18,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
 from deme_core.code_version import code_version
-from deme_core.errors import DemeError, InputError, WorkerDiedError
+from deme_core.errors import InputError, RunEndedError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, check_access
@@ -218,7 +218,7 @@ class RayPool:
             raise job_error(error.args[0]) from None
         except ray.exceptions.RayError as error:
             if self._closed:  # It did not die, it was dismissed: nobody shall try again.
-                raise DemeError("The flow run ended before the job did.") from error
+                raise RunEndedError from error
             self._say_it_crashed(future.task_run_id)
             raise WorkerDiedError(
                 f"The node of {getattr(job, 'label', job.stage)} was lost ({type(error).__name__}) before its job was "
@@ -256,7 +256,7 @@ class RayPool:
             if finished:
                 return
             if self._closed:
-                raise DemeError("The flow run ended before the job did.")
+                raise RunEndedError
             if not started and time.monotonic() - submitted > _PATIENCE_SECONDS:
                 report({"message": "waits for a node with room for it"})
                 submitted = float("inf")

@@ -18,7 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
-from deme_core.errors import ArtifactNotFoundError, DemeError, InputError, WorkerDiedError
+from deme_core.errors import ArtifactNotFoundError, DemeError, InputError, RunEndedError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
 from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
@@ -116,7 +116,7 @@ class RemotePool:
             is_late = self._closed
         if is_late:  # `close` did not see it.
             _cancel(client, flow_run.id)
-            raise DemeError("The flow run is ending.")
+            raise RunEndedError
         report({"message": f"flow run {flow_run.name} of {name}"})
         return flow_run.id
 
@@ -148,7 +148,7 @@ class RemotePool:
             outcome: dict[str, Any] = json.loads(self._store.get_bytes(outcome_key(flow_run_id)))
         except ArtifactNotFoundError as error:
             if self._closed:  # It did not die, it was cancelled: nobody shall try again.
-                raise DemeError("The flow run ended before the job did.") from error
+                raise RunEndedError from error
             # Also where it failed: with the store away for a while it could not leave its outcome, and may try again.
             raise WorkerDiedError(
                 f"Flow run {flow_run_id} of a job ended before the job was done ({state}); run again to go on from "

@@ -144,7 +144,7 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
         metrics=report,
     )
     runtime.tracker.set_tags(run_id, {REPORT_TAG: ref.uri})
-    if sentence := headline(content.scores.differences):
+    if sentence := headline(content.scores.differences, content.copies):
         runtime.tracker.describe(run_id, sentence)
     return {"path": str(folder / PAGE), "uri": ref.uri}
 

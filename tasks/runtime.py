@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
-from deme_core.errors import TrackingUnavailableError
+from deme_core.errors import RunEndedError, TrackingUnavailableError
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
@@ -114,11 +114,11 @@ class Runtime:
         """
         try:
             result = work(lambda record: tell(Event(task, "progress", record)), lambda: tell(Event(task, "started")))
-        except BaseException:
-            tell(Event(task, "failed"))
+        except BaseException as error:
+            tell(Event(task, "stopped" if was_stopped(error) else "failed"))
             if child:
                 with contextlib.suppress(TrackingUnavailableError):  # What failed before is what must be told.
-                    self.tracker.finish(child, failed=True)
+                    self.tracker.finish(child, "KILLED" if was_stopped(error) else "FAILED")
             raise
         tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
         if child:
@@ -154,3 +154,8 @@ def use_runtime(runtime: Runtime) -> Iterator[Runtime]:
         yield runtime
     finally:
         _current.reset(token)
+
+
+def was_stopped(error: BaseException) -> bool:
+    """Whether what ended a job is the end of its run: Ctrl-C, SIGTERM, a cancellation, or another job that failed."""
+    return isinstance(error, RunEndedError) or not isinstance(error, Exception)

@@ -33,7 +33,7 @@ from tasks.jobs import (
 )
 from tasks.prefect_artifacts import progress_bar
 from tasks.progress import Event, Record, tell
-from tasks.runtime import current_runtime
+from tasks.runtime import current_runtime, was_stopped
 from tasks.training_log import TrainingLog
 from tasks.weight_search import search_artifact
 
@@ -116,8 +116,8 @@ def _follow_training(
 
     try:
         result = runtime.run(job, task=task_name, on_record=on_record)
-    except BaseException:
-        training_log.abandon()
+    except BaseException as error:
+        training_log.abandon("KILLED" if was_stopped(error) else "FAILED")
         raise
     child, tracker = training_log.complete(result.metrics["history"]), runtime.tracker
     runtime.note_result(child, result)

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 # Tags of runs that found something: of all, of those with a merged model, and of those with a page.
 _SCORED, _MERGED, REPORT_TAG = "deme.fingerprint", "deme.merged.uri", "deme.report.uri"
+# Of runs that evaluated a model, and of parts of a run, such as its trainings.
+_EVALUATED, _PARENT = "deme.model", "mlflow.parentRunId"
 
 
 def find_tag(settings: Settings, tag: str, run: str | None) -> str:
     """Returns a tag of the run whose id begins with ``run``; by default of the newest run that has the tag.
 
     Raises:
-        InputError: there is no such run, or more than one.
+        InputError: there is no such run, more than one, or it lacks the tag.
     """
     return str(_find_run(settings, _has(tag), run).data.tags[tag])
 
@@ -77,18 +79,38 @@ def _has(tag: str) -> str:
 
 
 def _find_run(settings: Settings, query: str, run: str | None) -> "Run":
+    found = _search(settings, query, run)
+    unfit = [] if found or not run else _search(settings, "", run)
+    if not found and not unfit:
+        which = f"whose id begins with '{run}'" if run else "that has finished"
+        raise InputError(f"There is no run {which} in {settings.tracking_place}; `deme run` makes one.")
+    if run is not None and len(found or unfit) > 1:
+        raise InputError(f"{len(found or unfit)} runs have an id that begins with '{run}'; give more of it.")
+    if unfit:
+        raise InputError(f"Run {unfit[0].info.run_id} {_shortcoming(unfit[0])}.")
+    return found[0]
+
+
+def _search(settings: Settings, query: str, run: str | None) -> "list[Run]":
+    """Returns the runs that the query finds, newest first, whose id begins with ``run``."""
     client = mlflow_client(settings)
     experiments = [str(experiment.experiment_id) for experiment in client.search_experiments()]
     found = client.search_runs(experiments, query, order_by=["attributes.start_time DESC"], max_results=1000)
-    if run is not None:
-        found = [candidate for candidate in found if candidate.info.run_id.startswith(run)]
-    if not found:
-        which = f"whose id begins with '{run}'" if run else "that has finished"
-        raise InputError(f"There is no run {which} in {settings.tracking_place}; `deme run` makes one.")
-    if run is not None and len(found) > 1:
-        raise InputError(f"{len(found)} runs have an id that begins with '{run}'; give more of it.")
-    first: Run = found[0]
-    return first
+    return [candidate for candidate in found if candidate.info.run_id.startswith(run or "")]
+
+
+def _shortcoming(run: "Run") -> str:
+    """Returns why a run is none that was looked for, and what to do."""
+    tags = run.data.tags
+    if _PARENT in tags:
+        return f"is a part of run {tags[_PARENT]}; give the id of that one"
+    if _EVALUATED in tags:
+        return "evaluated a model and made none; give the id of a run that `deme run` made"
+    if _MERGED in tags:
+        return "has no distilled model, since its recipe does not distill; leave out --row distilled"
+    if run.info.status == "FINISHED":
+        return "made a pretrained model and no more; give the id of a run that `deme run` made"
+    return "has not finished; wait for it, or run the same command again if it was interrupted or failed"
 
 
 def check_tracking(settings: Settings) -> None:

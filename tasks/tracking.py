@@ -150,9 +150,9 @@ class Tracker:
         """Address of a file of the parent run; None without a server."""
         return f"{self._ui_url}/get-artifact?path={name}&run_uuid={self.run_id}" if self._ui_url else None
 
-    def finish(self, run_id: str, *, failed: bool = False) -> None:
+    def finish(self, run_id: str, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Ends a run."""
-        self._client.set_terminated(run_id, "FAILED" if failed else "FINISHED")
+        self._client.set_terminated(run_id, status)
 
     def finish_flow(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Ends the parent run, and what else of this flow run is still said to be running.

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from deme_core.errors import TrackingUnavailableError
 from tasks.tracking import Tracker
@@ -27,7 +27,8 @@ class TrainingLog:
         self._waiting: list[tuple[Record, int]] = []  # Each with the time at which it came, in ms since the epoch.
         self._seen: set[int] = set()
         self._change = threading.Condition()
-        self._ending = self._failed = False
+        self._ending = False
+        self._bad_end: Literal["FAILED", "KILLED"] | None = None
         self._error: Exception | None = None
         # A daemon, since nothing shall keep a process from ending that has lost its server.
         self._sender = threading.Thread(target=self._send, daemon=True)
@@ -62,9 +63,9 @@ class TrainingLog:
         assert self._run is not None
         return self._run[1]
 
-    def abandon(self) -> None:
-        """Sends what was taken of a training that failed, and that it did, if that can be done in seconds."""
-        self._failed = True
+    def abandon(self, status: Literal["FAILED", "KILLED"]) -> None:
+        """Sends what was taken of a training that has not come to its end, and why, if that can be done in seconds."""
+        self._bad_end = status
         self._end()
         self._sender.join(_SECONDS_TO_GIVE_UP)
 
@@ -88,8 +89,8 @@ class TrainingLog:
                 tracker, run_id = self._run
                 if batch:
                     tracker.log_training(run_id, batch)
-                if is_last and self._failed:
-                    tracker.finish(run_id, failed=True)
+                if is_last and self._bad_end:
+                    tracker.finish(run_id, self._bad_end)
             except Exception as error:
                 if isinstance(error, TrackingUnavailableError) and not is_last:
                     continue  # The same again, with the same times: what arrived of it is not there twice.

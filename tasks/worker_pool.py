@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from deme_core.errors import DemeError, InputError, WorkerDiedError, WorkerStoppedError
+from deme_core.errors import InputError, RunEndedError, WorkerDiedError, WorkerStoppedError
 from tasks.error_messages import job_error
 from tasks.gpu_lock import GpuLock
 from tasks.jobs import Job, JobResult
@@ -84,7 +84,7 @@ class WorkerPool:
             return worker.run(job, report)
         except WorkerDiedError as error:
             if self._closed:  # It did not die, it was dismissed: nobody shall try again.
-                raise DemeError("The flow run ended before the job did.") from error
+                raise RunEndedError from error
             raise
         finally:
             with self._changed:
@@ -118,7 +118,7 @@ class WorkerPool:
                     return worker
             # Other programs give GPUs back without a word.
             self._changed.wait(_SECONDS_BETWEEN_LOOKS if is_next else None)
-        raise DemeError("The flow run is ending.")
+        raise RunEndedError
 
     def _suitable(self, num_processes: int) -> list["_Worker"]:
         """Returns the workers with as many GPUs as a job needs; all of them on CPU.
@@ -168,7 +168,7 @@ class _Worker:
 
     def _start(self) -> None:
         if self._is_dismissed:  # Nobody would end what started now.
-            raise DemeError("The flow run is ending.")
+            raise RunEndedError
         if self._process is not None and self._process.poll() is None:
             return
         # Else Python would import what lies in the folder where `deme` was called, in this process and its children.

@@ -28,6 +28,7 @@ _SHARED = {
     "test_report_page.py": "run",
     "test_services.py": "stack",
     "test_two_runs.py": "stack",
+    "test_deploy.py": "Prefect",
     "test_watch_flow.py": "Prefect",
     "test_search_flow.py": "Prefect",
 }

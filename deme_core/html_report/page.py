@@ -29,9 +29,8 @@ def run_page(content: RunContent) -> str:
     if content.trainings:
         charts["training"] = training_chart(content.trainings)
     charts |= {f"search-{index}": search_chart(log) for index, log in enumerate(content.searches)}
-    return _render(
-        "run.html.j2", charts, content.scores, content=content, headline=headline(content.scores.differences)
-    )
+    sentence = headline(content.scores.differences, content.copies)
+    return _render("run.html.j2", charts, content.scores, content=content, headline=sentence)
 
 
 def comparison_page(content: ComparisonContent) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from deme_core.html_report.content import Difference
+from deme_core.html_report.content import Copy, Difference
 from deme_core.verdict import Verdict
 
 _ORDER: tuple[Verdict, ...] = ("better", "worse", "too close to call")
@@ -32,11 +32,20 @@ def verdict_sentence(differences: Sequence[Difference]) -> str:
     return f"{'; '.join(clauses)}."
 
 
-def headline(differences: Sequence[Difference]) -> str:
-    """Returns a sentence for each row that has verdicts; nothing if none has."""
+def headline(differences: Sequence[Difference], copies: Sequence[Copy] = ()) -> str:
+    """Returns a sentence for each row that has verdicts; nothing if none has.
+
+    Args:
+        differences: those with a verdict are told of.
+        copies: what was merged; without any weight but 0 the merged model is no other than the pretrained one.
+    """
     deciding = [difference for difference in differences if difference.verdict is not None]
+    sentences = []
+    if copies and not any(any(copy.weights) for copy in copies):
+        sentences.append("The merged model is the pretrained model: all merge weights are 0.")
+        deciding = [d for d in deciding if (d.row, d.baseline) != ("merged", "pretrained")]
     rows = dict.fromkeys(difference.row for difference in deciding)
-    return " ".join(verdict_sentence([d for d in deciding if d.row == row]) for row in rows)
+    return " ".join(sentences + [verdict_sentence([d for d in deciding if d.row == row]) for row in rows])
 
 
 def comparison_sentence(differences: Sequence[Difference]) -> str:

@@ -1,5 +1,6 @@
 """Where theta_0 comes from."""
 
+from itertools import takewhile
 from typing import Self
 
 from pydantic import Field, model_validator
@@ -9,6 +10,9 @@ from deme_core.recipe.training import TrainingSpec
 
 # Of both UNets of diffusers.
 _DEFAULT_NUM_LEVELS = 4
+# Of a UNet2DConditionModel: these enlarge to the side that was halved, odd or not; others, and a UNet2DModel's, double.
+# None are those that it has by default.
+_ENLARGE_TO_ANY_SIDE = (None, "CrossAttnUpBlock2D", "UpBlock2D")
 
 
 class PretrainedSpec(Spec):
@@ -39,6 +43,27 @@ class PretrainedSpec(Spec):
         channels = self.unet.get("block_out_channels")
         # What is no list is told where the model is built.
         return (len(channels) if isinstance(channels, list) else _DEFAULT_NUM_LEVELS) + has_mid + 1
+
+    @property
+    def side_divisor(self) -> int:
+        """Number that the side of images must be a multiple of for the UNet that is trained here; 1 if none is known.
+
+        A UNet halves the side at each level but the last, and doubles it on the way back: an odd side comes back larger
+        or smaller than it was.
+        """
+        if self.source != "pretrain":
+            return 1
+        names = ("block_out_channels", "down_block_types", "up_block_types")
+        given = [self.unet.get(name, [None] * _DEFAULT_NUM_LEVELS) for name in names]
+        levels = [level for level in given if isinstance(level, list) and level]
+        # What is no list, or not as long as the others, is told where the model is built.
+        if len(levels) < len(names) or len({len(level) for level in levels}) > 1:
+            return 1
+        outermost_first = levels[-1][-2::-1]
+        if self.text_encoder is not None:
+            doubling = takewhile(lambda kind: kind not in _ENLARGE_TO_ANY_SIDE, outermost_first)
+            return 2 ** len(list(doubling))
+        return 2 ** len(outermost_first)
 
     @model_validator(mode="after")
     def _training_belongs_to_pretrain(self) -> Self:

@@ -1,9 +1,10 @@
 """One run, completely described."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from deme_core.errors import InputError
 from deme_core.metrics import metric_names
@@ -16,11 +17,16 @@ from deme_core.recipe.pretrained import PretrainedSpec
 from deme_core.recipe.segments import SegmentsSpec
 from deme_core.recipe.training import DistillSpec, FinetuneSpec
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
 
 class Recipe(Spec):
     """One run, completely described."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the MLflow experiment.")
+    name: str = Field(
+        description="Name of the MLflow experiment: letters a to z and A to Z, digits, '.', '_' and '-', the first a "
+        "letter or digit."
+    )
     pretrained: PretrainedSpec
     dataset: DatasetSpec
     segments: SegmentsSpec
@@ -40,6 +46,15 @@ class Recipe(Spec):
         trainings = (self.finetune, self.pretrained.training, self.distill)
         return tuple(training.num_processes for training in trainings if training)
 
+    @field_validator("name")
+    @classmethod
+    def _name_is_plain(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(
+                "must be of letters a to z and A to Z, digits, '.', '_' and '-', and begin with a letter or digit"
+            )
+        return name
+
     @model_validator(mode="after")
     def _parts_agree(self) -> Self:
         num_segments = self.segments.num_segments
@@ -52,6 +67,12 @@ class Recipe(Spec):
                 raise ValueError(
                     f"segments.edges {list(self.segments.edges)} must end at {num_timesteps}, the number of timesteps"
                 )
+        if self.dataset.side % self.pretrained.side_divisor:
+            raise ValueError(
+                f"dataset.resolution {self.dataset.side} must be a multiple of {self.pretrained.side_divisor}, since "
+                "pretrained.unet halves the side at each of its blocks but the last; change it, or give the UNet fewer "
+                "blocks"
+            )
         if self.merge.search and (shared := _shared(self.merge.search.seeds, self.evaluate.seeds)):
             raise ValueError(f"merge.search.seeds and evaluate.seeds share {shared}: a search must not see the report")
         # Of block weights there are more, which of a model from elsewhere is known once it is there: `check_search`.

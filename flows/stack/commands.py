@@ -1,4 +1,4 @@
-"""``deme up | down | status | env | deploy | follow``: the commands around a Prefect server."""
+"""``deme up | down | status | env | deploy | worker | follow``: the commands around a Prefect server."""
 
 import json
 import os
@@ -88,6 +88,24 @@ def deploy(
     warn = Console(stderr=True)
     for name in register(pool_type, lambda line: warn.print(line, highlight=False, soft_wrap=True)):
         Console().print(name, highlight=False)
+
+
+@app.command(epilog="Example: deme worker deme-gpu --limit 8")
+def worker(
+    pool: Annotated[str, typer.Argument(help="The work pool to serve: deme-cpu or deme-gpu.")],
+    name: Annotated[str | None, typer.Option(help="What Prefect shows; default a name of its own.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Flow runs at a time; for deme-gpu the number of GPUs.")
+    ] = None,
+    healthcheck: Annotated[bool, typer.Option("--healthcheck", help="Answer on port 8080 whether it works.")] = False,
+) -> None:
+    """Do flow runs of a work pool on this machine, as Prefect's worker does; when it is stopped, they checkpoint."""
+    _prefect_address()
+    from flows.worker import start_worker
+
+    options = {"--pool": pool, "--type": "process", "--name": name, "--limit": limit}
+    given = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+    start_worker([*given, *(["--with-healthcheck"] if healthcheck else [])])
 
 
 @app.command(epilog="Example: prefect deployment run deme/full && deme follow")

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 from deme_core.errors import InputError, StoreUnavailableError
-from flows.environment import QUIET
+from flows.environment import QUIET, proxy_exemptions
 from flows.stack.credentials import CREDENTIALS_NAME, Credentials, load_credentials, write_private
 from flows.stack.processes import STACK_VARIABLE
 from tasks.databases import start_from_copy
@@ -79,7 +80,7 @@ class Layout:
         return f"http://{HOST}:{self.ports[name]}"
 
     def client_environment(self) -> dict[str, str]:
-        """Returns what points prefect, mlflow, aws and deme at this stack."""
+        """Returns what points prefect, mlflow, aws and deme at this stack, and past a proxy that is named here."""
         return {
             "DEME_HOME": str(self.home),
             "DEME_STORE_URI": STORE_URI,
@@ -94,6 +95,7 @@ class Layout:
             "AWS_ACCESS_KEY_ID": self.credentials.access_key,
             "AWS_SECRET_ACCESS_KEY": self.credentials.secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
+            **proxy_exemptions(os.environ),
         }
 
     def environment(self) -> dict[str, str]:
@@ -219,8 +221,7 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
         name="worker" if pool == CPU_POOL else "worker-gpu",
         url=f"work pool {pool}",
         command=(
-            _binary("prefect", layout),
-            *("worker", "start", "--name", name, "--pool", pool, "--type", "process"),
+            *(sys.executable, "-P", "-m", "flows.cli", "worker", pool, "--name", name),
             # A flow holds its place on the other pool while its jobs wait for theirs; here a job has a GPU.
             *(("--limit", str(len(visible_gpus()) or 1)) if pool == GPU_POOL else ()),
         ),
@@ -231,15 +232,32 @@ def worker(layout: Layout, pool: str = CPU_POOL, *, since: float = 0.0) -> Servi
 
 
 def _find_worker(layout: Layout, pool: str, name: str, since: float) -> None:
-    url = f"{layout.url('prefect')}/api/work_pools/{pool}/workers/filter"
-    login = httpx.BasicAuth(*layout.credentials.prefect_auth.split(":"))
-    answer = _http().post(url, json={}, auth=login).raise_for_status().json()
-    for found in answer:
+    for found in _post(layout, f"work_pools/{pool}/workers/filter", {}):
         beat = found.get("last_heartbeat_time")
         is_ours = found["name"] == name and found["status"] == "ONLINE"
         if is_ours and beat and datetime.fromisoformat(beat).timestamp() >= since:
             return
     raise StoreUnavailableError(f"Work pool {pool} has no worker {name} yet.")
+
+
+def crash_beginning_runs(layout: Layout, pool: str) -> list[str]:
+    """Calls the flow runs of a pool Crashed that are beginning or being cancelled; only while it has no worker here.
+
+    Returns:
+        Their names.
+    """
+    beginning = {"state": {"type": {"any_": ["PENDING", "CANCELLING"]}}}
+    wanted = {"flow_runs": beginning, "work_pools": {"name": {"any_": [pool]}}}
+    state = {"type": "CRASHED", "message": "Its worker was killed while it began, or was being cancelled."}
+    found = _post(layout, "flow_runs/filter", wanted)
+    for run in found:
+        _post(layout, f"flow_runs/{run['id']}/set_state", {"state": state, "force": True})
+    return [str(run["name"]) for run in found]
+
+
+def _post(layout: Layout, path: str, content: dict[str, Any]) -> Any:
+    login = httpx.BasicAuth(*layout.credentials.prefect_auth.split(":"))
+    return _http().post(f"{layout.url('prefect')}/api/{path}", json=content, auth=login).raise_for_status().json()
 
 
 def _get(url: str) -> None:

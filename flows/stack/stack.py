@@ -16,6 +16,7 @@ from deme_core.errors import DemeError, InputError
 from deme_core.local_files import local_errors
 from flows.stack import services
 from flows.stack.credentials import CREDENTIALS_NAME, write_private
+from flows.stack.leftovers import remove_workspaces
 from flows.stack.ports import choose_ports
 from flows.stack.processes import (
     ProcessRecord,
@@ -105,9 +106,20 @@ class Stack:
             wait_for(first, beside=others)
             has_gpu = gpu or "worker-gpu" in self._read()["services"]  # Then it died: `down` takes it off the list.
             for pool in (services.CPU_POOL, *([services.GPU_POOL] if has_gpu else [])):
+                self._crash_what_never_began(layout, pool)
                 others.append(self._launch(services.worker(layout, pool, since=time.time() - 1.0), started))
             wait_for(others)
         self._write({**self._read(), "deployed": True})
+
+    def _crash_what_never_began(self, layout: Layout, pool: str) -> None:
+        """Ends flow runs that were beginning when the last worker was killed: no heartbeat tells of them.
+
+        Each would hold its deployment's place for ever, and the watch has but one.
+        """
+        if self._process(self._read(), services.worker(layout, pool).name) is None:
+            remove_workspaces(str(self.home))
+            for run in services.crash_beginning_runs(layout, pool):
+                self._say(f"flow run {run} never began, since its worker was killed: Crashed")
 
     def _launch(self, service: Service, started: list[str]) -> Starting:
         """Starts a service unless it runs."""
@@ -137,6 +149,7 @@ class Stack:
             if orphans:
                 self._say(f"ending {len(orphans)} processes that lost their worker")
                 stop_all(orphans, seconds=15.0)
+            remove_workspaces(str(self.home))
             if "s3" in stopped:  # SeaweedFS leaves it behind, wherever TMPDIR is; another stack's has the same name.
                 Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)
         return stopped
@@ -147,8 +160,8 @@ class Stack:
             process = self._process(self._read(), name)
             if process is not None:
                 self._say(f"stopping {name}")
-                # A worker passes the signal on to its flow runs, which say that they were stopped before they leave.
-                stop_tree(process, seconds=30.0 if name.startswith("worker") else 15.0)
+                # A worker asks its flow runs first, which leave checkpoints and say that they were stopped.
+                stop_tree(process, seconds=50.0 if name.startswith("worker") else 15.0)
                 stopped.append(name)
             state = self._read()
             self._write({**state, "services": {k: v for k, v in state["services"].items() if k != name}})

@@ -49,8 +49,7 @@ def deployments(prefect_server: None) -> None:
 def worker(home: Path, core: int, **environment: str) -> Iterator[psutil.Process]:
     """A machine that serves deme-gpu, with a disk of its own, and one core, as the local runner's workers have."""
     home.mkdir()
-    served = ["--pool", "deme-gpu", "--type", "process", "--limit", "1"]
-    command = [sys.executable, "-m", "prefect", "worker", "start", *served]
+    command = [sys.executable, "-m", "flows.cli", "worker", "deme-gpu", "--limit", "1"]
     variables = {"PREFECT_API_URL": PREFECT_API_URL.value(), "PREFECT_WORKER_QUERY_SECONDS": "1"}
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(

@@ -57,7 +57,15 @@ def test_what_was_set_on_the_server_stays_when_all_is_deployed_again(platform: P
     assert watch["global_concurrency_limit"]["limit"] == 1
     (automation,) = platform.api("POST", "automations/filter", {"automations": {"name": {"any_": [CRASH]}}})
     ours = {"recipe": "digits", "overrides": [], "prefix": "s3://deme/team"}
-    platform.api("PATCH", f"deployments/{watch['id']}", {"parameters": ours, "concurrency_limit": 2})
+    changes = {
+        "parameters": ours,
+        "concurrency_limit": 2,
+        "paused": True,
+        "job_variables": {"env": {"HTTPS_PROXY": "a"}},
+    }
+    platform.api("PATCH", f"deployments/{watch['id']}", changes)
+    [schedule] = watch["schedules"]
+    platform.api("PATCH", f"deployments/{watch['id']}/schedules/{schedule['id']}", {"active": False})
     platform.api("PATCH", f"automations/{automation['id']}", {"enabled": False})
     try:
         done = platform.deme.run("deploy", extra=platform.variables)
@@ -65,10 +73,13 @@ def test_what_was_set_on_the_server_stays_when_all_is_deployed_again(platform: P
         assert "keeps its base job template" not in done.stderr
         again = platform.api("GET", "deployments/name/deme-watch/new-checkpoints")
         assert (again["parameters"], again["global_concurrency_limit"]["limit"]) == (ours, 2)
+        assert (again["paused"], again["job_variables"]) == (True, changes["job_variables"])
+        assert [(each["id"], each["active"]) for each in again["schedules"]] == [(schedule["id"], False)]
         assert not platform.api("GET", f"automations/{automation['id']}")["enabled"]
     finally:
-        before = {"parameters": watch["parameters"], "concurrency_limit": 1}
+        before = {"parameters": watch["parameters"], "concurrency_limit": 1, "paused": False, "job_variables": {}}
         platform.api("PATCH", f"deployments/{watch['id']}", before)
+        platform.api("PATCH", f"deployments/{watch['id']}/schedules/{schedule['id']}", {"active": True})
         platform.api("PATCH", f"automations/{automation['id']}", {"enabled": True})
 
 

@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import psutil
 import pytest
 from mlflow import MlflowClient
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe, platform, write_recipe
-from tests.e2e.stack_platform import FINAL, Platform
+from tests.e2e.stack_platform import FINAL, Platform, belongs
 
 __all__ = ["platform", "write_recipe"]
 
@@ -100,6 +101,54 @@ def test_a_killed_flow_is_crashed_and_a_retry_goes_on(platform: Platform, write_
     platform.prefect("flow-run", "retry", flow_run)
     platform.wait(flow_run, lambda state: state["type"] not in FINAL, seconds=30)
     assert platform.wait(flow_run, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"
+
+
+def test_a_worker_that_is_stopped_lets_its_trainings_leave_a_checkpoint(
+    platform: Platform, write_recipe: WriteRecipe
+) -> None:
+    finetune = {"num_steps": 100_000, "batch_size": 8, "learning_rate": 1e-3, "checkpoint_every": 50_000, "seed": 108}
+    flow_run = platform.start(write_recipe(finetune=finetune))
+    engine = platform.wait_for_work(flow_run, "finetune segment 0 [0, 500)")
+    time.sleep(10)
+    began, worker = time.monotonic(), psutil.Process(platform.pid("worker"))
+    worker.terminate()
+    _, left = psutil.wait_procs([worker, engine], timeout=45)
+    assert not left
+    assert time.monotonic() - began > 1, "its flow runs were killed"
+    state = platform.state(flow_run)
+    assert (state["type"], state["message"]) == ("CRASHED", "Execution was aborted by a termination signal.")
+    assert any("/step-" in key and key.endswith("/manifest.json") for key in _checkpoints(platform))
+    assert platform.deme.run("up").returncode == 0
+
+
+def test_a_look_that_was_beginning_when_all_was_killed_holds_up_no_other(platform: Platform) -> None:
+    doomed = platform.start_deployment("deme-watch/new-checkpoints")
+    deadline = time.monotonic() + 60
+    while platform.state(doomed)["type"] == "SCHEDULED":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert platform.state(doomed)["type"] == "PENDING"
+    everything = [process for process in psutil.process_iter() if belongs(process, platform.deme.home)]
+    for process in everything:
+        process.kill()
+    psutil.wait_procs(everything, timeout=15)
+    told = platform.deme.run("up")
+    assert "never began" in " ".join(told.stdout.split())
+    assert platform.state(doomed)["type"] == "CRASHED"
+    next_look = platform.start_deployment("deme-watch/new-checkpoints")
+    assert platform.wait(next_look, lambda state: state["type"] in FINAL)["type"] == "COMPLETED"
+
+
+def _checkpoints(platform: Platform) -> list[str]:
+    store = boto3.client(
+        "s3",
+        endpoint_url=platform.variables["AWS_ENDPOINT_URL"],
+        aws_access_key_id=platform.variables["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=platform.variables["AWS_SECRET_ACCESS_KEY"],
+        region_name=platform.variables["AWS_DEFAULT_REGION"],
+    )
+    listed = store.list_objects_v2(Bucket="deme", Prefix="store/checkpoints/")
+    return [found["Key"] for found in listed.get("Contents", ())]
 
 
 def _cached(report: dict[str, Any], platform: Platform) -> dict[str, bool]:

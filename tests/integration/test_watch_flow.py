@@ -71,6 +71,22 @@ def test_each_checkpoint_starts_one_run_that_can_be_read(inbox: Path) -> None:
     assert list(again) == [uri] and again[uri] != flow_run_id
 
 
+def test_watches_of_two_prefixes_start_runs_of_their_own_for_the_same_weights(inbox: Path) -> None:
+    """Else the second would name the first's run as its own, and its overrides would never be tried."""
+    uris = []
+    for number in (1, 2):
+        prefix = inbox / str(number)
+        uris.append(add(prefix / "a", seed=5).as_uri())
+        overrides = [f"finetune.num_steps={number}"]
+        watch(prefix=prefix.as_uri(), overrides=overrides, settle_seconds=0)
+    [[first], [second]] = [runs_of(uri) for uri in uris]
+    assert first.id != second.id
+    assert [run.parameters["overrides"][0] for run in (first, second)] == [
+        "finetune.num_steps=1",
+        "finetune.num_steps=2",
+    ]
+
+
 def forget_start(inbox: Path) -> None:
     [start] = (inbox.parent / "home").rglob("watch/*/starts/*.json")
     assert json.loads(start.read_text())["flow_run_id"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,16 +11,19 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
+from typer.main import get_command
 
 from deme_core.artifacts import ArtifactStore
 from deme_core.errors import DamagedArtifactError
 from deme_core.lora import LoraFactors
 from deme_core.model_folder import open_model_folder
 from deme_core.model_folder_writer import write_lora_copy
+from deme_core.recipe import MethodSpec
 from deme_core.store import open_store
-from flows.cli import main
+from flows.cli import app, main
 from flows.model_commands import export_model
 from tests.family_method import two_classes
+from tests.tiny_models import tiny_unet, write_tiny_folder
 from tests.tiny_pipelines import save_pipeline
 
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -91,6 +95,21 @@ def test_a_lora_of_another_base(
     assert "is not a whole safetensors file" in refused(
         monkeypatch, capsys, "merge", "--pretrained", str(model), *merge
     )
+
+
+def test_a_name_that_is_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(monkeypatch, capsys, "generate", "nope", "--out", "out")
+    assert said.startswith("The model 'nope' is no folder, object-store URI or hub id; name a folder that holds")
+
+
+def test_an_expert_of_another_shape_is_told_by_its_first_tensors(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_folder(tmp_path / "base", tiny_unet())
+    write_tiny_folder(tmp_path / "wider", tiny_unet(block_out_channels=[16, 32]))
+    merge = ("merge", "--pretrained", "base", "--expert", "wider", "--weights", "1", "--out", "out")
+    said = refused(monkeypatch, capsys, *merge)
+    assert re.search(r"mis-shaped tensors: (\S+ \([\d, ]+\) for \([\d, ]+\), ){3}and \d+ more\.$", said), said
 
 
 def test_a_pickled_autoencoder(
@@ -198,6 +217,36 @@ def test_settings_of_a_merge_method(
     average = ("--weights", "1", "--method", "average")
     assert refused(monkeypatch, capsys, *merge, *average) == "--method average takes no --weights."
     assert "0 merge weights were given for 1 experts" in refused(monkeypatch, capsys, *merge)
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "owner", "method"),
+    [
+        (["--density", "0.1", "--drop-rate", "0.3", "--seed", "4"], "density", "ties", "task_arithmetic"),
+        (["--density", "0.2", "--method", "dare"], "density", "ties", "dare"),
+        (["--drop-rate", "0.3", "--method", "ties"], "drop-rate", "dare", "ties"),
+        (["--seed", "0", "--method", "block_weights"], "seed", "dare", "block_weights"),
+    ],
+)
+def test_a_setting_that_the_merge_method_would_ignore(
+    model: Path,
+    given: list[str],
+    option: str,
+    owner: str,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    merge = ("merge", "--pretrained", str(model), "--expert", str(model), "--weights", "1", "--out", "out")
+    assert refused(monkeypatch, capsys, *merge, *given) == (
+        f"--{option} is a setting of --method {owner}, and {method} ignores it; leave it out, or give --method {owner}."
+    )
+
+
+def test_the_help_of_a_merge_names_the_defaults_of_its_methods() -> None:
+    options = {option.name: option.show_default for option in get_command(app).commands["merge"].params}
+    for name in ("density", "drop_rate", "seed"):
+        assert options[name] == str(MethodSpec.model_fields[name].default)
 
 
 def test_a_merge_by_another_method(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

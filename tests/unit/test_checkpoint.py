@@ -180,6 +180,22 @@ def test_every_difference_is_listed() -> None:
     assert caught.value.mismatched == ("shape (3, 2) for (2, 3)",)
 
 
+def test_a_message_names_the_first_three_differences_of_a_kind_and_counts_the_others() -> None:
+    expected = {f"layer {number}": TensorInfo((2, 3), torch.float32) for number in range(600)}
+    actual = {name: TensorInfo((4, 3), torch.float32) for name in list(expected)[:500]}
+    actual |= {f"new {number}": TensorInfo((1,), torch.float32) for number in range(3)}
+    with pytest.raises(IncompatibleCheckpointsError) as caught:
+        check_same_tensors("expert 2", actual, expected, reference="the pretrained model")
+    assert str(caught.value) == (
+        "expert 2 does not hold the tensors of the pretrained model; "
+        "missing tensors: layer 500, layer 501, layer 502, and 97 more; extra tensors: new 0, new 1, new 2; "
+        "mis-shaped tensors: layer 0 (4, 3) for (2, 3), layer 1 (4, 3) for (2, 3), layer 10 (4, 3) for (2, 3), "
+        "and 497 more."
+    )
+    found = caught.value
+    assert (len(found.missing), len(found.extra), len(found.mismatched)) == (100, 3, 500)
+
+
 def test_equal_names_and_shapes_are_no_difference() -> None:
     check_same_tensors("expert", infos(TENSORS), infos(TENSORS), reference="the pretrained model")
 

@@ -1,12 +1,19 @@
-"""Which run `deme follow` follows."""
+"""Which run `deme follow` follows, and what it says of one that does not start."""
 
+from datetime import UTC, datetime, timedelta
+from io import StringIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Late, Pending, Running, Scheduled, State
+from rich.console import Console
 
 from deme_core.errors import InputError
-from flows.follow import _find
+from flows import follow
+from flows.follow import _find, _Queue
 
 
 def flow_run(name: str, *, scheduled: bool, auto_scheduled: bool) -> Any:
@@ -28,3 +35,71 @@ def test_a_run_that_a_schedule_has_in_store_is_followed_only_by_its_name() -> No
     assert found(tonight, mine, name="ton") is tonight
     with pytest.raises(InputError, match="There is no run of the flow deme yet"):
         found(tonight)
+
+
+class Pool:
+    """A server with one work pool, a run that waits there, and a clock."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_paused, self.is_there, self.workers = False, True, ["worker"]
+        self._seconds = 0.0
+        self._console = Console(file=StringIO(), width=200)
+        client: Any = SimpleNamespace(
+            read_work_pool=self._read, read_workers_for_work_pool=lambda _name, worker_filter: self.workers
+        )
+        self._queue = _Queue(client, self._console)
+        monkeypatch.setattr(follow.time, "monotonic", lambda: self._seconds)
+
+    def _read(self, name: str) -> Any:
+        assert name == "deme-cpu"
+        if not self.is_there:
+            raise ObjectNotFound(Exception("gone"))
+        return self
+
+    def lines(self, state: State[Any], *, seconds: int) -> list[str]:
+        """What is said while the run is in a state."""
+        before = len(self._console.file.getvalue())  # type: ignore[attr-defined]
+        for _ in range(seconds):
+            run: Any = SimpleNamespace(state=state, work_pool_name="deme-cpu")
+            self._queue.look(run)
+            self._seconds += 1.0
+        return str(self._console.file.getvalue())[before:].splitlines()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch) -> Pool:
+    return Pool(monkeypatch)
+
+
+def test_what_a_run_waits_for_is_said_once_it_has_waited_for_a_while(pool: Pool) -> None:
+    pool.workers = []
+    assert pool.lines(Scheduled(), seconds=14) == []
+    assert pool.lines(Late(), seconds=30) == ["waits: no worker of work pool deme-cpu is online"]
+    pool.is_paused = True
+    assert pool.lines(Late(), seconds=30) == ["waits: work pool deme-cpu is paused"]
+    pool.is_there = False
+    assert pool.lines(Late(), seconds=30) == ["waits: work pool deme-cpu is gone"]
+
+
+def test_a_run_that_a_worker_has_taken_is_given_time_of_its_own(pool: Pool) -> None:
+    noon = datetime.now().astimezone().replace(hour=12, minute=3)
+    pending = State(type=StateType.PENDING, name="Submitting", timestamp=noon.astimezone(UTC))
+    pool.workers = []
+    assert pool.lines(Scheduled(), seconds=20) == ["waits: no worker of work pool deme-cpu is online"]
+    pool.workers = ["worker"]
+    assert pool.lines(pending, seconds=14) == []
+    assert pool.lines(pending, seconds=30) == ["waits: Submitting since 12:03"]
+
+
+def test_of_a_run_that_starts_in_time_nothing_is_said(pool: Pool) -> None:
+    pool.workers = []
+    for state in (Scheduled(), Pending()):
+        assert pool.lines(state, seconds=10) == []
+    assert pool.lines(Running(), seconds=60) == []
+
+
+def test_of_a_run_that_is_to_start_later_it_is_said_when(pool: Pool) -> None:
+    later = (datetime.now().astimezone() + timedelta(days=2)).replace(hour=3, minute=0)
+    pool.workers = []
+    told = pool.lines(Scheduled(scheduled_time=later.astimezone(UTC)), seconds=30)
+    assert told == [f"waits: Scheduled for {later:%Y-%m-%d} 03:00"]

@@ -184,6 +184,13 @@ def test_each_row_with_verdicts_has_a_sentence() -> None:
         "The merged model is better than the pretrained model. The distilled model is worse than the pretrained model."
     )
     assert headline((unjudged,)) == ""
+    without_weight = [Copy(TimestepSegment(0, 50), Interval(-0.01, -0.02, 0.0), True, (0.0, 0.0))]
+    nothing = (difference("pretrained", 0.0, "too close to call"), difference("finetuned", 9.0, "worse"))
+    assert headline(nothing, without_weight) == (
+        "The merged model is the pretrained model: all merge weights are 0. The merged model is worse than the control "
+        "of equal steps."
+    )
+    assert headline(nothing, [replace(without_weight[0], weights=(0.0, 0.1))]) == headline(nothing)
 
 
 def test_several_runs_have_one_sentence() -> None:

@@ -95,6 +95,26 @@ def test_stock_diffusers_loads_what_was_written(folder: Path) -> None:
     assert predict(pipeline.unet).equal(predict(tiny_unet()))
 
 
+def test_a_scheduler_config_is_what_stock_diffusers_writes(tmp_path: Path) -> None:
+    """With the list of defaults other samplers would take their own, and no scores would compare."""
+    made, file = DDPMScheduler(timestep_spacing="trailing"), Path("scheduler") / "scheduler_config.json"
+    ours = tmp_path / "ours"
+    write_model_folder(
+        ours,
+        denoiser_config={"_class_name": "UNet2DModel", **tiny_unet().config},
+        scheduler_config={"_class_name": "DDPMScheduler", **made.config},
+        tensors=tiny_unet().state_dict(),
+    )
+    DDPMPipeline.from_pretrained(ours).save_pretrained(tmp_path / "stock")
+    stock = json.loads((tmp_path / "stock" / file).read_text())
+    assert json.loads((ours / file).read_text()).items() == {k: v for k, v in stock.items() if k[:2] != "_d"}.items()
+    expected = open_model_folder(tmp_path / "stock").scheduler_config
+    of_before = json.loads((ours / file).read_text()) | {"_use_default_values": ["variance_type"]}
+    (ours / file).write_text(json.dumps(of_before))
+    found = open_model_folder(ours).scheduler_config
+    assert found == {name: value for name, value in expected.items() if name != "_diffusers_version"}
+
+
 def test_a_ddim_scheduler_makes_a_ddim_pipeline(tmp_path: Path) -> None:
     write_model_folder(
         tmp_path,

@@ -108,9 +108,22 @@ def test_an_error_without_a_text_is_told_by_its_kind(tmp_path: Path, monkeypatch
         fetch_source("a/model", revision=None, cache=tmp_path / "cache")
 
 
-def test_a_wrong_address_is_told_as_the_recipe_calls_it(tmp_path: Path) -> None:
-    with pytest.raises(ModelFolderError, match=r"pretrained\.source is no object-store URI"):
-        fetch_source("https://example.org/a/model", revision=None, cache=tmp_path / "cache")
+def test_a_wrong_address_is_told_without_being_repeated(tmp_path: Path) -> None:
+    with pytest.raises(ModelFolderError) as caught:
+        fetch_source("https://user:hush@example.org/a/model", revision=None, cache=tmp_path / "cache")
+    assert str(caught.value) == "The model's address is no object-store URI; give s3://BUCKET/PREFIX."
+
+
+def test_what_is_no_model_is_told_in_words_for_an_argument_and_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelFolderError) as caught:
+        fetch_source("nope", revision=None, cache=tmp_path / "cache")
+    assert str(caught.value) == (
+        "The model 'nope' is no folder, object-store URI or hub id; name a folder that holds the model, "
+        "s3://BUCKET/PREFIX or OWNER/MODEL."
+    )
 
 
 def test_a_name_that_no_folder_can_have_is_one_sentence(tmp_path: Path) -> None:

@@ -1,9 +1,13 @@
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DModel
 from pydantic import BaseModel, ValidationError
+from torch import nn
 
 from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, SegmentsSpec, TrainingSpec
+from tests.tiny_models import UNET_CONFIG, UNET_VARIANTS, tiny_conditional_unet
 
 MINIMAL: dict[str, Any] = {
     "name": "tiny",
@@ -163,10 +167,84 @@ def test_what_cannot_decide_comes_not_first(metric: str) -> None:
     assert recipe(evaluate={"num_images": 10, "metrics": ["kid", metric]})
 
 
-@pytest.mark.parametrize("name", ["", "a b", "../up", "-x", "a/b"])
+@pytest.mark.parametrize("name", ["", "a b", "../up", "-x", "a/b", "é", "a\n", "٣"])
 def test_a_name_is_plain(name: str) -> None:
-    with pytest.raises(ValidationError, match="should match pattern"):
+    with pytest.raises(ValidationError, match=r"must be of letters .* and begin with a letter or digit"):
         recipe(name=name)
+    assert recipe(name="8-Bit_a.b").name == "8-Bit_a.b"
+
+
+TEXT_UNET = {
+    "block_out_channels": [8, 16, 16],
+    "down_block_types": ["SimpleCrossAttnDownBlock2D"] * 3,
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+}
+
+
+def pretrained_of(side: int, unet: dict[str, Any], **more: Any) -> Recipe:
+    pretrained = {"source": "pretrain", "unet": unet, "training": {"num_steps": 1}, **more}
+    return recipe(pretrained=pretrained, dataset={"source": "digits", "resolution": side})
+
+
+def keeps_side(model: nn.Module, side: int, **text: torch.Tensor) -> bool:
+    """Whether a UNet gives back images of the side that it was given."""
+    images = torch.zeros(1, model.config.in_channels, side, side)
+    try:
+        with torch.no_grad():
+            return bool(model(images, 1, **text).sample.shape[-1] == side)
+    except RuntimeError:
+        return False
+
+
+@pytest.mark.parametrize("kind", UNET_VARIANTS)
+@pytest.mark.parametrize("num_levels", [1, 2, 3])
+def test_a_resolution_that_the_unet_cannot_halve_is_refused_and_no_other(kind: str, num_levels: int) -> None:
+    variant = UNET_CONFIG | UNET_VARIANTS[kind]
+    lists = {name: value for name, value in variant.items() if isinstance(value, list)}
+    unet = {name: [*value, *value][:num_levels] for name, value in lists.items()}
+    model = UNet2DModel.from_config(variant | unet).eval()
+    assert keeps_side(model, 16)
+    for side in (16, 17, 18, 20):
+        if keeps_side(model, side):
+            assert pretrained_of(side, unet)
+            continue
+        multiple = 2 ** (num_levels - 1)
+        with pytest.raises(
+            ValidationError, match=rf"dataset\.resolution {side} must be a multiple of {multiple}, since"
+        ):
+            pretrained_of(side, unet)
+
+
+@pytest.mark.parametrize(
+    "up_block_types",
+    [
+        ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        ["UpBlock2D", "SimpleCrossAttnUpBlock2D", "UpBlock2D"],
+        ["SimpleCrossAttnUpBlock2D"] * 3,
+    ],
+)
+def test_a_resolution_of_a_model_that_takes_text_is_refused_only_where_its_unet_cannot_enlarge_to_it(
+    up_block_types: list[str],
+) -> None:
+    unet = TEXT_UNET | {"up_block_types": up_block_types}
+    model = tiny_conditional_unet(**unet)
+    assert keeps_side(model, 8, encoder_hidden_states=torch.zeros(1, 2, 12))
+    for side in (8, 9, 10):
+        if keeps_side(model, side, encoder_hidden_states=torch.zeros(1, 2, 12)):
+            assert pretrained_of(side, unet, text_encoder={})
+            continue
+        with pytest.raises(ValidationError, match=rf"dataset\.resolution {side} must be a multiple of"):
+            pretrained_of(side, unet, text_encoder={})
+
+
+def test_a_resolution_is_not_judged_by_a_unet_that_cannot_be_built_or_comes_from_elsewhere() -> None:
+    assert pretrained_of(8, {})
+    with pytest.raises(ValidationError, match=r"dataset\.resolution 12 must be a multiple of 8"):
+        pretrained_of(12, {})  # Four levels by default.
+    for unet in ({"block_out_channels": [8, 16]}, {"block_out_channels": 3}, {"up_block_types": []}):
+        assert pretrained_of(15, unet)
+    assert pretrained_of(15, {}, text_encoder={})
+    assert recipe(dataset={"source": "digits", "resolution": 15})
 
 
 @pytest.mark.parametrize("strategy", ["coordinate", "quadratic", "tpe", "cma_es", "gp"])

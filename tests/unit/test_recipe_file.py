@@ -300,7 +300,11 @@ def test_an_unknown_recipe_is_answered_with_those_there_are() -> None:
             "evaluate.sampler: input should be 'ddim', 'ddpm' or 'flow_match_euler' (got 'euler').",
         ),
         ("dataset.source=imagefolder", "dataset: source 'imagefolder' needs a path."),
-        ("name=a b", "name: string should match pattern"),
+        (
+            "name=my toy",
+            "tiny.yaml: name: must be of letters a to z and A to Z, digits, '.', '_' and '-', and begin with a letter "
+            "or digit (got 'my toy').",
+        ),
         ("finetune=5", "tiny.yaml: finetune: input should be a valid dictionary or instance of FinetuneSpec (got 5)."),
     ],
 )

@@ -167,7 +167,7 @@ def test_a_pool_that_closes_cancels_what_it_sent_and_what_it_was_about_to_send(t
             server.states[flow_run_id] = Cancelled()
         with pytest.raises(DemeError, match="ended before the job did"):
             sent.result(30)
-    with pytest.raises(DemeError, match="flow run is ending"):
+    with pytest.raises(DemeError, match="ended before the job did"):
         pool._submit(server, ImportJob(source="late"), lambda _: None)  # type: ignore[arg-type]
     assert len(server.states) == 2
     assert not server.under_way()

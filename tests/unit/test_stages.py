@@ -1,13 +1,24 @@
 """The Prefect tasks of stages: what they try again, and what theta_0 is."""
 
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prefect.states import Completed, Failed
 
-from deme_core.errors import DemeError, InputError, NoAnswerError, StoreUnavailableError, WorkerDiedError
+from deme_core.errors import (
+    DemeError,
+    InputError,
+    NoAnswerError,
+    RunEndedError,
+    StoreUnavailableError,
+    WorkerDiedError,
+)
 from deme_core.recipe_file import load_recipe
 from tasks.jobs import ImportJob, PretrainJob, pretrained_job
+from tasks.progress import subscribe
+from tasks.runtime import Runtime
 from tasks.stages import _is_passing, _is_store_away
 
 
@@ -47,3 +58,30 @@ def test_a_model_that_is_there_is_imported_as_the_recipe_says() -> None:
     job = pretrained_job(load_recipe("digits", [f"pretrained={json.dumps(source)}"]))
     assert isinstance(job, ImportJob)
     assert job.model_dump() == source
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "status"),
+    [
+        (RunEndedError(), "stopped", "KILLED"),
+        (KeyboardInterrupt(), "stopped", "KILLED"),
+        (WorkerDiedError("killed"), "failed", "FAILED"),
+        (InputError("a wrong recipe"), "failed", "FAILED"),
+    ],
+    ids=repr,
+)
+def test_what_the_end_of_its_run_stopped_has_not_failed(error: BaseException, kind: str, status: str) -> None:
+    told: list[str] = []
+    ended: list[str] = []
+    runtime: Any = SimpleNamespace(tracker=SimpleNamespace(finish=lambda _, status: ended.append(status)))
+
+    def work(*_: Any) -> Any:
+        raise error
+
+    unsubscribe = subscribe(lambda event: told.append(event.kind))
+    try:
+        with pytest.raises(type(error)):
+            Runtime.follow(runtime, work, task="finetune segment 0", child="run")
+    finally:
+        unsubscribe()
+    assert (told, ended) == ([kind], [status])

@@ -23,10 +23,10 @@ class Recorder(Tracker):
     def __init__(self, *, num_failures: int = 0) -> None:
         self.calls: list[list[tuple[int, int]]] = []
         self.num_failures, self.num_asked = num_failures, 0
-        self.failed = False
+        self.ended: str | None = None
 
-    def finish(self, run_id: str, *, failed: bool = False) -> None:
-        self.failed = failed
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        self.ended = status
 
     def log_training(self, run_id: str, records: Any) -> None:
         self.num_asked += 1
@@ -85,9 +85,9 @@ def test_a_training_that_failed_does_not_wait_for_the_server() -> None:
     recorder = Recorder()
     log = TrainingLog(lambda: (recorder, "run"))
     log.add({"global_step": 10})
-    log.abandon()
+    log.abandon("KILLED")
     assert recorder.steps == [[10]]
-    assert recorder.failed
+    assert recorder.ended == "KILLED"
 
 
 def test_a_training_begins_before_mlflow_knows_its_run() -> None:
@@ -103,7 +103,7 @@ def test_a_training_begins_before_mlflow_knows_its_run() -> None:
     known.set()
     assert log.complete([{"global_step": 10}, {"global_step": 20}]) == "run"
     assert sorted(step for call in recorder.steps for step in call) == [10, 20]
-    assert not recorder.failed
+    assert recorder.ended is None
 
 
 def test_a_training_whose_run_cannot_be_started_says_why() -> None:

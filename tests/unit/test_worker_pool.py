@@ -258,7 +258,7 @@ def test_a_training_on_many_gpus_waits_for_all_of_them_and_is_not_passed(bench: 
 def test_no_process_starts_after_the_pool_has_closed() -> None:
     pool = WorkerPool([Slot("cpu", None, 1)])
     job: Any = FakeJob("late")
-    with pytest.raises(DemeError, match="flow run is ending"):
+    with pytest.raises(DemeError, match="ended before the job did"):
         pool.run(job, lambda _: None, on_start=pool.close)
     assert pool._workers[0]._process is None
 
@@ -268,7 +268,7 @@ def test_who_waits_when_the_pool_closes_is_told(bench: BenchMaker) -> None:
     here.send("first")
     waiting = here.send("second")
     here.pool.close()
-    with pytest.raises(DemeError, match="flow run is ending"):
+    with pytest.raises(DemeError, match="ended before the job did"):
         waiting.result(30)
 
 
