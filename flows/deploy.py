@@ -68,7 +68,8 @@ def deploy(pool_type: PoolType = "process", say: Callable[[str], None] = lambda 
         content = _read("prefect.yaml")
         names = {_full_name(deployment): deployment for deployment in content["deployments"]}
         there = {name: found for name in names if (found := _find(client, name)) is not None}
-        new = [deployment for name, deployment in names.items() if name not in there]
+        # With the version that an update would give it: Prefect's own is the commit of the current folder.
+        new = [{**each, "version": _flow_of(each).version} for name, each in names.items() if name not in there]
         if new:
             _register({**content, "deployments": new})
         for name, found in there.items():

@@ -7,7 +7,7 @@ showing them as running.
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 from uuid import UUID
@@ -85,7 +85,7 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _crash(runs: Any, message: str) -> None:
+def _crash(runs: Iterable[UUID], message: str) -> None:
     """Calls flow runs Crashed that are not in a final state."""
     with get_client(sync_client=True) as client:
         for run in runs:
