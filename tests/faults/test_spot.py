@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from deme_core.errors import DemeError, WorkerStoppedError
+from deme_core.errors import DemeError, RunEndedError, WorkerStoppedError
 from tasks.jobs import FinetuneJob, JobResult
 from tasks.slots import Slot
 from tasks.worker_pool import WorkerPool
@@ -115,7 +115,7 @@ def test_a_worker_that_gets_sigterm_leaves_a_checkpoint_of_that_step(
 
 
 def test_a_pool_that_is_closed_leaves_a_checkpoint(training: Training) -> None:
-    step, seconds = _interrupted(training, training.pool.close, DemeError)
+    step, seconds = _interrupted(training, training.pool.close, RunEndedError)
     assert seconds < GRACE_SEC
     assert training.checkpoints() == [f"step-{step:08d}"]
 
