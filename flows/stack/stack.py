@@ -86,6 +86,8 @@ class Stack:
             layout = Layout(self.home, choose_ports(ports, state["ports"], alive, foreign))
             self._write({**state, "ports": dict(layout.ports)})
             started: list[str] = []
+            if not find_started_by(str(self.home)):  # Else a flow run may live whose worker was killed.
+                remove_workspaces(str(self.home))
             try:
                 self._start(layout, started, gpu=gpu)
             except BaseException:
@@ -117,7 +119,6 @@ class Stack:
         Each would hold its deployment's place for ever, and the watch has but one.
         """
         if self._process(self._read(), services.worker(layout, pool).name) is None:
-            remove_workspaces(str(self.home))
             for run in services.crash_beginning_runs(layout, pool):
                 self._say(f"flow run {run} never began, since its worker was killed: Crashed")
 
