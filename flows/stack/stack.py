@@ -151,8 +151,6 @@ class Stack:
                 self._say(f"ending {len(orphans)} processes that lost their worker")
                 stop_all(orphans, seconds=15.0)
             remove_workspaces(str(self.home))
-            if "s3" in stopped:  # SeaweedFS leaves it behind, wherever TMPDIR is; another stack's has the same name.
-                Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)
         return stopped
 
     def _stop(self, names: list[str]) -> list[str]:
@@ -164,6 +162,8 @@ class Stack:
                 # A worker asks its flow runs first, which leave checkpoints and say that they were stopped.
                 stop_tree(process, seconds=50.0 if name.startswith("worker") else 15.0)
                 stopped.append(name)
+                if name == "s3":  # SeaweedFS leaves it behind, wherever TMPDIR is; another stack's has the same name.
+                    Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)
             state = self._read()
             self._write({**state, "services": {k: v for k, v in state["services"].items() if k != name}})
         return stopped
