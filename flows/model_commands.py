@@ -21,8 +21,6 @@ from deme_core.recipe import Sampler
 from deme_core.settings import Settings
 from deme_core.store import open_store
 
-_METHOD_OF_SETTING = {"density": "ties", "drop_rate": "dare", "seed": "dare"}
-
 
 def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
     """Writes the merged or distilled model of a run, by default the newest that has one, into ``out``."""
@@ -93,13 +91,11 @@ def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out
         problem = error.errors()[0]
         option = str(problem["loc"][0]).replace("_", "-")
         raise InputError(f"--{option} {problem['input']}: {problem['msg']}.") from None
-    for name, owner in _METHOD_OF_SETTING.items():
-        if name in given and spec.method != owner:
-            option = name.replace("_", "-")
-            raise InputError(
-                f"--{option} is a setting of --method {owner}, and {spec.method} ignores it; leave it out, or give "
-                f"--method {owner}."
-            )
+    for name in sorted(given.keys() - spec.settings().keys()):
+        option = name.replace("_", "-")
+        raise InputError(
+            f"--{option} is no setting of --method {spec.method}; leave it out, or give the method that it belongs to."
+        )
     if spec.method == "average" and parsed:
         raise InputError("--method average takes no --weights.")
     with new_folder(out) as folder:

@@ -67,6 +67,7 @@ def end_flow_runs(processes: Sequence[psutil.Process], *, seconds: float) -> Non
         with suppress(psutil.Error):
             process.terminate()
     deadline = time.monotonic() + seconds
+    # Not waited for as children: the worker, which does that, is not at work now.
     while time.monotonic() < deadline and any(map(_is_alive, runs)):
         time.sleep(0.1)
     with suppress(Exception):  # Prefect may be away; then its heartbeats tell, or the next start of a local stack.
