@@ -7,9 +7,12 @@ from torch import nn
 
 from deme_core.activation_grams import Grams, input_grams, linear_maps, num_features, share_of
 from deme_core.images import load_images
+from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, RegMeanSpec
 from deme_core.regmean import confine
 from deme_core.segments import TimestepSegment
+from flows.confinement import averaged_warning
+from tasks.jobs import JobResult
 from tests.tiny_models import randomize, tiny_adapter, tiny_unet
 
 SEGMENTS = (TimestepSegment(0, 500), TimestepSegment(500, 1000))
@@ -137,3 +140,11 @@ def test_what_is_no_measured_map_is_averaged(grams_of: GramsOf) -> None:
     expected = pretrained.state_dict()[name] + (expert.state_dict()[name] - pretrained.state_dict()[name]) / 2
     torch.testing.assert_close(confined[name], expected)
     assert confined.keys() == pretrained.state_dict().keys()
+
+
+@pytest.mark.parametrize(("share", "is_told"), [(0.74, True), (0.999, False)])
+def test_a_regmean_that_averages_much_of_the_model_is_warned_of(share: float, is_told: bool) -> None:
+    grams = JobResult(ArtifactRef("file:///store/g", "g"), {"share_of_parameters": share}, False, 0.0, 0.0)
+    warning = averaged_warning(grams, max_features=4608)
+    assert (warning is not None) == is_told
+    assert warning is None or ("74%" in warning and "4,608" in warning)
