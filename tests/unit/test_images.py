@@ -25,6 +25,7 @@ from deme_core.images import (
     source,
 )
 from deme_core.images.digits import DigitsSource
+from deme_core.images.draws import BatchSchedule
 from deme_core.images.pixels import FORMATS, decode
 from deme_core.images.preview import preview_images
 from deme_core.images.remote import FileKind, fetch_images
@@ -743,6 +744,14 @@ def test_each_epoch_has_every_image_once(folder: Path, tmp_path: Path, batch_siz
     assert torch.equal(stream, expected[positions.flatten()])
     assert all(sorted(epoch) == list(range(7)) for epoch in positions.tolist())
     assert len({tuple(epoch) for epoch in positions.tolist()}) > 1
+
+
+def test_a_batch_does_not_copy_the_order_of_its_epoch() -> None:
+    schedule = BatchSchedule(1_000_000, batch_size=4, seed=0, random_flip=True)
+    schedule[0]  # Draws the order, which is kept.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        schedule[1]
+    assert 0 < max(event.cpu_memory_usage for event in profile.key_averages()) < 10_000
 
 
 def test_half_of_the_images_are_mirrored(tmp_path: Path) -> None:
