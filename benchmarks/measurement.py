@@ -24,7 +24,7 @@ QUICK_OVERRIDES = (
     "merge.search.num_reference_images=32",
     "evaluate.num_images=8",
     "evaluate.seeds=[1, 2, 3]",
-    "evaluate.num_inference_steps=2",
+    "evaluate.num_inference_steps=4",
     "evaluate.extractor_resolution=32",
     "evaluate.kid_subset_size=4",
 )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch  # noqa: F401  # Idle memory is that of an interpreter with torch.
+import torch  # Idle memory is that of an interpreter with torch.
 
 from benchmarks.memory import PeakAnonymousMemory, anonymous_bytes
 
@@ -38,7 +38,9 @@ def prepare_deme(pretrained: Path, experts: Sequence[Path], weights: Sequence[fl
     from deme_core.recipe import MethodSpec
     from tasks.work.merge import merge_folders
 
-    return lambda: merge_folders(pretrained, list(experts), MethodSpec(), tuple(weights), out)
+    # As the others write it, whatever it rounds away.
+    dtype = {"BF16": torch.bfloat16, "F32": torch.float32}[_stored_type(pretrained)]
+    return lambda: merge_folders(pretrained, list(experts), MethodSpec(), tuple(weights), out, dtype=dtype)
 
 
 def prepare_load_all(
@@ -64,10 +66,7 @@ def prepare_mergekit(
 ) -> Callable[[], None]:
     """Imports mergekit and returns what its command ``mergekit-pytorch`` does, in float32 as DeMe's merge."""
     from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
-    from safetensors import safe_open
 
-    with safe_open(pretrained / WEIGHTS_PATH, "pt") as file:
-        stored = file.get_slice(next(iter(file.keys()))).get_dtype()
     models = [
         {"model": str(folder / WEIGHTS_PATH), "parameters": {"weight": weight}}
         for folder, weight in zip(experts, weights, strict=True)
@@ -77,11 +76,18 @@ def prepare_mergekit(
         "base_model": str(pretrained / WEIGHTS_PATH),
         "models": models,
         "dtype": "float32",
-        "out_dtype": {"BF16": "bfloat16", "F32": "float32"}[stored],
+        "out_dtype": {"BF16": "bfloat16", "F32": "float32"}[_stored_type(pretrained)],
     }
     recipe = out.parent / "mergekit.yaml"
     recipe.write_text(json.dumps(config))  # Which is YAML too.
     return lambda: mergekit_pytorch([str(recipe), str(out)], standalone_mode=False)
+
+
+def _stored_type(folder: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS_PATH, "pt") as file:
+        return str(file.get_slice(next(iter(file.keys()))).get_dtype())
 
 
 def measure_both(prepare: Callable[[], Callable[[], None]]) -> tuple[float, int]:

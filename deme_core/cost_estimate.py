@@ -135,7 +135,7 @@ def _step_flops(training: TrainingSpec, size: DenoiserSize, *, has_teacher: bool
     passes = _FROZEN_FORWARD_AND_BACKWARD if is_frozen else _FORWARD_AND_BACKWARD
     passes += training.gradient_checkpointing
     each = passes * size.trained_forward_flops + has_teacher * size.forward_flops
-    images = training.batch_size * training.gradient_accumulation_steps * training.num_processes
+    images = training.images_per_step
     return images * float(each)
 
 

@@ -1,5 +1,6 @@
 """Generation: images from initial noise that depends on (seed, image index) and on nothing else."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from deme_core.seeds import generator
 from deme_core.segments import TimestepSegment, segment_index
 from deme_core.tf32 import without_tf32
 
-# Leading steps are T // n long, and may leave timesteps out at the noisy end: at most a fifth of them.
-_LEAST_REACH = 0.8
+# Leading steps are T // n long, and may leave timesteps out at the noisy end: at most a quarter of them.
+_LEAST_START = 0.75
 _SCHEDULERS: dict[Sampler, str] = {
     "ddim": "DDIMScheduler",
     "ddpm": "DDPMScheduler",
@@ -114,7 +115,9 @@ class Sampling:
             # Models that came with a multistep sampler have it; its steps are longer than the T // n that DDIM goes.
             scheduler = self._scheduler(adapter, {**overrides, "timestep_spacing": "leading"})
         if self.sampler != "flow_match_euler":
-            self._check_timesteps(scheduler.config, num_timesteps)
+            self._check_timesteps(scheduler, num_timesteps)
+        if self.sampler == "ddpm":
+            self._check_variance(scheduler)
         return scheduler
 
     def _scheduler(self, adapter: Adapter, overrides: dict[str, Any]) -> Any:
@@ -131,22 +134,26 @@ class Sampling:
             raise ModelFolderError(f"The scheduler_config.json of this {adapter.pipeline} {problem}.") from error
         return scheduler
 
-    def _check_timesteps(self, config: Any, num_timesteps: int) -> None:
+    def _check_timesteps(self, scheduler: Any, num_timesteps: int) -> None:
         """Raises an InputError if the sampler would not start at noise, or step over the timesteps that it stops at."""
-        num_steps, spacing = self.num_inference_steps, config.timestep_spacing
+        num_steps, spacing = self.num_inference_steps, scheduler.config.timestep_spacing
+        scheduler = copy.copy(scheduler)
 
         def fits(num_steps: int) -> bool:
-            length = num_timesteps // num_steps
-            if spacing == "leading":
-                reaches = num_steps * length >= _LEAST_REACH * num_timesteps
-                return reaches and (num_steps - 1) * length + config.steps_offset < num_timesteps
             # DDIM goes T // n timesteps down from wherever it is; DDPM goes to the next one of its list.
-            return self.sampler == "ddpm" or (spacing == "trailing" and num_timesteps % num_steps == 0)
+            if self.sampler == "ddim" and (
+                spacing == "linspace" or (spacing == "trailing" and num_timesteps % num_steps)
+            ):
+                return False
+            scheduler.set_timesteps(num_steps)
+            first, last = scheduler.timesteps[0], scheduler.timesteps[-1]
+            is_whole = len(scheduler.timesteps) == num_steps and last >= 0
+            return is_whole and _LEAST_START * num_timesteps <= first < num_timesteps
 
         if fits(num_steps):
             return
         steps = f"{num_steps} {spacing} steps of the model's {num_timesteps} timesteps"
-        if spacing == "linspace":
+        if self.sampler == "ddim" and spacing == "linspace":
             mend = "set evaluate.timestep_spacing to leading, or leave it out"
             raise InputError(f"The sampler ddim does not stop where {steps} do; {mend}.")
         nearest = [
@@ -154,14 +161,34 @@ class Sampling:
         ]
         able = " or ".join(str(number) for number in nearest if number is not None)
         mend = f"set evaluate.num_inference_steps, or --num-inference-steps on the command line, to {able}"
-        if spacing == "trailing":
+        if self.sampler == "ddim" and spacing == "trailing":
             raise InputError(
                 f"The sampler ddim does not stop where {steps} do, since they are not all of one length; {mend}, or "
                 "evaluate.timestep_spacing to leading."
             )
-        first = (num_steps - 1) * (num_timesteps // num_steps) + config.steps_offset
+        scheduler.set_timesteps(num_steps)
+        first, last = int(scheduler.timesteps[0]), int(scheduler.timesteps[-1])
+        if last < 0:  # diffusers rounds T - k T / n.
+            raise InputError(f"{steps} end at timestep {last}, which there is not, by rounding; {mend}.")
         where = "past the last" if first >= num_timesteps else "far from noise, which they start with"
         raise InputError(f"{steps} begin at timestep {first}, {where}; {mend}.")
+
+    def _check_variance(self, scheduler: Any) -> None:
+        """Raises an InputError if DDPM would leave noise on the images, or make none."""
+        kind, config = scheduler.config.variance_type, scheduler.config
+        if kind == "fixed_large_log":  # DDPMScheduler.step takes the root of the logarithm.
+            raise InputError(
+                f"Stock diffusers makes no images with the sampler ddpm and variance_type {kind}, which the model's "
+                "scheduler_config.json gives; set evaluate.sampler to ddim."
+            )
+        # It adds noise at every timestep but 0; the posterior's variance vanishes at the last one wherever that is.
+        if kind == "fixed_large" and (last := int(scheduler.timesteps[-1])) > 0:
+            mend = "" if config.timestep_spacing == "leading" else "evaluate.timestep_spacing to leading, or "
+            raise InputError(
+                f"The sampler ddpm leaves noise on the images of {config.timestep_spacing} steps, which end at "
+                f"timestep {last}, with variance_type {kind}, which the model's scheduler_config.json gives; set {mend}"
+                "evaluate.sampler to ddim."
+            )
 
     def step_settings(self, generators: list[torch.Generator]) -> dict[str, Any]:
         """Returns what the scheduler's ``step`` takes besides prediction, timestep and latents."""

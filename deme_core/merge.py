@@ -88,19 +88,34 @@ def _projects(key: str, info: TensorInfo, pretrained: Mapping[str, TensorInfo]) 
 
 
 def merge_checkpoints(
-    pretrained: Checkpoint, experts: Mapping[str, Checkpoint | LoraExpert], method: TensorMerge, path: Path
+    pretrained: Checkpoint,
+    experts: Mapping[str, Checkpoint | LoraExpert],
+    method: TensorMerge,
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes the merge of ``experts`` as a safetensors file with the pretrained model's names and dtypes.
+    """Writes the merge of ``experts`` as a safetensors file with the pretrained model's names.
+
+    A finetuning moves most weights by less than half a step of bfloat16: in the type of a model of half precision
+    nearly all of the merge would be rounded away.
 
     Args:
         pretrained: theta_0.
         experts: theta_1 … theta_N by name, lowest timesteps first.
         method: combines them.
         path: the file to write.
+        dtype: of the floating-point tensors; None for those of the pretrained model, but at least float32.
 
     Raises:
         IncompatibleCheckpointsError: the tensors do not match.
     """
     check_experts(pretrained.infos, {name: expert.infos for name, expert in experts.items()})
-    infos = {key: pretrained.infos[key] for key in pretrained}
+    infos = {key: _stored(pretrained.infos[key], dtype) for key in pretrained}
     write_tensors(path, infos, merged_tensors(pretrained, list(experts.values()), method))
+
+
+def _stored(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    if not info.dtype.is_floating_point:
+        return info
+    return TensorInfo(info.shape, dtype or (info.dtype if info.dtype == torch.float64 else torch.float32))

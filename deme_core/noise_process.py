@@ -4,6 +4,7 @@ Training draws integers t in [0, T), in which segments are stated. A process say
 timestep the denoiser is told, and, the other way round, which t a timestep of the sampler belongs to.
 """
 
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class Diffusion:
         """
         from diffusers import DDPMScheduler
 
+        _check_betas(scheduler_config)
         try:
             scheduler = DDPMScheduler.from_config(dict(scheduler_config))
         except Exception as error:  # diffusers raises many kinds for what it cannot build.
@@ -117,6 +119,20 @@ class Diffusion:
     def training_timestep(self, model_timestep: float) -> int:
         """Returns t itself."""
         return int(model_timestep)
+
+
+def _check_betas(config: Mapping[str, Any]) -> None:
+    """Raises a ModelFolderError if the config leaves to its class what DDPMScheduler has another default for."""
+    import diffusers
+
+    known = inspect.signature(diffusers.DDPMScheduler).parameters
+    own = inspect.signature(getattr(diffusers, config.get("_class_name", "DDPMScheduler"))).parameters
+    for name in ("beta_start", "beta_end", "beta_schedule"):
+        if name not in config and name in own and own[name].default != known[name].default:
+            raise ModelFolderError(
+                f"{_CONFIG} gives no {name}, and {config['_class_name']} has its own, {own[name].default!r}; write it "
+                "there."
+            )
 
 
 def _check_diffusion(scheduler: Any) -> None:

@@ -195,12 +195,18 @@ def merge(
         float | None, typer.Option(help="dare: share of the entries that is dropped.", show_default="0.5")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="dare: decides which entries are dropped.", show_default="0")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(
+            help="What the weights are stored in; the merge is computed in float32, and half of it rounds away."
+        ),
+    ] = "float32",
 ) -> None:
     """Merge finetuned copies of a model into one, in weight space."""
     from flows.model_commands import merge_models
 
     settings = {"method": method, "density": density, "drop_rate": drop_rate, "seed": seed}
-    merged = merge_models(pretrained, expert, weights, out, **settings)
+    merged = merge_models(pretrained, expert, weights, out, dtype=dtype, **settings)
     say(Console(), f"wrote {merged}")
 
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from rich.console import Console
 from rich.progress import track
@@ -20,6 +20,9 @@ from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Sampler
 from deme_core.settings import Settings
 from deme_core.store import open_store
+
+# What `deme merge` stores weights in.
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 def export_model(run: str | None, out: Path, row: str = "merged") -> Path:
@@ -62,7 +65,9 @@ def _find_model(run: str | None, row: str) -> tuple[ArtifactStore, ArtifactRef]:
     return ArtifactStore(open_store(ref.store_uri), settings.cache_folder), ref
 
 
-def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out: Path, **method: Any) -> Path:
+def merge_models(
+    pretrained: Path, experts: list[Path], weights: str | None, out: Path, *, dtype: Dtype = "float32", **method: Any
+) -> Path:
     """Merges model folders into the folder ``out``.
 
     Args:
@@ -70,6 +75,7 @@ def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out
         experts: folders of the copies.
         weights: separated by commas; None for a method without.
         out: a new folder.
+        dtype: what its floating-point weights are stored in.
         method: of `MethodSpec`; what is None is left at its default.
 
     Raises:
@@ -98,8 +104,12 @@ def merge_models(pretrained: Path, experts: list[Path], weights: str | None, out
         )
     if spec.method == "average" and parsed:
         raise InputError("--method average takes no --weights.")
+    import torch
+
+    # None and not float32 itself, which would round a model of float64.
+    stored = None if dtype == "float32" else getattr(torch, dtype)
     with new_folder(out) as folder:
-        merge_folders(pretrained, experts, spec, parsed, folder)
+        merge_folders(pretrained, experts, spec, parsed, folder, dtype=stored)
     return out
 
 

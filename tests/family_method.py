@@ -57,7 +57,7 @@ class Method:
         self.evaluate = EvaluateSpec(
             num_images=4,
             sampler="flow_match_euler" if "3" in name or "Flux" in name else "ddim",
-            num_inference_steps=2,
+            num_inference_steps=4,
             guidance_scale=2.0,
             prompts=str(prompts),
             extractor="efficientnet_lite0",

@@ -1,5 +1,6 @@
 """One run, completely described."""
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -35,7 +36,7 @@ class Recipe(Spec):
     distill: DistillSpec | None = Field(
         None,
         description="Train the merged model to predict, at every timestep, what its segment's copy predicts: the row "
-        "distilled. The control takes as many optimizer steps more.",
+        "distilled. The control sees as many images more.",
     )
     evaluate: EvaluateSpec
     execution: ExecutionSpec = ExecutionSpec()
@@ -108,8 +109,9 @@ class Recipe(Spec):
                 )
 
     def num_control_steps(self, num_segments: int) -> int:
-        """Optimizer steps of the control: as many as all copies, and the distillation, take together."""
-        return self.finetune.num_steps * num_segments + (self.distill.num_steps if self.distill else 0)
+        """Optimizer steps of the control: as many as all copies take, and as the distillation's images are worth."""
+        num_images = self.distill.num_steps * self.distill.images_per_step if self.distill else 0
+        return self.finetune.num_steps * num_segments + math.ceil(num_images / self.finetune.images_per_step)
 
     def check_search(self, num_blocks: int) -> None:
         """Raises an InputError if the search's budget or grid does not suit a model of so many blocks."""

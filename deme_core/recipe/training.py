@@ -64,6 +64,11 @@ class TrainingSpec(Spec):
     checkpoint_every: int = Field(1000, ge=1, description="Optimizer steps between resumable checkpoints.")
     seed: int = Field(0, ge=0, description="Seeds data order, augmentation, noise, timesteps and dropout.")
 
+    @property
+    def images_per_step(self) -> int:
+        """Images of one optimizer step, of all processes."""
+        return self.batch_size * self.gradient_accumulation_steps * self.num_processes
+
     @model_validator(mode="after")
     def _moments_decay(self) -> Self:
         if not all(0 <= beta < 1 for beta in self.adam_betas):

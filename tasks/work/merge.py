@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from deme_core.merge import merge_checkpoints
 from deme_core.merge_methods.build import build_method
 from deme_core.model_digest import tensors_digest
@@ -29,9 +31,15 @@ def run(job: MergeJob, context: JobContext, out: Path, digest: str) -> Work:
 
 
 def merge_folders(
-    pretrained: Path, experts: list[Path], spec: MethodSpec, weights: tuple[float, ...], out: Path
+    pretrained: Path,
+    experts: list[Path],
+    spec: MethodSpec,
+    weights: tuple[float, ...],
+    out: Path,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Merges model folders into the folder ``out``.
+    """Merges model folders into the folder ``out``; for ``dtype`` see `merge_checkpoints`.
 
     Raises:
         InputError: there are not as many weights as experts, or one is not finite.
@@ -44,4 +52,4 @@ def merge_folders(
     }
     destination = write_like(out, base)
     method = build_method(spec, weights, len(experts), base.checkpoint().infos)
-    merge_checkpoints(base.checkpoint(), checkpoints, method, destination)
+    merge_checkpoints(base.checkpoint(), checkpoints, method, destination, dtype=dtype)

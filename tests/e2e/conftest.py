@@ -40,7 +40,7 @@ TOY_RECIPE: dict[str, Any] = {
     "evaluate": {
         "num_images": 8,
         "batch_size": 4,
-        "num_inference_steps": 2,
+        "num_inference_steps": 4,
         "extractor": "efficientnet_lite0",
         "more_extractors": ["pixels_4x4"],
         "extractor_resolution": 32,

@@ -57,7 +57,7 @@ _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir"}
 _MAX_ATTEMPTS = 1500
 ONE_LEVEL = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 EVALUATE = EvaluateSpec(
-    num_images=4, num_inference_steps=2, extractor="efficientnet_lite0", extractor_resolution=32, kid_subset_size=4
+    num_images=4, num_inference_steps=4, extractor="efficientnet_lite0", extractor_resolution=32, kid_subset_size=4
 )
 
 

@@ -19,7 +19,7 @@ from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 EVALUATE = EvaluateSpec(
-    num_images=4, num_inference_steps=2, extractor="efficientnet_lite0", extractor_resolution=32, kid_subset_size=4
+    num_images=4, num_inference_steps=5, extractor="efficientnet_lite0", extractor_resolution=32, kid_subset_size=4
 )
 DATASET = DatasetSpec(source="digits", num_images=40)
 
@@ -109,8 +109,8 @@ def test_candidates_are_not_resampled_so_that_resamples_change_no_search(
     laboratory.measured.clear()
     again = laboratory.search(1, 2, max_candidates=3, evaluate={"num_bootstrap": num_bootstrap})
     assert (again.cached, again.ref) == (True, first.ref)
-    laboratory.search(1, 2, max_candidates=3, few_steps=1, evaluate={"num_bootstrap": num_bootstrap})
-    assert {job.evaluate.num_inference_steps for job in laboratory.measured if isinstance(job, ScoreJob)} == {1}
+    laboratory.search(1, 2, max_candidates=3, few_steps=4, evaluate={"num_bootstrap": num_bootstrap})
+    assert {job.evaluate.num_inference_steps for job in laboratory.measured if isinstance(job, ScoreJob)} == {4}
     # What the digests of the default were before.
     assert candidate_settings(EVALUATE, laboratory.context)["num_bootstrap"] == 100
 

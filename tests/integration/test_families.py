@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 
 def sampling_for(adapter: Adapter, **settings: Any) -> Sampling:
-    return Sampling(**{"sampler": adapter.noise_process.samplers[0], "num_inference_steps": 3, **settings})
+    return Sampling(**{"sampler": adapter.noise_process.samplers[0], "num_inference_steps": 4, **settings})
 
 
 def images_of(folder: ModelFolder, **settings: Any) -> torch.Tensor:
@@ -69,7 +69,7 @@ def stock_images(folder: ModelFolder, guidance_scale: float, **parts: Any) -> to
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(
             pipeline.scheduler.config, clip_sample=False, timestep_spacing="leading"
         )
-    settings: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "output_type": "np"}
+    settings: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": guidance_scale, "output_type": "np"}
     if folder.index.pipeline == "DiTPipeline":
         settings["class_labels"] = list(range(NUM_IMAGES))
         settings["generator"] = [generator("image", 5, index) for index in range(NUM_IMAGES)]

@@ -116,7 +116,7 @@ def test_the_command_line_merges_and_generates_whole_pipelines(tmp_path: Path) -
     pretrained, expert = (save_pipeline("DiTPipeline", tmp_path / name) for name in ("pretrained", "expert"))
     merge_models(pretrained, [expert], "0.5", tmp_path / "merged")
     assert files_below(tmp_path / "merged") == files_below(pretrained)
-    settings: dict[str, Any] = {"num_images": 3, "seed": 0, "num_inference_steps": 2, "batch_size": 2}
+    settings: dict[str, Any] = {"num_images": 3, "seed": 0, "num_inference_steps": 4, "batch_size": 2}
     for model in ("pretrained", "merged"):
         generate_images(str(tmp_path / model), tmp_path / f"{model}-images", **settings, console=Console(quiet=True))
     made = sorted((tmp_path / "merged-images").iterdir())
@@ -128,7 +128,7 @@ def test_the_command_line_merges_and_generates_whole_pipelines(tmp_path: Path) -
 
 def test_the_command_line_generates_from_prompts(tmp_path: Path) -> None:
     model = save_pipeline("StableDiffusion3Pipeline", tmp_path / "model")
-    settings: dict[str, Any] = {"num_images": 2, "seed": 0, "num_inference_steps": 2, "console": Console(quiet=True)}
+    settings: dict[str, Any] = {"num_images": 2, "seed": 0, "num_inference_steps": 4, "console": Console(quiet=True)}
     with pytest.raises(InputError, match=r"makes images from text; name a file of prompts"):
         generate_images(str(model), tmp_path / "nothing", **settings)
     (tmp_path / "prompts.txt").write_text("a cat\na truck\n")

@@ -64,7 +64,7 @@ def test_what_was_learned_from_captions_is_a_stock_pipeline_that_takes_text(
     assert pipeline.tokenizer.tokenize("a photo of a truck") == [
         f"\u2581{word}" for word in ["a", "photo", "of", "a", "truck"]
     ]
-    settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 2.0}
+    settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "np", "guidance_scale": 2.0}
     cat, truck = (
         pipeline(f"a photo of a {kind}", generator=torch.Generator().manual_seed(0), **settings).images
         for kind in ("cat", "truck")
@@ -88,7 +88,7 @@ def test_what_was_learned_from_captions_is_a_stock_pipeline_that_takes_text(
         images=GeneratedImages(models=(merged.ref,), edges=None, seed=1),
         evaluate=EvaluateSpec(
             num_images=4,
-            num_inference_steps=2,
+            num_inference_steps=4,
             prompts="cifar10",
             extractor="efficientnet_lite0",
             extractor_resolution=32,

@@ -24,7 +24,7 @@ FEWER = {
     "merge.search.num_images": 8,
     "merge.search.num_reference_images": 12,
     "evaluate.num_images": 8,
-    "evaluate.num_inference_steps": 2,
+    "evaluate.num_inference_steps": 4,
     "evaluate.batch_size": 8,
     "evaluate.kid_subset_size": 4,
     "evaluate.num_bootstrap": 5,
@@ -70,7 +70,7 @@ def test_a_recipe_runs_from_end_to_end(name: str, stand_ins: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "merged")
     prompt = {"prompt": "a photo of a cat"} if name in TEXT else {}
-    assert len(pipeline(**prompt, num_inference_steps=2, output_type="np").images) == 1
+    assert len(pipeline(**prompt, num_inference_steps=4, output_type="np").images) == 1
 
 
 def test_the_model_that_learns_captions_from_nothing(stand_ins: Path, tmp_path: Path) -> None:
@@ -93,5 +93,5 @@ def test_the_model_that_learns_captions_from_nothing(stand_ins: Path, tmp_path: 
     done = deme.run("export", "--out", str(tmp_path / "merged"))
     assert done.returncode == 0, done.stderr
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "merged")
-    made = pipeline("a photo of a frog", num_inference_steps=2, output_type="np").images
+    made = pipeline("a photo of a frog", num_inference_steps=4, output_type="np").images
     assert made.shape == (1, 16, 16, 3)

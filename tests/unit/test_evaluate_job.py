@@ -14,7 +14,7 @@ from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 CONFIG = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
 SPEC = EvaluateSpec(
     num_images=8,
-    num_inference_steps=2,
+    num_inference_steps=4,
     extractor="efficientnet_lite0",
     extractor_resolution=32,
     metrics=("fid", "kid"),

@@ -57,6 +57,10 @@ def test_flow_matching_goes_straight_from_images_to_noise() -> None:
         ({"clip_sample_range": "a"}, "clip_sample_range as 'a', not as a number"),
         ({"steps_offset": 10**6}, "steps_offset as 1000000, which is no timestep"),
         ({"steps_offset": -1}, "steps_offset as -1, which is no timestep"),
+        (
+            {"_class_name": "HeunDiscreteScheduler"},
+            "gives no beta_start, and HeunDiscreteScheduler has its own, 0.00085",
+        ),
     ],
     ids=str,
 )

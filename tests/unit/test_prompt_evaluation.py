@@ -59,7 +59,7 @@ class Laboratory:
     def spec(self, **changes: Any) -> EvaluateSpec:
         settings: dict[str, Any] = {
             "num_images": NUM_IMAGES,
-            "num_inference_steps": 2,
+            "num_inference_steps": 4,
             "batch_size": 4,
             "extractor": "efficientnet_lite0",
             "extractor_resolution": 32,
@@ -98,7 +98,7 @@ def laboratory(tmp_path: Path, clip: Path) -> Laboratory:
 
 def expected_scores(clip: Path, tmp_path: Path) -> np.ndarray:
     """The image set generated at once, each image scored with its prompt."""
-    sampling = Sampling(num_inference_steps=2, batch_size=4)
+    sampling = Sampling(num_inference_steps=4, batch_size=4)
     model = SingleModel(randomize(one_level_unet(), seed=1))
     made = generate(model, tiny_adapter(), sampling, seed=1, indices=range(NUM_IMAGES))
     prompts = (["a cat", "Q! Q!", "cats and bats"] * 3)[:NUM_IMAGES]

@@ -6,7 +6,8 @@ from diffusers import UNet2DModel
 from pydantic import BaseModel, ValidationError
 from torch import nn
 
-from deme_core.recipe import EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, SegmentsSpec, TrainingSpec
+from deme_core.recipe import DistillSpec, EvaluateSpec, FinetuneSpec, Recipe, SearchSpec, SegmentsSpec, TrainingSpec
+from deme_core.recipe_file import load_recipe
 from tests.tiny_models import UNET_CONFIG, UNET_VARIANTS, tiny_conditional_unet
 
 MINIMAL: dict[str, Any] = {
@@ -113,6 +114,14 @@ def test_a_search_must_not_see_a_seed_of_the_report() -> None:
 
 def test_the_default_seeds_do_not_overlap() -> None:
     assert recipe(merge={"search": {}})
+
+
+@pytest.mark.parametrize(("batch_size", "num_steps"), [(16, 40), (32, 60), (24, 50), (25, 52)])
+def test_the_control_sees_as_many_images_as_copies_and_distillation_together(batch_size: int, num_steps: int) -> None:
+    recipe = load_recipe("digits", ["finetune.num_steps=10", "finetune.batch_size=16", "segments.count=2"])
+    assert recipe.num_control_steps(2) == 20
+    distill = DistillSpec(num_steps=20, batch_size=batch_size)
+    assert recipe.model_copy(update={"distill": distill}).num_control_steps(2) == num_steps
 
 
 @pytest.mark.parametrize("weights", [{}, {"weights": [0.5, 0.5], "search": {}}])
