@@ -34,6 +34,7 @@ class CostEstimate:
         evaluation_flops: of the images of all rows and seeds.
         memory_bytes: of one training: weights, gradients, moments, moving average and frozen model; with LoRA, the
             control's, whose adapter is the largest.
+        sampling_bytes: of the models that a candidate of the search, or an image of the ensemble, needs at once.
         num_trainings: copies and control that are trained at once.
         checkpoint_bytes: of one checkpoint of each of these.
         model_bytes: of all models: pretrained, copies, control, scaled control and merged.
@@ -45,6 +46,7 @@ class CostEstimate:
     search_flops: float
     evaluation_flops: float
     memory_bytes: int
+    sampling_bytes: int
     num_trainings: int
     checkpoint_bytes: int
     model_bytes: int
@@ -108,6 +110,7 @@ def estimate_cost(
         search_flops=_search_flops(recipe.merge.search, num_segments, evaluate, size),
         evaluation_flops=rows * len(evaluate.seeds) * evaluate.num_images * _image_flops(evaluate, size),
         memory_bytes=_training_memory(finetune, control, stock),
+        sampling_bytes=_sampling_memory(recipe, trained, stock),
         num_trainings=num_trainings,
         # The control is first, and the longest.
         checkpoint_bytes=_checkpoint(finetune, control) + (num_trainings - 1) * _checkpoint(finetune, trained),
@@ -159,6 +162,17 @@ def _training_memory(finetune: FinetuneSpec, trained: int, stock: int) -> int:
         return stock + 3 * trained + _moment_bytes(finetune, trained)
     frozen = stock if finetune.has_teacher else 0
     return 3 * trained + _moment_bytes(finetune, trained) + frozen
+
+
+def _sampling_memory(recipe: Recipe, trained: int, stock: int) -> int:
+    """A search has theta_0, what it changes into the candidate, and all copies; the ensemble the copies.
+
+    Of LoRA copies the adapters alone, beside one model.
+    """
+    copies = recipe.segments.num_segments * trained + (stock if recipe.finetune.lora else 0)
+    if recipe.merge.search is None:
+        return copies
+    return 2 * stock + recipe.segments.num_segments * trained
 
 
 def _checkpoint(training: TrainingSpec, trained: int) -> int:

@@ -67,6 +67,9 @@ def join(share: Share, meeting_point: Path, device: str) -> Iterator[None]:
         share: which one.
         meeting_point: a file that all of them can write; it must not exist yet. No port is opened for them to meet.
         device: cpu (gloo) or cuda (NCCL for gradients, GPU number ``rank`` of those that the process sees).
+
+    All leave together: over NCCL the first to leave waits for the others. So where the context ends by an exception
+    over NCCL, the process stays joined, and is of no more use.
     """
     rank, count = str(share.rank), str(share.num_processes)
     # What accelerate reads; and data go between processes of one machine, so no other interface shall listen.
@@ -75,6 +78,7 @@ def join(share: Share, meeting_point: Path, device: str) -> Iterator[None]:
     os.environ.update(variables)
     if device == "cuda":
         torch.cuda.set_device(share.rank)
+    is_whole = device != "cuda"
     try:
         distributed.init_process_group(
             "nccl" if device == "cuda" else "gloo",
@@ -85,9 +89,10 @@ def join(share: Share, meeting_point: Path, device: str) -> Iterator[None]:
         )
         _words.append(distributed.new_group(backend="gloo", timeout=_PATIENCE))
         yield
+        is_whole = True
     finally:
         _words.clear()
-        if distributed.is_initialized():
+        if distributed.is_initialized() and is_whole:
             distributed.destroy_process_group()
         for name in variables:
             os.environ.pop(name, None)

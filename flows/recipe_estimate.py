@@ -81,7 +81,11 @@ class RecipeEstimate:
         return done
 
     def _memory(self) -> str:
-        return f"estimate: {_gigabytes(self._cost.memory_bytes)} of one training, activations apart"
+        cost, sampled = self._cost, "a search's candidate" if self.recipe.merge.search else "the ensemble"
+        return (
+            f"estimate: {_gigabytes(cost.memory_bytes)} of one training, {_gigabytes(cost.sampling_bytes)} of the "
+            f"models of {sampled}; activations and frozen parts apart"
+        )
 
     def _storage(self) -> str:
         cost = self._cost

@@ -21,6 +21,7 @@ class Job(BaseModel):
         can_wait: whether nothing but the report needs it, so that all other jobs go first.
         memory_mend: what to do where a GPU has too little memory.
         leaves_checkpoints: whether the work can be resumed, and so leaves checkpoints in the store until it is done.
+        keeps_live_merge: whether the models of a search's candidates stay in memory meanwhile.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +32,7 @@ class Job(BaseModel):
     can_wait: ClassVar[bool] = False
     memory_mend: ClassVar[str] = "use one with more"
     leaves_checkpoints: ClassVar[bool] = False
+    keeps_live_merge: ClassVar[bool] = False
 
     @property
     def num_generated_images(self) -> int:

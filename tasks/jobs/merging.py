@@ -70,6 +70,7 @@ class CandidateJob(Job):
     """
 
     stage: ClassVar[str] = "search"
+    keeps_live_merge: ClassVar[bool] = True
     label: str
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]

@@ -6,6 +6,7 @@ yields progress records and returns the metrics. None of them knows Prefect or M
 """
 
 import errno
+import gc
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +17,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import torch
 from filelock import FileLock, Timeout
+from torch import distributed
 
 from deme_core.artifacts import ArtifactStore, fetch_or_withdraw
 from deme_core.digests import stage_digest
@@ -32,6 +35,9 @@ from deme_core.store import open_store
 from tasks.jobs import CHECKPOINTS, PRETRAINED_STAGE, Job, JobResult
 from tasks.patience import patiently
 from tasks.progress import Record, exhaust
+
+# Of `remember_latest`: N + 2 models of a search of N weights.
+LIVE_MERGE = "live merge"
 
 T = TypeVar("T")
 Work = Generator[Record, None, dict[str, Any]]
@@ -183,6 +189,11 @@ class JobContext:
             kept[key] = load()
         return kept[key]
 
+    def forget(self, *kinds: str) -> bool:
+        """Drops what `remember_latest` keeps of these kinds, by default of all; returns whether there was any."""
+        dropped = [self._latest.pop(kind) for kind in (kinds or tuple(self._latest)) if kind in self._latest]
+        return any(dropped)
+
     @contextmanager
     def exclusive(self, digest: str, report: Callable[[Record], None]) -> Iterator[None]:
         """Lets one process of this DEME_HOME at a time make an artifact; a killed one's lock ends with it."""
@@ -235,6 +246,8 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
     with context.exclusive(digest, report):  # Of two runs that want it, one makes it and the other finds it.
         found = context.find_manifest(job.stage, digest)
         if found is None:
+            if not job.keeps_live_merge:
+                context.forget(LIVE_MERGE)
             with context.scratch_folder() as out:
                 with _processes(job, digest, context):
                     metrics = exhaust(work.run(job, context, out, digest), report)
@@ -245,3 +258,17 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
             context.discard_unfinished(digest)
     seconds = time.perf_counter() - started
     return JobResult(ref, metrics, found is not None, seconds, context.storage_seconds - stored_before)
+
+
+def execute_with_room(job: Job, context: JobContext, report: Callable[[Record], None]) -> JobResult:
+    """Does the same; where a GPU has too little memory, once more without what other jobs left in it."""
+    try:
+        return execute(job, context, report)
+    except torch.OutOfMemoryError:
+        if distributed.is_initialized() or not context.forget():
+            raise
+    # Behind the block, in which the error's traceback would keep what the job had in memory.
+    report({"message": "too little memory; once more without what other jobs left in it"})
+    gc.collect()
+    torch.cuda.empty_cache()
+    return execute(job, context, report)

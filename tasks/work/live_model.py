@@ -6,7 +6,7 @@ from deme_core.live_merge import LiveMerge
 from deme_core.merge_methods.build import build_method
 from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from tasks.jobs import CandidateJob
-from tasks.work.base import JobContext
+from tasks.work.base import LIVE_MERGE, JobContext
 
 # A flow run searches the merge weights and the control's scale side by side: with one, each batch would reload.
 _NUM_KEPT = 2
@@ -15,7 +15,7 @@ _NUM_KEPT = 2
 def live_merge(job: CandidateJob, context: JobContext) -> tuple[ModelFolder, LiveMerge]:
     """Returns the merge that ``job`` describes as a live model, and theta_0's folder."""
     key = " ".join(ref.uri for ref in (job.pretrained, *job.experts))
-    folder, merge = context.remember_latest("live merge", key, lambda: _load(job, context), num_kept=_NUM_KEPT)
+    folder, merge = context.remember_latest(LIVE_MERGE, key, lambda: _load(job, context), num_kept=_NUM_KEPT)
     merge.apply(build_method(job.method, job.weights, len(job.experts), merge.names))
     return folder, merge
 

@@ -10,6 +10,7 @@ from deme_core.heldout_loss import check_finite, heldout_losses
 from tasks.jobs import LossJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.live_model import live_merge, merge_inputs
+from tasks.work.scoring import adapter_of
 
 # Other noise than the report's held-out loss has.
 _SEED = 1
@@ -32,7 +33,7 @@ def run(job: LossJob, context: JobContext, out: Path, digest: str) -> Work:
     edges = bin_edges(folder.num_train_timesteps, job.segment_edges)
     losses = heldout_losses(
         merge.model,
-        folder.adapter(context.device),
+        adapter_of(folder, context),
         context.heldout_images(job.dataset),
         edges=edges,
         seed=_SEED,

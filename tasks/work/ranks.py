@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -108,28 +109,30 @@ def main() -> None:
     job = JOBS[order["job"]].model_validate(order["content"])
     context = JobContext(Settings(), arguments.device)
     share = Share(order["rank"], job.num_processes)
-    work = import_module(f"tasks.work.{job.work}")
     point = Path(order["meeting_point"])
-    with (
-        _told(point.with_name(f"error-{share.rank}")),
-        join(share, point, arguments.device),
-        context.scratch_folder() as out,
-    ):
-        with contextlib.suppress(WorkerStoppedError):
-            for record in work.run(job, context, out, order["digest"]):
-                if record.get("global_step") == record.get("num_steps", 0):
-                    break
-        threading.Event().wait()  # What is left to store is for rank 0 alone, which ends this process.
+    with _told(point.with_name(f"error-{share.rank}")):
+        _train_along(job, order["digest"], context, share, point)
+    threading.Event().wait()  # What is left to store is for rank 0 alone, which ends this process.
+
+
+def _train_along(job: Job, digest: str, context: JobContext, share: Share, point: Path) -> None:
+    """Trains until rank 0 does no more; over NCCL it returns when that has left, too."""
+    work = import_module(f"tasks.work.{job.work}")
+    with join(share, point, context.device), context.scratch_folder() as out, contextlib.suppress(WorkerStoppedError):
+        for record in work.run(job, context, out, digest):
+            if record.get("global_step") == record.get("num_steps", 0):
+                break
 
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """Leaves for rank 0 what went wrong here."""
+    """Leaves for rank 0 what went wrong here, and ends the process at once: NCCL could wait for others at its end."""
     try:
         yield
     except Exception as error:
         path.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-        raise
+        traceback.print_exc()
+        os._exit(1)
 
 
 def _leave_with_parent() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 from deme_core.errors import InputError
 from deme_core.evaluation import Evaluation, FeatureSource
+from deme_core.families import Adapter
 from deme_core.generate import Sampling
 from deme_core.manifest import ArtifactRef
 from deme_core.metrics import needs_prompts
@@ -36,10 +37,7 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
     """Returns how the denoisers that share ``model``'s architecture and scheduler generate features."""
     prompts = prompts_of(evaluate, context)
     return FeatureSource(
-        # Kept from one candidate of a search to the next: text encoders take longer to load than images to make.
-        adapter=context.remember_latest(
-            "adapter", f"{model.path} {model.frozen}", lambda: model.adapter(context.device), num_kept=1
-        ),
+        adapter=adapter_of(model, context),
         sampling=Sampling(
             sampler=evaluate.sampler,
             num_inference_steps=evaluate.num_inference_steps,
@@ -54,6 +52,15 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
         prompts=prompts,
         clip=clip_score_of(evaluate, context) if needs_prompts(evaluate.metrics) else None,
     )
+
+
+def adapter_of(model: ModelFolder, context: JobContext) -> Adapter:
+    """Returns the frozen parts of a model, kept from one candidate of a search to the next.
+
+    Text encoders take longer to load than images to make.
+    """
+    key = f"{model.path} {model.frozen}"
+    return context.remember_latest("adapter", key, lambda: model.adapter(context.device), num_kept=1)
 
 
 def evaluation_settings(evaluate: EvaluateSpec, context: JobContext, *, exclude: set[str]) -> dict[str, Any]:

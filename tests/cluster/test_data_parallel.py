@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 
 from deme_core.data_parallel import Share
 from deme_core.errors import WorkerDiedError, WorkerStoppedError
@@ -81,6 +82,39 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         torch.testing.assert_close(weights_of_two[name], weight, rtol=1e-3, atol=1e-5)
     start = load_file(next((tmp_path / "model").rglob("*.safetensors")))
     assert any((weights_of_one[name] - weight).abs().max() > 1e-3 for name, weight in start.items())
+
+
+# What NCCL's end is: a call that returns when all processes have made it (of gloo's each returns at once).
+COLLECTIVE_END = """
+import time
+from pathlib import Path
+from torch import distributed
+end = distributed.destroy_process_group
+def end_together():
+    count, folder = distributed.get_world_size(), Path({folder!r})
+    (folder / str(distributed.get_rank())).touch()
+    deadline = time.monotonic() + 30
+    while len(list(folder.iterdir())) < count:
+        assert time.monotonic() < deadline, "NCCL would wait for ever"
+        time.sleep(0.05)
+    end()
+"""
+
+
+def test_processes_end_their_training_together_as_nccl_asks(
+    two: tuple[JobResult, dict[str, torch.Tensor]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ended").mkdir()
+    script = COLLECTIVE_END.format(folder=str(tmp_path / "ended"))
+    (tmp_path / "sitecustomize.py").write_text(f"{script}\ndistributed.destroy_process_group = end_together")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    own: dict[str, Any] = {}
+    exec(script, own)
+    monkeypatch.setattr(distributed, "destroy_process_group", own["end_together"])
+    with _context(tmp_path / "home") as context:
+        weights = _train(_job(context, tmp_path, batch_size=4, num_processes=2), context)[1]
+    assert sorted(path.name for path in (tmp_path / "ended").iterdir()) == ["0", "1"]
+    assert all(torch.equal(weight, two[1][name]) for name, weight in weights.items())
 
 
 def test_two_processes_train_one_lora_whose_teacher_is_the_model_itself(tmp_path: Path) -> None:

@@ -252,7 +252,14 @@ def test_docs_and_headers_quote_the_estimate(name: str) -> None:
     hour = {precision: UTILIZATION * peak * 3600 for precision, peak in H100_PEAK.items()}
     estimated = [one.training_flops / hour["bf16"], one.search_flops / hour["fp32"]]
     estimated.append(one.evaluation_flops / hour["fp32"])
-    sizes = [one.memory_bytes, one.storage_bytes, many.storage_bytes, one.local_bytes, many.local_bytes]
+    sizes = [
+        one.memory_bytes,
+        one.sampling_bytes,
+        one.storage_bytes,
+        many.storage_bytes,
+        one.local_bytes,
+        many.local_bytes,
+    ]
     estimated += [num_bytes / 1e9 for num_bytes in sizes]
 
     rows = [line.strip("| ").split(" | ") for line in DOCS.read_text().splitlines() if line.startswith(f"| `{name}`")]
@@ -261,9 +268,9 @@ def test_docs_and_headers_quote_the_estimate(name: str) -> None:
         assert abs(float(text) - number) <= 0.06 * 10 ** (1 - len(text.partition(".")[2])), (text, number)
 
     header = " ".join(re.findall(r"^# (.*)", (ROOT / "recipes" / f"{name}.yaml").read_text(), re.MULTILINE))
-    training, searches, images, memory, store, store_of_many, cache, cache_of_many = quoted
+    training, searches, images, of_training, of_candidate, store, store_of_many, cache, cache_of_many = quoted
     assert f" {training} of them for training, {searches} for searches and {images} for the report's images" in header
-    assert f"; {memory} GB of GPU memory" in header
+    assert f"; {max(of_training, of_candidate, key=float)} GB of GPU memory" in header
     assert f"the peak {store} GB in the object store and {cache} GB of cache and scratch with one GPU, " in header
     assert f", {store_of_many} GB and {cache_of_many} GB with " in header
 

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,15 @@ def test_images_cost_a_pass_per_step_and_two_with_guidance() -> None:
 def test_searches_cost_all_their_candidates(search: dict[str, Any], passes: int) -> None:
     settings = {"weights": None, "search": search | {"num_images": 20, "seeds": [7, 8]}}
     assert cost(merge=settings).search_flops == passes * 2 * 20 * 1000
+
+
+def test_a_search_needs_theta_0_twice_and_all_copies_and_the_ensemble_the_copies() -> None:
+    search: dict[str, Any] = {"merge": {"weights": None, "search": {}}}
+    lora = {"finetune": {"lora": {"rank": 2}, "channel_projection": False}}
+    assert cost().sampling_bytes == 4 * 3 * 110
+    assert cost(**search).sampling_bytes == 4 * (2 * 100 + 3 * 110)
+    small = dataclasses.replace(SIZE, num_trained=5)
+    assert estimate_cost(recipe(**lora), small, num_images=7, num_features=16).sampling_bytes == 4 * (100 + 3 * 5)
 
 
 def test_memory_is_weights_gradients_moments_average_and_the_frozen_model() -> None:

@@ -7,6 +7,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from deme_core import data_parallel
+from deme_core.data_parallel import Share, join
 from tasks.work import ranks
 from tests.small_run import make_context
 
@@ -28,3 +30,31 @@ def test_a_process_that_does_not_start_takes_its_fellows_with_it(
         raise AssertionError
     fellow.kill.assert_called_once_with()
     assert torch.get_num_threads() == num_threads
+
+
+@pytest.mark.parametrize(
+    ("device", "fails", "is_left"), [("cuda", False, True), ("cuda", True, False), ("cpu", True, True)]
+)
+def test_over_nccl_a_process_does_not_wait_for_others_that_failed(
+    device: str, fails: bool, is_left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distributed = Mock()
+    distributed.is_initialized.return_value = True
+    monkeypatch.setattr(data_parallel, "distributed", distributed)
+    monkeypatch.setattr(torch.cuda, "set_device", Mock())
+    try:
+        with join(Share(0, 2), tmp_path / "point", device):
+            if fails:
+                raise OSError
+    except OSError:
+        pass
+    assert distributed.destroy_process_group.called == is_left
+
+
+def test_a_process_that_fails_says_why_and_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", ended.append)
+    with ranks._told(tmp_path / "error-1"):
+        raise ValueError("no more memory")
+    assert ended == [1]
+    assert (tmp_path / "error-1").read_text() == "ValueError: no more memory"
