@@ -1,12 +1,18 @@
 """Secrets, endpoints and folders: all that comes from the environment and none that changes a result."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from deme_core.errors import InputError
+
 HTTP = ("http://", "https://")
+# Spot instances give 30 seconds between SIGTERM and SIGKILL, as Kubernetes and Prefect do.
+_STOP_SECONDS = 25.0
+_MOST_STOP_SECONDS = 86_400.0
 
 
 class Settings(BaseSettings):
@@ -18,6 +24,7 @@ class Settings(BaseSettings):
     store_uri_override: str | None = Field(None, alias="DEME_STORE_URI")
     tracking_uri_override: str | None = Field(None, alias="MLFLOW_TRACKING_URI")
     mlflow_ui_override: str | None = Field(None, alias="DEME_MLFLOW_UI_URL")
+    stop_seconds_override: str | None = Field(None, alias="DEME_STOP_SECONDS")
 
     @property
     def state_folder(self) -> Path:
@@ -60,3 +67,18 @@ class Settings(BaseSettings):
         """Where people's browsers find MLflow, which may differ from where workers do; None if nobody serves it."""
         url = self.mlflow_ui_override or (self.tracking_uri if self.has_tracking_server else None)
         return url.rstrip("/") if url else None
+
+    @property
+    def stop_seconds(self) -> float:
+        """How long a training that is told to leave may take for its last checkpoint, in seconds.
+
+        Raises:
+            InputError: it is no such number.
+        """
+        with suppress(ValueError):
+            if 0 < (seconds := float(self.stop_seconds_override or _STOP_SECONDS)) <= _MOST_STOP_SECONDS:
+                return seconds
+        raise InputError(
+            f"DEME_STOP_SECONDS is {self.stop_seconds_override}; set it to a number of seconds above 0, at most "
+            f"{_MOST_STOP_SECONDS:.0f}."
+        )

@@ -14,8 +14,8 @@ from flows.terminal import say
 
 _STOPPED, _INTERRUPTED = 128 + signal.SIGTERM, 128 + signal.SIGINT
 _SAID = {_STOPPED: "stopped", _INTERRUPTED: "interrupted"}
-# What the last checkpoints of trainings may take, and a server to hear of the end.
-_SECONDS_TO_LEAVE = 40.0
+# What a server may take to hear of the end, after the last checkpoints of trainings.
+_SECONDS_TO_TELL = 15.0
 _NO_LOGIN = (
     "Prefect's server wants a log-in: PREFECT_API_AUTH_STRING is missing or wrong; `deme env` prints that of the local "
     "stack."
@@ -50,7 +50,9 @@ def leave_in_time_after_interrupt() -> None:
 
 
 def _interrupt(*_: object) -> None:
-    timer = threading.Timer(_SECONDS_TO_LEAVE, _leave_at_once)
+    from deme_core.settings import Settings
+
+    timer = threading.Timer(Settings().stop_seconds + _SECONDS_TO_TELL, _leave_at_once)
     timer.daemon = True
     timer.start()
     raise KeyboardInterrupt

@@ -18,34 +18,41 @@ from prefect.client.orchestration import get_client
 from prefect.states import Crashed
 from prefect.utilities import processutils
 
-# A training leaves a checkpoint within 25, and the flow tells Prefect and MLflow after that.
-SECONDS_TO_END = 38.0
+from deme_core.settings import Settings
+
+# The flow tells Prefect and MLflow when its trainings have left their checkpoints.
+_SECONDS_TO_TELL = 13.0
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _RUN_ID = "PREFECT__FLOW_RUN_ID"
 
 
 def start_worker(arguments: Sequence[str]) -> None:
-    """Does what `prefect worker start` does with these arguments, until it is stopped."""
+    """Does what `prefect worker start` does with these arguments, until it is stopped.
+
+    Raises:
+        InputError: the environment says no number of seconds for checkpoints.
+    """
+    seconds = Settings().stop_seconds + _SECONDS_TO_TELL
     install = processutils.setup_signal_handlers_worker
 
     def install_ours(*args: Any, **kwargs: Any) -> None:
         install(*args, **kwargs)
-        _let_flows_end_before({signum: signal.getsignal(signum) for signum in _SIGNALS})
+        _let_flows_end_before({signum: signal.getsignal(signum) for signum in _SIGNALS}, seconds=seconds)
 
     processutils.setup_signal_handlers_worker = install_ours
     sys.argv = ["prefect", "worker", "start", *arguments]
     prefect_command()
 
 
-def _let_flows_end_before(prefects: dict[signal.Signals, Any]) -> None:
-    """Installs handlers that end the flow runs first and then do what Prefect's do."""
+def _let_flows_end_before(prefects: dict[signal.Signals, Any], *, seconds: float) -> None:
+    """Installs handlers that end the flow runs first, in so many seconds, and then do what Prefect's do."""
 
     def handle(signum: int, frame: Any) -> None:
         for each in _SIGNALS:  # Whoever asks again, as a terminal does, is heard when the runs have ended.
             signal.signal(each, signal.SIG_IGN)
         try:
             # In the worker's only thread: it takes no new run meanwhile.
-            end_flow_runs(psutil.Process().children(), seconds=SECONDS_TO_END)
+            end_flow_runs(psutil.Process().children(), seconds=seconds)
         finally:
             for each, handler in prefects.items():
                 signal.signal(each, handler)

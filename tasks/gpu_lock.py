@@ -1,12 +1,14 @@
 """What keeps two programs of one machine off a GPU: lock files that the system frees when their process dies."""
 
 import fcntl
+import functools
 import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from deme_core.errors import InputError
+from tasks.slots import card_names
 
 # One for all users of the machine, whatever their TMPDIR is.
 FOLDER = Path("/tmp")
@@ -20,9 +22,14 @@ class GpuLock:
     """
 
     def __init__(self, gpus: Iterable[str]) -> None:
-        names = [re.sub(r"[^A-Za-z0-9]+", "-", gpu) for gpu in sorted(gpus)]
-        self._paths = [FOLDER / f"deme-gpu-{name}.lock" for name in names]
+        self._gpus = list(gpus)
         self._held: list[int] = []
+
+    @functools.cached_property
+    def _paths(self) -> list[Path]:
+        # Found when they are first needed: nvidia-smi takes a second, in which a worker process is starting.
+        names = sorted({re.sub(r"[^A-Za-z0-9]+", "-", name) for name in card_names(self._gpus)})
+        return [FOLDER / f"deme-gpu-{name}.lock" for name in names]
 
     def try_acquire(self) -> bool:
         """Takes the GPUs if nobody has any of them; does not wait.

@@ -1,12 +1,23 @@
 """The places that a machine has for worker processes: its GPUs, or shares of its cores."""
 
+import functools
+import itertools
+import math
 import os
+import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from deme_core.errors import InputError
 from deme_core.recipe import ExecutionSpec
+
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_NAME_OF_A_GPU = re.compile(r"\d+|(GPU|MIG)-.+")
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,38 @@ class Slot:
 
 
 def count_cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Not on macOS.
+    """Returns how many cores this process may use: those it is bound to, or the time of fewer, rounded up."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Not on macOS.
+    return max(math.ceil(min(cores, *_quotas())), 1)
+
+
+def _quotas() -> Iterator[float]:
+    """Gives how many cores' time control groups allow: a CPU limit of Kubernetes, cpus of Compose. At least one."""
+    yield math.inf
+    for folder in _control_groups():
+        with suppress(OSError, ValueError):
+            quota, period = (folder / "cpu.max").read_text().split()  # "max" is no number.
+            yield int(quota) / int(period)
+        with suppress(OSError, ValueError):
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:  # -1 is no limit.
+                yield int(quota) / int(period)
+
+
+def _control_groups() -> Iterator[Path]:
+    """Gives the folders of the groups whose limits this process has, its own and all above it.
+
+    In a container they are where the host's paths would not lead: at the top.
+    """
+    with suppress(OSError):
+        for line in _OWN_GROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            # Version 2 has one tree, and lists no controllers.
+            top = _CONTROL_GROUPS / "cpu" if controllers else _CONTROL_GROUPS
+            parts = Path(path).parts[1:]
+            yield from (top.joinpath(*parts[:depth]) for depth in range(len(parts) + 1))
 
 
 def plan_slots(execution: ExecutionSpec, *num_processes: int) -> list[Slot]:
@@ -62,10 +103,42 @@ def plan_slots(execution: ExecutionSpec, *num_processes: int) -> list[Slot]:
 def visible_gpus() -> list[str]:
     """Returns the GPUs this process may use, without importing torch."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return [gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
+        # As CUDA reads it: what names no GPU ends the list, be it nothing, -1, or Slurm's NoDevFiles.
+        return list(itertools.takewhile(_NAME_OF_A_GPU.fullmatch, map(str.strip, visible.split(","))))
+    return [number for number, _, _ in _listed_gpus()]
+
+
+def card_names(gpus: Iterable[str]) -> list[str]:
+    """Returns names of GPUs that all processes of this machine share, whichever they see, and as what.
+
+    Slurm and Docker show a process its GPU as number 0, and another process another one as 0; so these are UUIDs. MIG
+    instances keep their names, and GPUs their numbers where it is not known which of them CUDA counts so.
+
+    Args:
+        gpus: as CUDA_VISIBLE_DEVICES has them.
+    """
+    listed = _listed_gpus()
+    # By itself CUDA counts from the fastest one, nvidia-smi along the bus: of one model they count alike.
+    is_known = len({model for _, _, model in listed}) == 1 or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
+    uuids = {number: uuid for number, uuid, _ in listed if is_known and uuid.startswith("GPU-")}
+    return [uuids.get(gpu) or _whole(gpu, [uuid for _, uuid, _ in listed]) for gpu in gpus]
+
+
+def _whole(gpu: str, uuids: list[str]) -> str:
+    """Returns the UUID that ``gpu`` begins, as CUDA lets it be abbreviated; else ``gpu`` itself."""
+    found = [uuid for uuid in uuids if gpu.startswith("GPU-") and uuid.startswith(gpu)]
+    return found[0] if len(found) == 1 else gpu
+
+
+@functools.cache
+def _listed_gpus() -> tuple[tuple[str, str, str], ...]:
+    """Returns number, UUID and model of each GPU that the driver shows this process.
+
+    nvidia-smi heeds control groups, as CUDA does, and makes no CUDA context, which torch would in this process.
+    """
     if shutil.which("nvidia-smi") is None:
-        return []
-    listed = subprocess.run(
-        ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True, check=False
-    )
-    return listed.stdout.split() if listed.returncode == 0 else []
+        return ()
+    command = ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows = [(*line.split(", ", 2), "", "")[:3] for line in listed.stdout.splitlines() if listed.returncode == 0]
+    return tuple((number, uuid, model) for number, uuid, model in rows if number.isdigit())

@@ -4,8 +4,8 @@ Requests come as JSON lines on stdin; progress records, results and errors go as
 when the process started. Everything that anything prints goes to stderr.
 
 SIGTERM asks it to leave, as when a spot instance is taken away: a training first leaves a checkpoint of the step that
-it is at, any other job is so small a slice that it is simply dropped. SIGINT is the parent's to handle, though a
-terminal sends it to all.
+it is at, any other job is dropped, and done anew (`execution.images_per_task` says how large the most are). SIGINT is
+the parent's to handle, though a terminal sends it to all.
 """
 
 import argparse
@@ -21,8 +21,6 @@ from typing import Any
 
 _CUT_OFF = 70  # Exit status when the parent process is gone.
 _STOPPED = 75  # Exit status when it was told to leave.
-# Spot instances give 30 seconds between SIGTERM and SIGKILL, as Kubernetes and Prefect do.
-_SECONDS_TO_STOP = 25.0
 
 
 def main() -> None:
@@ -46,7 +44,7 @@ def main() -> None:
     from deme_core.settings import Settings
     from tasks.error_messages import error_message
     from tasks.jobs import JOBS, Job
-    from tasks.work.base import JobContext, execute
+    from tasks.work.base import JobContext, execute_with_room
 
     context = JobContext(Settings(), device)
     with suppress(DemeError):  # What is wrong with it is for the first job to say.
@@ -58,7 +56,7 @@ def main() -> None:
             os._exit(_STOPPED)
         context.stop.set()
         # Half a checkpoint is none: if it is not whole by then, the one before it stays the newest.
-        deadline = threading.Timer(_SECONDS_TO_STOP, os._exit, (_STOPPED,))
+        deadline = threading.Timer(context.settings.stop_seconds, os._exit, (_STOPPED,))
         deadline.daemon = True
         deadline.start()
 
@@ -69,17 +67,19 @@ def main() -> None:
         torch.set_num_threads(request["num_threads"])
         try:
             job = current = JOBS[request["job"]].model_validate(request["content"])
-            result = execute(job, context, lambda record: send(record=record))
+            result = execute_with_room(job, context, lambda record: send(record=record))
             if device == "cuda":
                 torch.cuda.empty_cache()  # Another run may be next on this GPU.
             send(result=result.to_dict())
-        except torch.OutOfMemoryError as error:
-            torch.cuda.empty_cache()
-            reason = str(error).partition(". ")[0]
-            mended = GpuMemoryError(getattr(job, "label", job.stage), reason, job.memory_mend)
-            send(**error_message(mended), traceback=traceback.format_exc())
         except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
-            send(**error_message(error), traceback=traceback.format_exc())
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+                error = GpuMemoryError(getattr(job, "label", job.stage), str(error).partition(". ")[0], job.memory_mend)
+            # But not where it could not leave the other processes of a training, of which one had failed.
+            is_of_no_use = torch.distributed.is_initialized()
+            send(**error_message(error), traceback=traceback.format_exc(), leaves=is_of_no_use)
+            if is_of_no_use:
+                break
     os._exit(_STOPPED)
 
 

@@ -6,7 +6,9 @@ out of memory, only its job fails; the next job gets a fresh process.
 
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,15 +19,23 @@ from collections.abc import Callable
 from typing import Any
 
 from deme_core.errors import InputError, RunEndedError, WorkerDiedError, WorkerStoppedError
+from deme_core.settings import Settings
 from tasks.error_messages import job_error
 from tasks.gpu_lock import GpuLock
 from tasks.jobs import Job, JobResult
 from tasks.slots import Slot
 
 _SECONDS_TO_LEAVE = 10.0
-# A little longer than a worker gives itself for its checkpoint.
-_SECONDS_TO_STOP = 27.0
+# A worker is waited for a little longer than it gives itself for its checkpoint.
+_SECONDS_AFTER_CHECKPOINT = 2.0
 _SECONDS_BETWEEN_LOOKS = 0.5
+_PATIENCE_SECONDS = 15.0
+# By these accelerate and torch take a process for one of many that srun, mpirun, torchrun or `accelerate launch` began,
+# and wait for the others or train otherwise. Those of our own trainings are set in the worker, when they begin.
+_OF_LAUNCHERS = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|NODE_RANK|MASTER_(ADDR|PORT)|FORK_LAUNCHED"
+    r"|(ACCELERATE|TORCHELASTIC|PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_.*|MPI_LOCAL.*)"
+)
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -38,7 +48,11 @@ class WorkerPool:
 
     Args:
         slots: where processes may run.
-        log: takes what the processes write to stderr, line by line; may be replaced at any time.
+        log: takes what the processes write to stderr, line by line, and what is waited for; may be replaced at any
+            time.
+
+    Raises:
+        InputError: the environment says no number of seconds for checkpoints.
     """
 
     def __init__(self, slots: list[Slot], log: Callable[[str], None] = lambda _: None) -> None:
@@ -49,6 +63,7 @@ class WorkerPool:
         self._waiting: set[tuple[int, int]] = set()
         self._num_came = itertools.count()
         self._changed = threading.Condition()
+        self._seconds_to_stop = _seconds_to_stop()
 
     def start(self) -> None:
         """Starts the process of the first job, so that its imports overlap with what the caller does next.
@@ -71,8 +86,17 @@ class WorkerPool:
             DemeError: the job failed; of the class it failed with, where DeMe foresaw it.
             WorkerDiedError: the process ended before the job did.
         """
-        worker, idle = self._take(job)
+        told: list[str] = []
+
+        def say(message: str) -> None:
+            told.append(message)
+            self.log(f"{getattr(job, 'label', job.stage)} {message}")
+            report({"message": message})
+
+        worker, idle = self._take(job, say)
         try:
+            if told:
+                report({"message": f"on GPU {worker.gpu}"})
             for other in idle:
                 other.close(time.monotonic())
             if self._starts_ahead:
@@ -92,7 +116,7 @@ class WorkerPool:
                 self._free.append(worker)
                 self._changed.notify_all()
 
-    def _take(self, job: Job) -> tuple["_Worker", list["_Worker"]]:
+    def _take(self, job: Job, say: Callable[[str], None]) -> tuple["_Worker", list["_Worker"]]:
         """Waits for its turn and a process whose GPUs are free, and takes both away from others.
 
         Returns:
@@ -102,23 +126,39 @@ class WorkerPool:
         ticket = (int(job.can_wait), next(self._num_came))
         with self._changed:
             self._waiting.add(ticket)
-            try:
-                worker = self._first_free(suitable, ticket)
-            finally:
+        patience = time.monotonic() + _PATIENCE_SECONDS
+        try:
+            while (taken := self._first_free(suitable, ticket, patience)) is None:
+                gpus = " or ".join(str(worker.gpu) for worker in suitable)
+                say(f"waits for GPU {gpus}, in use by other runs of this machine")
+                patience = math.inf
+        finally:
+            with self._changed:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
-            return worker, [other for other in self._free if other.shares_gpus(worker)]
+        return taken
 
-    def _first_free(self, suitable: list["_Worker"], ticket: tuple[int, int]) -> "_Worker":
-        while not self._closed:
-            is_next = min(self._waiting) == ticket
-            for worker in reversed(self._free) if is_next else ():
-                if worker in suitable and worker.gpu_lock.try_acquire():
-                    self._free.remove(worker)
-                    return worker
-            # Other programs give GPUs back without a word.
-            self._changed.wait(_SECONDS_BETWEEN_LOOKS if is_next else None)
+    def _first_free(
+        self, suitable: list["_Worker"], ticket: tuple[int, int], patience: float
+    ) -> tuple["_Worker", list["_Worker"]] | None:
+        """Returns what ``_take`` does, or None where other programs alone keep it back at ``patience`` (monotonic)."""
+        with self._changed:
+            while not self._closed:
+                is_next = min(self._waiting) == ticket
+                for worker in reversed(self._free) if is_next else ():
+                    if worker in suitable and worker.gpu_lock.try_acquire():
+                        self._free.remove(worker)
+                        return worker, [other for other in self._free if other.shares_gpus(worker)]
+                if is_next and time.monotonic() > patience and self._is_kept_back(suitable):
+                    return None
+                # Other programs give GPUs back without a word.
+                self._changed.wait(_SECONDS_BETWEEN_LOOKS if is_next else None)
         raise RunEndedError
+
+    def _is_kept_back(self, suitable: list["_Worker"]) -> bool:
+        """Whether a process is free whose GPUs no other of this pool has: then other programs have them."""
+        busy = [worker for worker in self._workers if worker not in self._free]
+        return any(not any(worker.shares_gpus(other) for other in busy) for worker in suitable if worker in self._free)
 
     def _suitable(self, num_processes: int) -> list["_Worker"]:
         """Returns the workers with as many GPUs as a job needs; all of them on CPU.
@@ -138,7 +178,7 @@ class WorkerPool:
             self._changed.notify_all()
         for worker in self._workers:  # All at once: together they have the time that one has.
             worker.stop()
-        deadline = time.monotonic() + _SECONDS_TO_STOP
+        deadline = time.monotonic() + self._seconds_to_stop
         for worker in self._workers:
             worker.close(deadline)
 
@@ -153,6 +193,12 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
         self._is_busy = self._is_dismissed = False
         self._lock = threading.Lock()
+        self._seconds_to_stop = _seconds_to_stop()
+
+    @property
+    def gpu(self) -> str | None:
+        """As its slot has it."""
+        return self._slot.gpu
 
     @property
     def num_gpus(self) -> int:
@@ -172,7 +218,8 @@ class _Worker:
         if self._process is not None and self._process.poll() is None:
             return
         # Else Python would import what lies in the folder where `deme` was called, in this process and its children.
-        environment = os.environ | {"OMP_NUM_THREADS": str(self._slot.num_threads), "PYTHONSAFEPATH": "1"}
+        environment = {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.fullmatch(name)}
+        environment |= {"OMP_NUM_THREADS": str(self._slot.num_threads), "PYTHONSAFEPATH": "1"}
         # Threads that spin while they wait slow a busy machine down many times over.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         environment.pop("MLFLOW_RUN_ID", None)
@@ -219,7 +266,7 @@ class _Worker:
         except BaseException:  # SIGTERM or Ctrl-C, if this is the main thread.
             self._process.terminate()
             threading.Thread(target=deque, args=(self._process.stdout, 0), daemon=True).start()
-            self._wait(_SECONDS_TO_STOP)
+            self._wait(self._seconds_to_stop)
             raise
         finally:
             self._is_busy = False
@@ -233,7 +280,7 @@ class _Worker:
             return JobResult.from_dict(message["result"])
         self._log(message["traceback"])
         error = job_error(message)
-        if isinstance(error, WorkerStoppedError):
+        if message.get("leaves") or isinstance(error, WorkerStoppedError):
             self._wait(_SECONDS_TO_LEAVE)
         raise error
 
@@ -267,6 +314,10 @@ class _Worker:
         assert process.stderr is not None
         for line in process.stderr:
             self._log(line.rstrip("\n"))
+
+
+def _seconds_to_stop() -> float:
+    return Settings().stop_seconds + _SECONDS_AFTER_CHECKPOINT
 
 
 def _ending(status: int) -> str:

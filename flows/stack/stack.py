@@ -14,6 +14,7 @@ import psutil
 
 from deme_core.errors import DemeError, InputError
 from deme_core.local_files import local_errors
+from deme_core.settings import Settings
 from flows.stack import services
 from flows.stack.credentials import CREDENTIALS_NAME, write_private
 from flows.stack.leftovers import remove_workspaces
@@ -160,7 +161,8 @@ class Stack:
             if process is not None:
                 self._say(f"stopping {name}")
                 # A worker asks its flow runs first, which leave checkpoints and say that they were stopped.
-                stop_tree(process, seconds=50.0 if name.startswith("worker") else 15.0)
+                seconds = Settings().stop_seconds + 25.0 if name.startswith("worker") else 15.0
+                stop_tree(process, seconds=seconds)
                 stopped.append(name)
                 if name == "s3":  # SeaweedFS leaves it behind, wherever TMPDIR is; another stack's has the same name.
                     Path(f"/tmp/seaweedfs-s3-{self._read()['ports'].get('s3')}.sock").unlink(missing_ok=True)

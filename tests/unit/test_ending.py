@@ -1,5 +1,6 @@
 """How a command ends that Prefect would keep."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 _COMMAND = """
 import time
 from flows import ending
-ending._SECONDS_TO_LEAVE = 0.2
+ending._SECONDS_TO_TELL = 0.1
 ending.leave_in_time_after_interrupt()
 for _ in range(2):
     try:
@@ -21,7 +22,11 @@ for _ in range(2):
 
 def test_ctrl_c_ends_a_command_in_time_whatever_it_waits_for() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", _COMMAND], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", _COMMAND],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"DEME_STOP_SECONDS": "0.1"},
     ) as command:
         assert command.stdout is not None
         assert command.stdout.readline() == "begun\n"

@@ -3,9 +3,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from deme_core.errors import InputError
 from deme_core.settings import Settings
 
-NAMES = ("DEME_HOME", "DEME_STORE_URI", "MLFLOW_TRACKING_URI")
+NAMES = ("DEME_HOME", "DEME_STORE_URI", "MLFLOW_TRACKING_URI", "DEME_STOP_SECONDS")
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +44,23 @@ def test_an_empty_variable_is_no_setting(name: str, monkeypatch: pytest.MonkeyPa
     default = Settings()
     monkeypatch.setenv(name, "")
     assert (Settings().store_uri, Settings().tracking_uri) == (default.store_uri, default.tracking_uri)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 25.0), ("", 25.0), ("600", 600.0), ("7.5", 7.5)])
+def test_a_checkpoint_has_as_long_as_the_environment_gives_it(
+    given: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if given is not None:
+        monkeypatch.setenv("DEME_STOP_SECONDS", given)
+    assert Settings().stop_seconds == seconds
+
+
+@pytest.mark.parametrize("given", ["soon", "0", "-1", "nan", "inf", "1e300"])
+def test_a_time_that_no_checkpoint_can_have_is_said(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_STOP_SECONDS", given)
+    settings = Settings()
+    with pytest.raises(InputError, match=rf"^DEME_STOP_SECONDS is {given}; set it to a number of seconds"):
+        _ = settings.stop_seconds
 
 
 def test_settings_are_frozen() -> None:

@@ -1,6 +1,8 @@
 """How a Prefect worker is stopped; `tests/faults/test_services.py` stops a real one in a training."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,6 +52,36 @@ def test_flow_runs_end_by_themselves_before_their_worker_does(tmp_path: Path, mo
         for process in processes:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.parametrize(("given", "seconds"), [(None, 38.0), ("600", 613.0)])
+def test_flow_runs_have_longer_than_the_checkpoints_of_their_trainings(
+    given: str | None, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DEME_STOP_SECONDS", raising=False)
+    if given:
+        monkeypatch.setenv("DEME_STOP_SECONDS", given)
+    had: list[float] = []
+
+    def prefects_own() -> None:
+        worker.processutils.setup_signal_handlers_worker()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(worker, "end_flow_runs", lambda _, *, seconds: had.append(seconds))
+    monkeypatch.setattr(worker, "prefect_command", prefects_own)
+    monkeypatch.setattr(
+        worker.processutils,
+        "setup_signal_handlers_worker",
+        lambda: [signal.signal(each, lambda *_: None) for each in worker._SIGNALS],
+    )
+    monkeypatch.setattr(sys, "argv", [])
+    before = {each: signal.getsignal(each) for each in worker._SIGNALS}
+    try:
+        worker.start_worker(["--pool", "deme-cpu"])
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert had == [seconds]
 
 
 def test_workspaces_of_killed_workers_are_removed_with_the_keys_in_them(

@@ -1,7 +1,9 @@
 """The worker pool: which processes it starts, and when, and who gets which GPU."""
 
+import importlib.util
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -13,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from deme_core.errors import DemeError, GpuMemoryError, InputError
+from deme_core.errors import DemeError, GpuMemoryError, InputError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
-from tasks import gpu_lock
+from tasks import gpu_lock, slots, worker_pool
 from tasks.gpu_lock import GpuLock
 from tasks.jobs import ImportJob
 from tasks.slots import Slot, plan_slots
@@ -27,6 +29,7 @@ class FakeJob:
     name: str
     num_processes: int = 1
     can_wait: bool = False
+    stage: str = "fake"
 
 
 class Bench:
@@ -36,8 +39,10 @@ class Bench:
         self.began: list[tuple[str, str]] = []
         self.dismissed: list[str] = []
         self.ends: dict[str, threading.Event] = {}
+        self.said: list[str] = []
+        self.records: list[dict[str, Any]] = []
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-        self.pool = WorkerPool(plan_slots(ExecutionSpec(), num_processes))
+        self.pool = WorkerPool(plan_slots(ExecutionSpec(), num_processes), self.said.append)
         for worker in self.pool._workers:
             monkeypatch.setattr(worker, "run", partial(self._run, worker))
             monkeypatch.setattr(worker, "close", lambda _, gpus=worker._slot.gpu: self.dismissed.append(gpus))
@@ -52,7 +57,7 @@ class Bench:
         job: Any = FakeJob(name, **settings)
         self.ends[name] = threading.Event()
         before = len(self.began) + len(self.pool._waiting)
-        sent = self._threads.submit(self.pool.run, job, lambda _: None)
+        sent = self._threads.submit(self.pool.run, job, self.records.append)
         until(lambda: len(self.began) + len(self.pool._waiting) > before)
         return sent
 
@@ -67,6 +72,12 @@ class Bench:
 
 
 BenchMaker = Callable[..., Bench]
+
+
+@pytest.fixture(autouse=True)
+def names_of_gpus_are_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no nvidia-smi, also on a machine with GPUs; test_slots.py has the others."""
+    monkeypatch.setattr(slots, "_listed_gpus", lambda: ())
 
 
 @pytest.fixture
@@ -142,6 +153,79 @@ def test_a_process_sees_its_gpu_and_threads_and_not_the_run_of_the_flow(
     assert json.loads((tmp_path / "seen").read_text()) == ["3", "2", None]
 
 
+def test_a_process_takes_itself_for_none_of_those_that_a_launcher_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (accelerate,) = importlib.util.find_spec("accelerate").submodule_search_locations  # type: ignore[union-attr,misc]
+    sources = "".join((Path(accelerate) / name).read_text() for name in ("state.py", "utils/environment.py"))
+    read = set(re.findall(r'"((?:\w+_)?(?:RANK|SIZE|LOCALRANKID|LOCALNRANKS|MASTER_ADDR|MASTER_PORT))"', sources))
+    assert {"RANK", "PMI_SIZE", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MASTER_PORT"} < read
+    theirs = [*read, "NODE_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_USE_FSDP", "ACCELERATE_TORCH_DEVICE"]
+    ours = ["PYTHONPATH", "GLOO_SOCKET_IFNAME", "SLURM_JOB_ID", "OMPI_MCA_btl", "RANKING"]
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, os, pathlib\n"
+        f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(json.dumps(list(os.environ)))\n"
+        "os._exit(0)\n"
+    )
+    for name in (*theirs, *ours):
+        monkeypatch.setenv(name, str(tmp_path))
+    worker = _Worker(Slot("cpu", None, 1), lambda _: None)
+    worker.start()
+    assert worker._process is not None
+    worker._process.wait(30)
+    seen = json.loads((tmp_path / "seen").read_text())
+    assert sorted({*theirs} & {*seen}) == []
+    assert {*ours} < {*seen}
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("", 27), ("600", 602)])
+def test_a_process_is_waited_for_a_little_longer_than_its_checkpoint(
+    given: str, seconds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEME_STOP_SECONDS", given)
+    left: list[float] = []
+    monkeypatch.setattr(_Worker, "close", lambda _, deadline: left.append(deadline - time.monotonic()))
+    pool = WorkerPool([Slot("cpu", None, 1)])
+    pool.close()
+    assert [round(number) for number in left] == [seconds]
+    assert pool._workers[0]._seconds_to_stop == seconds, "as long as where Ctrl-C is told to it"
+
+
+def test_a_time_for_checkpoints_that_is_none_is_said_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEME_STOP_SECONDS", "soon")
+    with pytest.raises(InputError, match="DEME_STOP_SECONDS is soon"):
+        WorkerPool([Slot("cpu", None, 1)])
+
+
+def test_a_worker_gives_its_checkpoint_the_seconds_of_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import time, tasks.jobs, tasks.work.base\n"
+        "def execute(job, context, report, *_):\n"
+        "    report({'message': 'begun'})\n"
+        "    time.sleep(60)\n"
+        "tasks.work.base.execute = execute\n"
+        "tasks.jobs.ImportJob.leaves_checkpoints = True\n"
+    )
+    for name, value in {"PYTHONPATH": tmp_path, "DEME_HOME": tmp_path, "DEME_STOP_SECONDS": "0.5"}.items():
+        monkeypatch.setenv(name, str(value))
+    pool = WorkerPool([Slot("cpu", None, 1)])
+    told: list[float] = []
+
+    def take_away(_: Any) -> None:
+        told.append(time.monotonic())
+        assert pool._workers[0]._process is not None
+        pool._workers[0]._process.terminate()
+
+    try:
+        with pytest.raises(WorkerDiedError, match="left with status 75"):
+            pool.run(ImportJob(source="model"), take_away)
+    finally:
+        pool.close()
+    assert 0.5 <= time.monotonic() - told[0] < 10
+
+
 def test_a_gpu_with_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import torch, tasks.work.base\n"
@@ -160,6 +244,29 @@ def test_a_gpu_with_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatc
     assert str(caught.value) == (
         "The GPU has too little memory for pretrained (CUDA out of memory); use one with more."
     )
+
+
+def test_a_process_that_is_still_joined_to_others_does_no_other_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import torch, tasks.work.base\n"
+        "def execute(*_):\n"
+        "    torch.distributed.is_initialized = lambda: True\n"
+        "    raise OSError('the store is away')\n"
+        "tasks.work.base.execute = execute\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DEME_HOME", str(tmp_path))
+    pool = WorkerPool([Slot("cpu", None, 1)])
+    try:
+        for _ in range(2):
+            with pytest.raises(DemeError, match="the store is away"):
+                pool.run(ImportJob(source="model"), lambda _: None)
+            process = pool._workers[0]._process
+            assert process is not None and process.poll() is not None
+    finally:
+        pool.close()
 
 
 def test_there_is_a_slot_for_each_gpu_and_for_each_group_that_a_training_takes(
@@ -200,6 +307,45 @@ def test_two_runs_take_different_gpus_and_wait_for_one_another(bench: BenchMaker
     assert ours.began[1] == ("c", theirs.began[0][1])
     ours.end("c")
     waiting.result(30)
+
+
+def test_a_job_that_waits_for_another_runs_gpu_says_so_once_and_goes_on_waiting(
+    bench: BenchMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_pool, "_PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr(worker_pool, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    ours, theirs = bench("0,1"), bench("0,1")
+    for name in ("a", "b"):
+        theirs.send(name)
+    until(lambda: len(theirs.began) == 2)
+    waiting = ours.send("c")
+    time.sleep(0.2)
+    assert ours.said == [], "it may be free in a moment"
+    until(lambda: bool(ours.records))
+    time.sleep(0.7)
+    assert ours.said == ["fake waits for GPU 0 or 1, in use by other runs of this machine"]
+    assert ours.records == [{"message": ours.said[0].removeprefix("fake ")}]
+    theirs.end("a")
+    until(lambda: bool(ours.began))
+    assert ours.records[1:] == [{"message": f"on GPU {ours.began[0][1]}"}]
+    ours.end("c")
+    waiting.result(30)
+
+
+def test_a_job_that_waits_for_its_own_run_says_nothing(bench: BenchMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_pool, "_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(worker_pool, "_SECONDS_BETWEEN_LOOKS", 0.05)
+    here = bench("0,1", num_processes=2)
+    here.send("candidate")
+    until(lambda: bool(here.began))
+    training = here.send("training", num_processes=2)
+    here.send("behind it")
+    time.sleep(0.5)
+    here.end("candidate")
+    until(lambda: len(here.began) == 2)
+    here.end("training")
+    training.result(30)
+    assert (here.said, here.records) == ([], [])
 
 
 def test_who_cannot_have_all_gpus_holds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
