@@ -114,6 +114,7 @@ class StoreContract:
     def test_only_what_is_still_there_is_deleted(self, store: ObjectStore) -> None:
         store.put_bytes("a", b"new")
         assert not store.delete_if("a", b"old")
+        assert not store.delete_if("a", b"ne")
         assert store.get_bytes("a") == b"new"
         assert store.delete_if("a", b"new")
         assert not store.delete_if("a", b"new")
@@ -292,6 +293,21 @@ class ArtifactContract:
         for _ in range(2):
             artifacts.withdraw(ref)
         assert artifacts.find("finetune", DIGEST) is None
+
+    def test_a_manifest_that_is_mended_after_the_look_is_not_withdrawn(
+        self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        ref = self.publish(artifacts, folder)
+        key = f"finetune/{DIGEST}/manifest.json"
+        sound = artifacts.store.get_bytes(key)
+
+        def look_before_it_is_mended(_: ArtifactRef) -> bytes:
+            artifacts.store.put_bytes(key, sound)
+            return b"damaged"
+
+        monkeypatch.setattr(artifacts, "manifest_text", look_before_it_is_mended)
+        artifacts.withdraw(ref)
+        assert artifacts.find("finetune", DIGEST) == ref
 
     def test_a_file_that_was_missed_once_is_looked_for_again(
         self, artifacts: ArtifactStore, folder: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,12 +8,32 @@ from typing import Any
 import pytest
 import torch
 
+from deme_core.activation_grams import input_grams
+from deme_core.binned_losses import bin_edges
+from deme_core.checkpoint import Checkpoint
 from deme_core.errors import InputError, NonFiniteImagesError
-from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, SearchSpec
+from deme_core.model_folder import load_denoiser
+from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec, RegMeanSpec, SearchSpec
+from deme_core.regmean import confine
+from deme_core.segments import TimestepSegment
 from deme_core.settings import Settings
-from tasks.jobs import CandidateJob, ImportJob, Job, JobResult, RealFeaturesJob, ReferenceJob, ScoreJob, SearchJob
+from tasks.jobs import (
+    CandidateJob,
+    ConfineJob,
+    GramsJob,
+    HeldoutJob,
+    ImportJob,
+    Job,
+    JobResult,
+    LossJob,
+    RealFeaturesJob,
+    ReferenceJob,
+    ScoreJob,
+    SearchJob,
+)
 from tasks.weight_search import search_artifact
 from tasks.work.base import JobContext, execute
+from tasks.work.grams import GRAMS
 from tasks.work.score import candidate_settings
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 
@@ -113,6 +133,68 @@ def test_candidates_are_not_resampled_so_that_resamples_change_no_search(
     assert {job.evaluate.num_inference_steps for job in laboratory.measured if isinstance(job, ScoreJob)} == {4}
     # What the digests of the default were before.
     assert candidate_settings(EVALUATE, laboratory.context)["num_bootstrap"] == 100
+
+
+def test_a_score_is_the_mean_over_the_seeds_of_the_search(laboratory: Laboratory) -> None:
+    def score(*seeds: int) -> float:
+        job = ScoreJob(
+            label="a candidate",
+            pretrained=laboratory.models[0],
+            experts=(laboratory.models[1],),
+            method=MethodSpec(),
+            weights=(0.5,),
+            evaluate=EVALUATE,
+            seeds=seeds,
+            num_images=4,
+            reference=laboratory.reference,
+        )
+        return float(laboratory.one(job).metrics["value"])
+
+    assert score(7, 8) == pytest.approx((score(7) + score(8)) / 2)
+    assert score(7) != pytest.approx(score(8), rel=1e-6)
+
+
+def test_the_losses_of_a_candidate_add_up_to_the_reports_but_for_other_noise(laboratory: Laboratory) -> None:
+    pretrained, edges = laboratory.models[0], (0, 400, 1000)
+    job = LossJob(
+        label="theta_0",
+        pretrained=pretrained,
+        experts=(laboratory.models[1],),
+        method=MethodSpec(),
+        weights=(0.0,),
+        dataset=DATASET,
+        segment_edges=edges,
+    )
+    of_search = sum(laboratory.one(job).metrics["value"])
+    heldout = HeldoutJob(model=pretrained, dataset=DATASET, edges=bin_edges(1000, edges))
+    of_report = laboratory.one(heldout).metrics["mean"]
+    assert of_search == pytest.approx(of_report, rel=0.2)
+    assert of_search != pytest.approx(of_report, rel=1e-5)
+
+
+def test_each_copy_is_confined_to_the_inputs_of_its_own_segment(laboratory: Laboratory) -> None:
+    context, (pretrained, *copies), spec = laboratory.context, laboratory.models, RegMeanSpec(num_images=8)
+    models = [load_denoiser(context.open_model(model)).eval() for model in laboratory.models]
+    edges = ((0, 500), (500, 1000))
+    measured = [
+        laboratory.one(GramsJob(expert=copy, dataset=DATASET, low=low, high=high, spec=spec)).ref
+        for copy, (low, high) in zip(copies, edges, strict=True)
+    ]
+    grams = [Checkpoint(context.fetch(ref) / GRAMS) for ref in measured]
+    expected = input_grams(
+        models[2],
+        context.open_model(copies[1]).adapter("cpu"),
+        context.training_images(DATASET),
+        segment=TimestepSegment(500, 1000),
+        num_images=8,
+        max_features=spec.max_features,
+    )
+    torch.testing.assert_close(grams[1].tensors(), {name: gram.float() for name, gram in expected.items()})
+
+    job = ConfineJob(pretrained=pretrained, expert=copies[1], grams=tuple(measured), index=1, spec=spec)
+    confined = load_denoiser(context.open_model(laboratory.one(job).ref)).state_dict()
+    before, after = models[0].state_dict(), models[2].state_dict()
+    torch.testing.assert_close(dict(confined), confine(before, after, 1, grams, shrinkage=spec.shrinkage))
 
 
 def test_what_one_search_scored_another_does_not(laboratory: Laboratory) -> None:

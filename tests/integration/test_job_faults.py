@@ -107,6 +107,18 @@ def _interrupted_finetuning(context: JobContext) -> FinetuneJob:
     return job
 
 
+def test_a_resumed_training_kept_its_newest_checkpoints_and_tells_all_of_its_steps(tmp_path: Path) -> None:
+    context = make_context(tmp_path)
+    pretrained = execute(pretrain_job(), context, lambda _: None)
+    job = finetune_job(pretrained, 0, num_steps=8, checkpoint_every=2)
+    with pytest.raises(InterruptedHereError):
+        execute(job, context, _interrupted_at(8))
+    (stage,) = {"/".join(item.key.split("/")[:2]) for item in context.artifacts.store.list("checkpoints/")}
+    assert [ref.digest for ref in context.artifacts.list_refs(stage)] == ["step-00000004", "step-00000006"]
+    result = execute(job, context, lambda _: None)
+    assert [record["global_step"] for record in result.metrics["history"]] == [2, 4, 6, 8]
+
+
 @pytest.mark.parametrize("damage", ["flipped", "lost"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     damage: str, undisturbed: ArtifactStore, tmp_path: Path

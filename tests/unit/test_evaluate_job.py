@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
+from deme_core.bootstrap import resample
 from deme_core.recipe import DatasetSpec, EvaluateSpec
 from deme_core.settings import Settings
 from tasks.jobs import EvaluateJob, GeneratedFeaturesJob, GeneratedImages, ImportJob, RealFeaturesJob, ReferenceJob
+from tasks.work import evaluate
 from tasks.work.base import JobContext, execute
 from tests.tiny_models import one_level_unet, randomize, write_tiny_folder
 
@@ -62,3 +64,17 @@ def test_scores_with_the_same_subsets_for_all_seeds_are_told_from_these_where_th
     assert deciding["kid_subsets"] == "of each sampling seed"
     (tmp_path / "other").mkdir()
     assert "kid_subsets" not in Row(tmp_path / "other", SPEC).metrics(1)["conditions"]
+
+
+def test_resamples_are_of_each_seed_and_of_the_real_images_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+
+    def draw(num_images: int, num_real_images: int | None, **settings: Any) -> Any:
+        drawn.append((num_images, num_real_images, settings["seed"]))
+        return resample(num_images, num_real_images, **settings)
+
+    monkeypatch.setattr(evaluate, "resample", draw)
+    row = Row(tmp_path, SPEC.model_copy(update={"metrics": ("fid",), "num_bootstrap": 4}))
+    first, second = (row.metrics(seed)["replicates"] for seed in (1, 2))
+    assert drawn == [(8, 20, 1), (8, 20, 2)]
+    assert len(first) == 4 and first != second

@@ -19,6 +19,7 @@ from tasks.runtime import use_runtime
 
 SEGMENT, REF = TimestepSegment(0, 500), ArtifactRef("file:///store/finetune/a", "a")
 BETTER, WORSE, SAME = Interval(-0.02, -0.03, -0.01), Interval(0.01, -0.01, 0.03), Interval(0.0, 0.0, 0.0)
+PERHAPS_BETTER = Interval(-0.01, -0.03, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -26,6 +27,7 @@ BETTER, WORSE, SAME = Interval(-0.02, -0.03, -0.01), Interval(0.01, -0.01, 0.03)
     [
         (BETTER, "drop", True),
         (BETTER, "fail", True),
+        (PERHAPS_BETTER, "drop", True),
         (WORSE, "drop", False),
         (WORSE, "keep", True),
         (SAME, "drop", False),

@@ -6,7 +6,7 @@ import pytest
 
 from deme_core.errors import InputError
 from deme_core.feature_file import read_features, save_features
-from deme_core.feature_statistics import FeatureStatistics
+from deme_core.feature_statistics import FeatureStatistics, factor_of
 from deme_core.metrics import Comparison, score
 from deme_core.metrics.frechet import frechet_distance_to
 from deme_core.reference import Reference
@@ -73,3 +73,10 @@ def test_the_memory_of_statistics_does_not_grow_with_the_images(num_slices: int,
 
     few = peak_bytes(3 * 1024)
     assert peak_bytes(30 * 1024) < 1.1 * few < 30 * 1024 * 32 * 4
+
+
+def test_a_factor_is_that_of_features_of_any_scale() -> None:
+    covariance = np.diag([1e-9, 4e-9, 0.0])
+    factor = factor_of(covariance)
+    assert len(factor) == 2
+    np.testing.assert_allclose(factor.T @ factor, covariance, atol=1e-20)

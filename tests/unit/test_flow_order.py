@@ -10,7 +10,8 @@ import pytest
 from deme_core.errors import InputError
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe_file import load_recipe
-from flows import decouple_then_merge, merge_plan
+from deme_core.segments import TimestepSegment
+from flows import confinement, decouple_then_merge, merge_plan
 from flows import evaluate as evaluation
 
 
@@ -101,3 +102,43 @@ def test_a_search_is_told_what_is_known_of_the_copies_that_are_merged(monkeypatc
     assert [(job.is_control, len(job.experts)) for job in jobs] == [(False, 2), (True, 1)]
     assert jobs[0].search.known_weights == ((0.1, 0.3),)
     assert {job.search.known_scales for job in jobs} == {(0.5,)}
+
+
+def test_the_control_is_searched_as_the_copies_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+    monkeypatch.setattr(merge_plan, "search", SimpleNamespace(submit=lambda job, _: jobs.append(job)))
+    ref = ArtifactRef("file:///store/finetune/a", "a")
+    plan = merge_plan.MergePlan(load_recipe("digits"), ref, (0, 500, 1000), ref)
+    experts: Any = [SimpleNamespace(merged=True)] * 2
+    plan.find_weights((ref, ref), experts, "merge weights")
+    plan.find_weights((ref,), None, "scale of the control")
+    copies, control = jobs
+    assert {name for name, value in copies if value != getattr(control, name)} == {"experts", "is_control"}
+
+
+def test_where_nothing_is_searched_the_control_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_plan, "merge", lambda job, _: job)
+    ref = ArtifactRef("file:///store/finetune/a", "a")
+    recipe = load_recipe("digits", ["segments={count: 2}", "merge={weights: [0.2, 0.3]}"])
+    control: Any = merge_plan.MergePlan(recipe, ref, (0, 500, 1000), None).merge((ref,), None, None, "control")
+    assert control.weights == (1.0,)
+
+
+def test_each_copy_is_confined_by_the_matrices_of_all_under_its_own_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs: list[Any] = []
+
+    def submit(job: Any, _: str) -> Any:
+        jobs.append(job)
+        ref = ArtifactRef(f"file:///store/{job.stage}/{len(jobs)}", str(len(jobs)))
+        return SimpleNamespace(result=lambda: SimpleNamespace(ref=ref, metrics={"share_of_parameters": 1.0}))
+
+    for name in ("measure_inputs", "confine"):
+        monkeypatch.setattr(confinement, name, SimpleNamespace(submit=submit))
+    copies = [ArtifactRef(f"file:///store/finetune/{name}", name) for name in "ab"]
+    segments = [TimestepSegment(0, 400), TimestepSegment(400, 1000)]
+    experts: Any = [SimpleNamespace(ref=ref, segment=segment) for ref, segment in zip(copies, segments, strict=True)]
+    confined = confinement.confined_copies(load_recipe("digits"), copies[0], tuple(experts))
+    assert [(job.expert, job.low, job.high) for job in jobs[:2]] == [(copies[0], 0, 400), (copies[1], 400, 1000)]
+    assert [(job.expert, job.index) for job in jobs[2:]] == [(copies[0], 0), (copies[1], 1)]
+    assert {tuple(ref.digest for ref in job.grams) for job in jobs[2:]} == {("1", "2")}
+    assert [ref.digest for ref in confined] == ["3", "4"]

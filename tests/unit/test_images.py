@@ -803,3 +803,9 @@ def test_a_home_of_nobody_is_one_sentence(kind: str, tmp_path: Path) -> None:
     spec = DatasetSpec.model_validate({"source": kind, "path": "~nosuchuser/a", "resolution": 8})
     with pytest.raises(InputError, match="Cannot look for ~nosuchuser/a"):
         load_images(spec, cache=tmp_path)
+
+
+def test_another_seed_orders_images_and_drops_captions_otherwise() -> None:
+    first, other = (BatchSchedule(100, 50, seed, random_flip=False, caption_dropout=0.5)[0] for seed in (1, 2))
+    assert not first.indices.equal(other.indices)
+    assert not first.dropped.equal(other.dropped)

@@ -57,7 +57,27 @@ DATASET = DatasetSpec(source="digits", num_images=40)
 EVALUATE = EvaluateSpec(num_images=4, extractor="pixels_4x4")
 TIES, OTHER_TIES = MethodSpec(method="ties"), MethodSpec(method="ties", density=0.5)
 
-TRAINING = {"num_steps": 3, "seed": 1, "learning_rate": 1e-3, "batch_size": 2, "ema_decay": 0.5}
+TRAINING = {
+    "num_steps": 3,
+    "seed": 1,
+    "learning_rate": 1e-3,
+    "batch_size": 2,
+    "num_processes": 2,
+    "gradient_accumulation_steps": 2,
+    "optimizer": "adamw_8bit",
+    "channels_last": True,
+    "allow_tf32": True,
+    "compile": True,
+    "lr_scheduler": "linear",
+    "lr_warmup_steps": 1,
+    "adam_betas": (0.5, 0.9),
+    "weight_decay": 0.1,
+    "max_grad_norm": 2.0,
+    "ema_decay": 0.5,
+    "ema_inv_gamma": 2.0,
+    "ema_power": 0.5,
+    "mixed_precision": "bf16",
+}
 SPEED = {"checkpoint_every": 7, "gradient_checkpointing": True}
 SAMPLING = {
     "sampler": "ddpm",
@@ -330,3 +350,17 @@ def test_the_table_has_every_field_of_every_job_that_names_models_by_their_diges
     assert {*KINDS} == {*JOBS} - {"ImportJob", "LatentsJob", "EmbeddingsJob"}
     for job, matters, matters_not in TABLE:
         assert {path.partition(".")[0] for path in (*matters, *matters_not)} == set(type(job).model_fields), job.work
+
+
+def test_the_table_has_every_field_of_a_training() -> None:
+    assert {*TRAINING, *SPEED} == {*TrainingSpec.model_fields}
+
+
+@pytest.mark.parametrize(("method", "is_left_out"), [("task_arithmetic", True), ("ties", False), ("dare", False)])
+def test_a_copy_of_weight_zero_is_left_out_only_where_it_changes_nothing(
+    method: Any, is_left_out: bool, context: JobContext
+) -> None:
+    (job,) = (job for job, _, _ in TABLE if isinstance(job, LossJob))
+    with_zero = job.model_copy(update={"method": MethodSpec(method=method), "weights": (0.0, 0.5)})
+    without = with_zero.model_copy(update={"experts": COPIES[1:], "weights": (0.5,)})
+    assert (digest(with_zero, context) == digest(without, context)) == is_left_out

@@ -108,7 +108,7 @@ def test_the_order_of_segments_does_not_matter(order: list[int]) -> None:
 def test_inputs_are_not_changed() -> None:
     pretrained, experts = model_tensors(0), [model_tensors(seed, projections=True) for seed in (1, 2)]
     before = [{name: tensor.clone() for name, tensor in tensors.items()} for tensors in (pretrained, *experts)]
-    for weights in ([0.0, 0.0], [1.0, 0.0], [0.3, 0.3]):
+    for weights in ([0.0, 0.0], [1.0, 0.0], [0.3, 0.3], [0.5, -0.5]):
         list(merged_tensors(pretrained, experts, TaskArithmetic(tuple(weights))))
     for tensors, copy in zip((pretrained, *experts), before, strict=True):
         assert all(same_bits(tensors[name], tensor) for name, tensor in copy.items())

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from typing import Any, get_args
 
 import pytest
@@ -13,6 +14,7 @@ from deme_core.errors import InputError
 from deme_core.merge import merged_tensors
 from deme_core.merge_methods import METHODS, Average, BlockWeights, Dare, TaskArithmetic, TensorMerge, Ties
 from deme_core.merge_methods.block_weights import block_names, block_of, num_levels, transformer_depth
+from deme_core.merge_methods.build import build_method
 from deme_core.merge_methods.ties import trim
 from deme_core.projection import attach_projections
 from deme_core.recipe import MethodSpec, PretrainedSpec
@@ -234,6 +236,13 @@ def test_each_block_is_merged_with_its_own_weights() -> None:
         merge(NAME, torch.zeros(2), experts)
 
 
+def test_weights_of_blocks_are_given_expert_by_expert() -> None:
+    merge = build_method(
+        MethodSpec(method="block_weights"), [0.1, 0.2, 0.3, 0.4], 2, ["down_blocks.0.w", "mid_block.w"]
+    )
+    assert merge == BlockWeights(((0.1, 0.2), (0.3, 0.4)), ("level 0", "mid"))
+
+
 def test_every_expert_has_a_weight_for_every_block() -> None:
     with pytest.raises(InputError, match="1 merge weights were given for 2 blocks"):
         BlockWeights(((0.5,),), ("level 0", "mid"))
@@ -303,3 +312,9 @@ def test_a_recipe_counts_the_blocks_of_its_model_before_there_is_one(unet: dict[
     with torch.device("meta"):
         model = UNet2DModel(sample_size=8, **unet)
     assert spec.num_blocks == len(block_names(model.state_dict()))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare", "average"])
+def test_the_settings_that_name_a_merge_are_all_that_its_method_has(method: Any) -> None:
+    own = {field.name for field in fields(METHODS[method])} - {"weights"}  # type: ignore[arg-type]
+    assert set(MethodSpec(method=method).settings()) == own | {"method"}

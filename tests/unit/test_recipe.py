@@ -377,3 +377,9 @@ def test_real_images_are_those_of_the_training_unless_others_are_named() -> None
     named = recipe(evaluate={"num_images": 100, "reference_dataset": others})
     assert (named.reference_dataset.path, named.dataset.source) == ("val", "digits")
     assert Recipe.model_validate(named.model_dump(mode="json")) == named
+
+
+def test_a_refusal_repeats_no_password() -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainingSpec.model_validate({"num_steps": "s3://key:hush@bucket"})
+    assert "num_steps" in str(caught.value) and "hush" not in str(caught.value)

@@ -141,3 +141,10 @@ def test_features_are_kept_for_metrics_that_need_them_and_of_few_images(
     metrics: list[MetricName], num_real_images: int, kept: bool
 ) -> None:
     assert keeps_features(metrics, num_real_images) == kept
+
+
+def test_other_images_of_one_data_set_are_another_reference(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    search, report = (machine.load(machine.reference(part=part, num_for_search=10)) for part in ("search", "report"))
+    assert search.num_images == report.num_images == 10
+    assert search.images_digest != report.images_digest

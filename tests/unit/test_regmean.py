@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +102,29 @@ def test_inputs_differ_between_segments_and_repeat(grams_of: GramsOf) -> None:
     low, again, high = (grams_of(model, segment) for segment in (SEGMENTS[0], SEGMENTS[0], SEGMENTS[1]))
     assert all(torch.equal(low[name], again[name]) for name in low)
     assert not torch.allclose(low["time_embedding.linear_1"], high["time_embedding.linear_1"])
+
+
+def test_inputs_do_not_depend_on_the_batch_size(grams_of: GramsOf) -> None:
+    model = randomize(tiny_unet(), seed=1)
+    whole, parts = (grams_of(model, SEGMENTS[0], batch_size=size) for size in (16, 5))
+    for name, gram in whole.items():
+        torch.testing.assert_close(parts[name], gram, rtol=1e-4, atol=1e-5)
+
+
+def test_positions_are_drawn_from_all_of_an_image(grams_of: GramsOf) -> None:
+    # At the first positions, those of the upper edge, a third of each patch is padding.
+    gram = grams_of(tiny_unet(), SEGMENTS[0], positions_per_image=4)["conv_in"]
+    assert gram.diagonal().min() > 0.1
+
+
+def test_images_are_drawn_from_all_of_the_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_images(DatasetSpec(source="digits", num_images=40), cache=tmp_path)
+    taken: list[int] = []
+    image = images.image
+    monkeypatch.setattr(images, "image", lambda index: taken.append(index) or image(index))
+    input_grams(tiny_unet(), tiny_adapter(), images, segment=SEGMENTS[0], num_images=16, max_features=80)
+    assert len(set(taken)) == 16
+    assert max(taken) >= 20
 
 
 def test_tf32_is_off_while_inputs_are_measured(grams_of: GramsOf) -> None:

@@ -1,5 +1,6 @@
 """What the report says of rows that differ."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from deme_core.manifest import ArtifactRef
 from deme_core.verdict import RowScores
 from tasks.jobs import JobResult
 from tasks.report import _comparison
-from tasks.row_scores import scores_by_row
+from tasks.report_metrics import log_run_metrics
+from tasks.row_scores import deciding_scores, scores_by_row
 
 
 def comparison(metric: str, **rows: list[float]) -> dict[str, Any]:
@@ -29,8 +31,37 @@ def test_a_verdict_is_that_on_the_merged_model_against_each_other_row(metric: st
         assert differences == pytest.approx([-0.3, 0.2])
 
 
+@pytest.mark.parametrize(("metric", "gain"), [("fid", 0.3), ("clip_score", -0.3)])
+def test_a_gain_in_mlflow_is_positive_where_merging_helped(metric: str, gain: float) -> None:
+    logged: dict[str, float] = {}
+    tracker = SimpleNamespace(
+        run_id="run", log_metrics=lambda _, metrics: logged.update(metrics), set_tags=lambda *_: None
+    )
+    report = comparison(metric, merged=MIDDLE, pretrained=HIGH, finetuned=LOW) | {
+        "rows": {"merged": {metric: {"mean": 12.0, "low": 7.0, "high": 17.0}}},
+        "heldout_loss": {},
+        "metric": metric,
+        "fingerprint": "f",
+        "merged": {"uri": "u", "digest": "d", "weights": [0.5]},
+        "finetuned": {"scale": 1.0},
+    }
+    runtime: Any = SimpleNamespace(tracker=tracker)
+    log_run_metrics(runtime, report)
+    assert logged[f"{metric}/gain"] == pytest.approx(gain)
+    assert logged[f"{metric}/gain_over_finetuned"] == pytest.approx(-gain * 2 / 3)
+
+
 def test_tables_have_the_deciding_metric_first_whatever_the_store_sorted() -> None:
     metrics = {"scores": {"clip_score": 1.0, "fid": 2.0}}
     stored = JobResult(ArtifactRef("file:///store/evaluate/d", "d"), metrics, True, 0.0, 0.0)
     scores = scores_by_row({"merged": [stored, stored]}, ["fid", "clip_score"])
     assert list(scores["merged"].items()) == [("fid", [2.0, 2.0]), ("clip_score", [1.0, 1.0])]
+
+
+def test_every_seed_has_resamples_of_its_own() -> None:
+    ref = ArtifactRef("file:///store/evaluate/d", "d")
+    stored = [
+        JobResult(ref, {"scores": {"fid": score}, "replicates": [score, score + 1]}, True, 0.0, 0.0)
+        for score in (1.0, 3.0)
+    ]
+    assert deciding_scores({"merged": stored}, "fid") == {"merged": RowScores([1.0, 3.0], [[1.0, 2.0], [3.0, 4.0]])}

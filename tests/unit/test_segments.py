@@ -1,4 +1,5 @@
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +41,15 @@ def test_every_timestep_is_in_exactly_one_segment(data: st.DataObject) -> None:
 
     assert sum(timestep in segment for segment in segments) == 1
     assert not any(outside in segment for segment in segments for outside in (-1, 1000))
+
+
+def test_segments_of_unequal_lengths_begin_at_whole_parts_rounded_down() -> None:
+    assert [segment.low for segment in equal_segments(3, 1000)] == [0, 333, 666]
+
+
+def test_of_a_tensor_a_segment_holds_what_is_in_it() -> None:
+    segment = TimestepSegment(3, 6)
+    assert segment.holds(torch.arange(10)).tolist() == [timestep in segment for timestep in range(10)]
 
 
 @pytest.mark.parametrize("count", [0, -1, 11])

@@ -15,7 +15,7 @@ from deme_core.errors import ArtifactNotFoundError, InputError, ObjectTooLargeEr
 from deme_core.file_store import FileStore
 from deme_core.s3_store import S3Store
 from deme_core.store import check_access, open_store
-from tests.store_contract import StoreContract, keys
+from tests.store_contract import StoreContract, keys, race
 
 
 class TestFileStore(StoreContract):
@@ -255,3 +255,18 @@ def test_a_write_that_met_another_is_tried_again(monkeypatch: pytest.MonkeyPatch
     make_client = lambda: Conflicts(100)  # noqa: E731
     with pytest.raises(StoreUnavailableError, match="409"):
         S3Store("bucket", "", make_client).put_bytes("key", b"", if_absent=True)
+
+
+def test_an_object_is_on_the_disk_before_it_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, seen = FileStore(tmp_path), list[bool]()
+    monkeypatch.setattr(file_store, "sync", lambda _: seen.append(store.exists("a")))
+    store.put_bytes("a", b"new", if_absent=True)
+    assert seen == [False]
+
+
+def test_of_many_races_each_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file_store, "sync", lambda _: None)  # Writers that wait for the disk hardly ever meet.
+    store = FileStore(tmp_path)
+    for number in range(100):
+        wins = race(lambda writer, key=f"{number}": store.put_bytes(key, str(writer).encode(), if_absent=True))
+        assert wins.count(True) == 1

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from deme_core.families import EncodedBatch
+from deme_core.lora import LoraTeacher
+from deme_core.noise_process import FlowMatching
 from deme_core.recipe import DistillSpec
 from deme_core.segments import TimestepSegment
 from deme_core.teacher import Teacher
@@ -61,6 +63,20 @@ def test_one_model_teaches_all_timesteps() -> None:
     (model, _), noisy, timesteps = experts(), tiny_images(3), torch.tensor([0, 500, 999])
     taught = Teacher([model]).predict(tiny_adapter(), noisy, timesteps, {})
     assert torch.equal(taught, model(noisy, timesteps).sample)
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [Teacher(experts()[:1]), Teacher(experts(), SEGMENTS), LoraTeacher(one_level_unet())],
+    ids=["one", "experts", "LoRA"],
+)
+def test_a_teacher_is_told_timesteps_as_its_noise_process_has_them(teacher: Teacher | LoraTeacher) -> None:
+    def predict(_model: Any, noisy: torch.Tensor, timesteps: torch.Tensor, _conditioning: Any) -> torch.Tensor:
+        return timesteps.view(-1, 1, 1, 1).expand_as(noisy)
+
+    adapter: Any = SimpleNamespace(noise_process=FlowMatching(1000), predict=predict)
+    taught = teacher.predict(adapter, tiny_images(4), torch.tensor([0, 299, 300, 999]), {})
+    assert taught[:, 0, 0, 0].tolist() == [1.0, 300.0, 301.0, 1000.0]
 
 
 @pytest.mark.parametrize("segments", [(), SEGMENTS, (*SEGMENTS, EVERYTHING)])

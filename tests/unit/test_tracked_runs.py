@@ -1,5 +1,6 @@
 """Runs that are looked up by the beginning of their id: those that do not serve are told from those that are not."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,13 @@ def test_a_run_is_found_by_the_beginning_of_its_id(runs: Runs) -> None:
     assert find_tag(runs.settings, MERGED, whole[:12]) == "s3://deme/merged/1"
     assert find_tag(runs.settings, DISTILLED, whole) == "s3://deme/distilled/1"
     assert find_page(runs.settings, whole) == (whole, "s3://deme/report/1")
+
+
+def test_the_newest_run_is_found_where_none_is_named(runs: Runs) -> None:
+    for uri in ("s3://deme/merged/older", "s3://deme/merged/newest"):
+        time.sleep(0.002)  # MLflow's clock has milliseconds.
+        runs.add(WHOLE | {MERGED: uri})
+    assert find_tag(runs.settings, MERGED, None) == "s3://deme/merged/newest"
 
 
 def test_a_run_without_a_distillation_is_named(runs: Runs) -> None:

@@ -3,6 +3,7 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from tasks import training_log
 from tasks.databases import start_from_copy
 from tasks.mlflow_client import check_address, is_database, mlflow_client
 from tasks.patient_client import OrderlyClient, PatientClient, patient_client
-from tasks.tracking import Tracker
+from tasks.tracking import _TRAINING_METRICS, Tracker
 from tasks.training_log import TrainingLog
 
 
@@ -63,9 +64,9 @@ def test_records_wait_for_a_server_that_is_away_and_keep_their_times(monkeypatch
     log = TrainingLog(lambda: (recorder, "run"))
     began = time.time() * 1000
     log.add({"global_step": 10})
+    ended = time.time() * 1000
     while recorder.num_asked < 3:
         time.sleep(0.005)
-    ended = time.time() * 1000
     log.add({"global_step": 20})
     log.complete([{"global_step": 10}, {"global_step": 20}])
     told = dict(entry for call in recorder.calls for entry in call)
@@ -255,3 +256,31 @@ def test_an_address_that_no_browser_opens_is_refused(uri: str, ui: str) -> None:
     settings = Settings.model_validate({"MLFLOW_TRACKING_URI": uri, "DEME_MLFLOW_UI_URL": ui})
     with pytest.raises(InputError, match=r"^DEME_MLFLOW_UI_URL must .*\.$"):
         check_address(settings)
+
+
+def test_a_record_that_comes_while_others_are_sent_is_not_lost() -> None:
+    class Slow(Recorder):
+        def log_training(self, run_id: str, records: Any) -> None:
+            super().log_training(run_id, records)
+            if self.num_asked == 1:
+                log.add({"global_step": 20})
+                sent.set()
+
+    recorder, sent = Slow(), threading.Event()
+    log = TrainingLog(lambda: (recorder, "run"))
+    log.add({"global_step": 10})
+    assert sent.wait(10)
+    log.complete([{"global_step": 10}, {"global_step": 20}])
+    assert recorder.steps == [[10], [20]]
+
+
+def test_every_number_of_a_training_is_logged_at_its_own_step() -> None:
+    sent: list[list[Any]] = []
+    tracker = Tracker.__new__(Tracker)
+    tracker._client = SimpleNamespace(log_batch=lambda _, metrics: sent.append(metrics))  # type: ignore[assignment]
+    records = [({"global_step": step} | dict.fromkeys(_TRAINING_METRICS, step / 2), step + 7) for step in range(400)]
+    tracker.log_training("run", records)
+    told = [(metric.key, metric.step, metric.value, metric.timestamp) for metrics in sent for metric in metrics]
+    names = _TRAINING_METRICS.values()
+    assert sorted(told) == sorted((name, step, step / 2, step + 7) for step in range(400) for name in names)
+    assert max(map(len, sent)) <= 1000, "MLflow takes no more at once"

@@ -341,6 +341,17 @@ def test_the_state_of_the_global_generator_does_not_matter() -> None:
     assert losses[0] == losses[1]
 
 
+def test_dropout_is_another_in_each_pass_and_of_each_seed() -> None:
+    masks: list[torch.Tensor] = []
+    for seed in (0, 1):
+        model = one_level_unet(dropout=0.5)
+        dropout = next(module for module in model.modules() if isinstance(module, nn.Dropout) and module.p)
+        dropout.register_forward_hook(lambda _module, _inputs, output: masks.append(output == 0))
+        run(build(model, num_steps=2, seed=seed))
+    assert len(masks) == 4
+    assert not any(left.equal(right) for left, right in itertools.combinations(masks, 2))
+
+
 def test_dropout_is_on_in_the_copy_and_off_in_the_pretrained_model() -> None:
     def first_record(dropout: float) -> TrainingProgress:
         model, pretrained = one_level_unet(dropout=dropout), one_level_unet(dropout=dropout)
@@ -395,6 +406,7 @@ def test_what_was_averaged_does_not_change_with_further_training() -> None:
         ({}, [1e-3] * 4),
         ({"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 2}, [0.0, 5e-4, 1e-3, 1e-3]),
         ({"lr_scheduler": "linear"}, [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
+        ({"lr_scheduler": "linear", "gradient_accumulation_steps": 2}, [1e-3, 7.5e-4, 5e-4, 2.5e-4]),
         ({"lr_scheduler": "cosine"}, [1e-3, 8.535534e-4, 5e-4, 1.464466e-4]),
     ],
     ids=str,

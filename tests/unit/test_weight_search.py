@@ -187,3 +187,15 @@ def test_rough_scores_are_guarded_by_rough_ones() -> None:
             assert c["score"] is None
             continue
         assert c["score"] == pytest.approx(score(w, steps) + score((0, 0), steps) * max(w[1], 0) / 2)
+
+
+def test_a_guard_costs_something_where_the_pretrained_model_scores_below_zero() -> None:
+    class Below(Guards):
+        def _do(self, job: Job) -> JobResult:
+            found = super()._do(job)
+            return replace(found, metrics=found.metrics | {"value": -1.0})
+
+    settings = {"strategy": "grid", "values": (0.0, 0.25), "guards": ("fd_pixels_4x4",)}
+    result = exhaust(find_weights(search_job(settings, **GUARDED), 2, Below(1)), lambda _: None)
+    by_weights = {candidate["weights"]: candidate["score"] for candidate in result["candidates"]}
+    assert by_weights[0.0, 0.25] > by_weights[0.0, 0.0] == -1.0
