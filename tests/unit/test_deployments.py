@@ -2,12 +2,14 @@ import json
 import re
 import tomllib
 from fnmatch import fnmatch
+from inspect import isfunction, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
+from prefect import states
+from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import load_flow_from_entrypoint
 from prefect.workers.process import ProcessWorker
@@ -109,6 +111,13 @@ def test_a_job_template_is_kept_up_to_date_until_somebody_changes_it(monkeypatch
     ] * 2
 
 
+def test_the_worker_of_kubernetes_has_the_prefect_of_the_lock() -> None:
+    (locked,) = re.findall(r"^prefect==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    worker = (ROOT / "deployments" / "kubernetes" / "worker.yaml").read_text()
+    python = re.search(r"^ARG BASE=python:(3\.\d+)", (ROOT / "deployments" / "Dockerfile").read_text(), re.MULTILINE)
+    assert python and f"image: prefecthq/prefect:{locked}-python{python[1]}-kubernetes\n" in worker
+
+
 def test_finished_pods_are_removed_and_nodes_with_gpus_are_reached() -> None:
     template = json.loads((ROOT / "deployments" / "work_pools" / "kubernetes.json").read_text())
     properties = template["variables"]["properties"]
@@ -119,8 +128,28 @@ def test_finished_pods_are_removed_and_nodes_with_gpus_are_reached() -> None:
         assert pod[name].strip("{ }") in properties
 
 
+def _called_crashed() -> dict[str, Any]:
+    automation: dict[str, Any]
+    (automation,) = _read("automations.yaml")["automations"]
+    return automation
+
+
+def test_only_runs_that_should_have_a_process_are_called_crashed() -> None:
+    made = [function(cls=State) for function in vars(states).values() if _makes_a_state(function)]
+    waiting_or_ended = {state.name for state in made if not (state.is_running() or state.is_cancelling())}
+    assert {"AwaitingRetry", "InfrastructurePending", "Suspended", "Failed"} < waiting_or_ended
+    expected = {event.removeprefix("prefect.flow-run.") for event in _called_crashed()["trigger"]["expect"]}
+    assert expected == waiting_or_ended | {"heartbeat"}
+
+
+def _makes_a_state(function: Any) -> bool:
+    """Whether it is one of Prefect's functions that are named as the state that they return."""
+    is_public = isfunction(function) and function.__name__[0].isupper()
+    return is_public and function.__module__ == states.__name__ and "cls" in signature(function).parameters
+
+
 def test_only_our_own_runs_are_called_crashed() -> None:
-    (automation,) = yaml.safe_load((ROOT / "deployments" / "automations.yaml").read_text())["automations"]
+    automation = _called_crashed()
     related = automation["trigger"]["match_related"]
     assert related["prefect.resource.role"] == "flow"
     flows = {load_flow_from_entrypoint(each["entrypoint"]).name for each in _read("prefect.yaml")["deployments"]}
