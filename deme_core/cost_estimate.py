@@ -104,7 +104,8 @@ def estimate_cost(
     # The control's adapter has the summed rank of all.
     control = trained * (num_segments if finetune.lora else 1)
     rows = NUM_ROWS + (recipe.distill is not None)
-    num_trainings = min(num_segments + 1, num_workers or num_segments + 1)
+    num_at_most = 1 if recipe.copies else num_segments + 1
+    num_trainings = min(num_at_most, num_workers or num_at_most)
     return CostEstimate(
         training_flops=_training_flops(recipe, size),
         search_flops=_search_flops(recipe.merge.search, num_segments, evaluate, size),
@@ -121,10 +122,11 @@ def estimate_cost(
 
 
 def _training_flops(recipe: Recipe, size: DenoiserSize) -> float:
-    """N copies of S steps, and a control of N S; with a distillation, its steps twice: it, and the control's more."""
+    """N copies of S steps, if they are trained here, and a control of N S; with a distillation, its steps twice."""
     finetune, distill, num_segments = recipe.finetune, recipe.distill, recipe.segments.num_segments
     control = finetune.for_control(num_segments)
-    flops = num_segments * finetune.num_steps * _step_flops(finetune, size, has_teacher=finetune.has_teacher)
+    num_copies = 0 if recipe.copies else num_segments
+    flops = num_copies * finetune.num_steps * _step_flops(finetune, size, has_teacher=finetune.has_teacher)
     flops += recipe.num_control_steps(num_segments) * _step_flops(finetune, size, has_teacher=control.has_teacher)
     if distill:
         flops += distill.num_steps * _step_flops(distill, size, has_teacher=True)

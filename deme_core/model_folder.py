@@ -32,6 +32,8 @@ from deme_core.pipeline_index import PipelineIndex, read_index
 from deme_core.projection import fold_projections, is_projection
 
 # Attention layers were renamed in diffusers 0.17; google/ddpm-* were saved before.
+# What two schedulers must agree on for a model of the one to be a copy of a model of the other.
+_NOISE = {"num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas", "shift"}
 _RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -146,6 +148,23 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
     return folder
 
 
+def check_copy(copy: ModelFolder, pretrained: ModelFolder) -> None:
+    """Raises a ModelFolderError unless a model from elsewhere can be a finetuned copy of ``pretrained``."""
+    if copy.index.lora_base is not None:
+        raise ModelFolderError(f"{copy.path} holds a LoRA adapter alone; give a whole model.")
+    try:
+        check_same_tensors(str(copy.path), load_infos(copy), load_infos(pretrained), reference="the pretrained model")
+    except IncompatibleCheckpointsError as error:
+        raise ModelFolderError(str(error)) from error
+    for name in _NOISE & copy.scheduler_config.keys() & pretrained.scheduler_config.keys():
+        found, expected = copy.scheduler_config[name], pretrained.scheduler_config[name]
+        if found != expected:
+            raise ModelFolderError(
+                f"The scheduler_config.json of {copy.path} gives {name} as {found!r}, that of the pretrained model "
+                f"{expected!r}: it was trained on other noise, and is no copy of it."
+            )
+
+
 def _part(path: Path, name: str) -> Path:
     return path / name if (path / name).is_dir() else path
 
@@ -186,6 +205,12 @@ def load_tensors(folder: ModelFolder) -> dict[str, torch.Tensor]:
     if not pickled:
         return folder.checkpoint().tensors()
     return {_current_name(name): tensor for name, tensor in read_pickled_tensors(folder.weights[0]).items()}
+
+
+def load_infos(folder: ModelFolder) -> dict[str, TensorInfo]:
+    """Returns shape and dtype of every stored tensor; of pickled weights by loading them."""
+    is_pickled = folder.weights[0].suffix == PICKLE_SUFFIX
+    return tensor_infos(load_tensors(folder)) if is_pickled else folder.checkpoint().infos
 
 
 def read_pickled_tensors(file: Path) -> dict[str, torch.Tensor]:

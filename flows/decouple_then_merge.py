@@ -61,7 +61,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     bins = bin_edges(edges[-1], edges)
 
     trainings = Trainings(recipe, pretrained.ref, encode_dataset(recipe, pretrained), segments)
-    control, copies = trainings.control(), trainings.copies()
+    imported = trainings.imported_copies()  # First: what is wrong with them would else be told after the control.
+    control, copies = trainings.control(), imported or trainings.copies()
     losses = {"pretrained": heldout_loss.submit(pretrained.ref, bins, "pretrained")}
 
     import_matplotlib()  # For the report, beside which nothing else goes on.

@@ -16,7 +16,7 @@ from deme_core.images import num_heldout_of
 from deme_core.images.preview import preview_images
 from deme_core.merge_methods.block_weights import block_names
 from deme_core.metrics import needs_prompts
-from deme_core.model_folder import ModelFolder, open_model_folder
+from deme_core.model_folder import ModelFolder, check_copy, load_infos, open_model_folder
 from deme_core.model_source import fetch_source
 from deme_core.optimizer import build_optimizer
 from deme_core.prompts import load_prompts
@@ -95,14 +95,18 @@ class RecipeChecks:
         adapter = folder.adapter()
         self._frozen_bytes = sum(file.stat().st_size for file in folder.frozen_files(allow_pickle=source.allow_pickle))
         self._check_fits(folder, adapter)
+        for copy in self.recipe.copies:
+            path = fetch_source(copy, revision=None, cache=self.cache)
+            check_copy(open_model_folder(path, allow_pickle=source.allow_pickle), folder)
         self._adapter = adapter
-        return f"{source.source}, a {adapter.pipeline}"
+        copies = f", and {len(self.recipe.copies)} copies of it" if self.recipe.copies else ""
+        return f"{source.source}, a {adapter.pipeline}{copies}"
 
     def _check_fits(self, folder: ModelFolder, adapter: Adapter) -> None:
         """Raises an InputError if the recipe asks for what the model cannot do."""
         dataset, evaluate = self.recipe.dataset, self.recipe.evaluate
         self._check_sampling(adapter)
-        self.recipe.check_search(len(block_names(folder.checkpoint().infos)))
+        self.recipe.check_search(len(block_names(load_infos(folder))))
         captions = dataset.caption_column or dataset.caption_template
         check_conditioned(adapter, captions=captions, labels=dataset.label_column)
         if adapter.conditioned_on == "captions" and evaluate.prompts is None:

@@ -8,8 +8,8 @@ from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DistillSpec, FinetuneSpec, Recipe
 from deme_core.segments import TimestepSegment
 from flows.encodings import EncodedDataset
-from tasks.jobs import DistillJob, FinetuneJob, JobResult
-from tasks.stages import distill, finetune
+from tasks.jobs import DistillJob, FinetuneJob, ImportCopyJob, JobResult
+from tasks.stages import distill, finetune, import_copy
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,24 @@ class Trainings:
             embeddings=self.encoded.embeddings,
         )
         return finetune.submit(job, child_name)
+
+    def imported_copies(self) -> list[PrefectFuture[JobResult]]:
+        """Brings the copies that were finetuned elsewhere, if there are any; waits for it."""
+        allow_pickle = self.recipe.pretrained.allow_pickle
+        imports = [
+            import_copy.submit(
+                ImportCopyJob(
+                    label=f"segment {i} {segment}",
+                    pretrained=self.pretrained,
+                    source=source,
+                    allow_pickle=allow_pickle,
+                )
+            )
+            for i, (segment, source) in enumerate(zip(self.segments, self.recipe.copies, strict=False))
+        ]
+        for each in imports:
+            each.result()
+        return imports
 
     def distillation(self, spec: DistillSpec, merged: ArtifactRef, experts: tuple[ArtifactRef, ...]) -> JobResult:
         """Teaches the merged model what the ensemble knows."""

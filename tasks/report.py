@@ -54,7 +54,7 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
     report["registry"] = _register(runtime, report, results, deciding["merged"])
     relative = relative_heldout_losses(runtime, results.losses, results.expert_losses, results.experts)
     grids = sample_grids(runtime, results.rows)
-    report["figures"] = draw_figures(runtime, grids, report["seeds"][0], results.trainings, relative)
+    report["figures"] = draw_figures(runtime, grids, report["seeds"][0], results.histories, relative)
     report["seconds"] = runtime.timing.seconds()
     content = page_of_run(runtime, report, results, deciding, relative, grids)
     report["page"] = keep_page(runtime, content, report, results.rows)

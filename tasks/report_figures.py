@@ -3,10 +3,10 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from deme_core.binned_losses import RelativeLosses
 from deme_core.figures import save_heldout_losses, save_loss_curves, save_sample_comparison
-from tasks.jobs import JobResult
 from tasks.row_scores import Rows
 from tasks.run_page import samples_file
 from tasks.runtime import Runtime
@@ -32,7 +32,7 @@ def draw_figures(
     runtime: Runtime,
     grids: Mapping[str, Path],
     seed: int,
-    trainings: Mapping[str, JobResult],
+    histories: Mapping[str, Any],
     relative: Mapping[str, RelativeLosses],
 ) -> dict[str, str]:
     """Draws the figures into the report's folder and MLflow; returns their paths.
@@ -41,14 +41,14 @@ def draw_figures(
         runtime: where to.
         grids: sample grids by row.
         seed: the sampling seed of the grids.
-        trainings: trainings by name.
+        histories: records of each training, by its name.
         relative: held-out losses by row and copy.
     """
     folder = report_folder(runtime)
     figures = {name: folder / f"{name}.png" for name in ("samples", "losses", "heldout_loss")}
     save_heldout_losses(relative, figures["heldout_loss"])
     save_sample_comparison(grids, figures["samples"], title=f"{runtime.recipe.name}, same initial noise (seed {seed})")
-    save_loss_curves({name: result.metrics["history"] for name, result in trainings.items()}, figures["losses"])
+    save_loss_curves(histories, figures["losses"])
     for path in figures.values():
         runtime.tracker.log_file(runtime.tracker.run_id, path)
     runtime.tracker.log_image(runtime.tracker.run_id, figures["samples"], "samples")

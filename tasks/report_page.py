@@ -66,7 +66,7 @@ def page_of_run(
         content,
         provenance=replace(content.provenance, digests={**content.provenance.digests, **digests}),
         heldout=HeldoutLosses(curves=_ordered(relative), segment_edges=(segments[0].low, *(s.high for s in segments))),
-        trainings={name: result.metrics["history"] for name, result in results.trainings.items()},
+        trainings=results.histories,
         searches=tuple(
             _search_log(what, found, results.experts, report["metric"], guards)
             for what, found in results.searches.items()

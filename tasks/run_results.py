@@ -16,7 +16,8 @@ class RunResults:
     Attributes:
         rows: scores by row, one result per sampling seed.
         models: ``pretrained``, ``finetuned`` (the control, scaled), ``merged``, and ``distilled`` if the recipe asks.
-        trainings: the control's, under ``finetuned``, the copies', by name, and ``distilled``.
+        trainings: the control's, under ``finetuned``, the copies', by name, and ``distilled``; a copy from elsewhere
+            has no history.
         losses: held-out losses of the models.
         expert_losses: held-out losses of the copies.
         experts: the copies and what the gate said.
@@ -30,6 +31,12 @@ class RunResults:
     expert_losses: Sequence[JobResult]
     experts: Sequence[Expert]
     searches: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def histories(self) -> dict[str, Any]:
+        """The records of what was trained here, by name of the training."""
+        histories = {name: result.metrics["history"] for name, result in self.trainings.items()}
+        return {name: history for name, history in histories.items() if history}
 
     @property
     def scale(self) -> float:

@@ -20,6 +20,7 @@ from tasks.jobs import (
     GeneratedImages,
     GramsJob,
     HeldoutJob,
+    ImportCopyJob,
     ImportJob,
     Job,
     JobResult,
@@ -87,6 +88,12 @@ def encode(job: LatentsJob | EmbeddingsJob) -> JobResult:
 def finetune(job: FinetuneJob, child_name: str) -> JobResult:
     """Finetunes one copy of theta_0."""
     return _train(job, task_name=f"finetune {job.label}", child_name=child_name)
+
+
+@task(name="import copy", task_run_name="import {job.label}", **_OPTIONS)
+def import_copy(job: ImportCopyJob) -> JobResult:
+    """Brings a copy of theta_0 that was finetuned elsewhere into the store."""
+    return current_runtime().run(job, task=f"import {job.label}")
 
 
 @task(name="distill", task_run_name="distill {job.label}", **_OPTIONS)

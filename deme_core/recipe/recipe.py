@@ -32,6 +32,13 @@ class Recipe(Spec):
     dataset: DatasetSpec
     segments: SegmentsSpec
     finetune: FinetuneSpec
+    copies: tuple[str, ...] = Field(
+        (),
+        exclude_if=lambda copies: not copies,
+        description="Copies that were finetuned elsewhere, one for each segment, lowest timesteps first: diffusers "
+        "folders, object-store URIs or hub ids. Then none is trained here; `finetune` describes the control, and its "
+        "num_steps the steps that each copy took.",
+    )
     merge: MergeSpec
     distill: DistillSpec | None = Field(
         None,
@@ -61,6 +68,7 @@ class Recipe(Spec):
         num_segments = self.segments.num_segments
         if self.merge.weights is not None and len(self.merge.weights) != num_segments:
             raise ValueError(f"merge.weights has {len(self.merge.weights)} values for {num_segments} segments")
+        self._check_copies(num_segments)
         if self.pretrained.source == "pretrain" and self.segments.edges is not None:
             # Of a model from elsewhere this is known once it is there; of this one it would be after its training.
             num_timesteps = self.pretrained.noise_scheduler.get("num_train_timesteps", 1000)
@@ -96,6 +104,16 @@ class Recipe(Spec):
         if few and few >= full:
             raise ValueError(f"merge.search.few_steps {few} are no fewer than evaluate.num_inference_steps {full}")
         return self
+
+    def _check_copies(self, num_segments: int) -> None:
+        if not self.copies:
+            return
+        if len(self.copies) != num_segments:
+            raise ValueError(f"copies has {len(self.copies)} models for {num_segments} segments")
+        if self.pretrained.source == "pretrain":
+            raise ValueError("copies from elsewhere are of a model from elsewhere; name it as pretrained.source")
+        if self.finetune.lora:
+            raise ValueError("copies are whole models, and finetune.lora makes the control an adapter; leave it out")
 
     def _check_known_weights(self, num_segments: int) -> None:
         known = self.merge.search.known_weights if self.merge.search else ()

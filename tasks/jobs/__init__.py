@@ -19,6 +19,7 @@ from tasks.jobs.training import (
     DistillJob,
     EmbeddingsJob,
     FinetuneJob,
+    ImportCopyJob,
     ImportJob,
     LatentsJob,
     PretrainJob,
@@ -39,6 +40,7 @@ __all__ = [
     "GeneratedImages",
     "GramsJob",
     "HeldoutJob",
+    "ImportCopyJob",
     "ImportJob",
     "Job",
     "JobResult",
@@ -53,7 +55,7 @@ __all__ = [
     "pretrained_job",
 ]
 
-_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, DistillJob)
+_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, ImportCopyJob, DistillJob)
 _MERGING = (GramsJob, ConfineJob, SearchJob, ScoreJob, LossJob, MergeJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}

@@ -129,6 +129,24 @@ class FinetuneJob(Job):
         return self.finetune.num_processes
 
 
+class ImportCopyJob(Job):
+    """Bring a copy of theta_0 that was finetuned elsewhere into the store, checked, as safetensors.
+
+    Attributes:
+        label: name for messages; no part of the result.
+        pretrained: theta_0.
+        source: a diffusers folder, an object-store URI, or a hub id.
+        allow_pickle: accept pickled weights.
+    """
+
+    stage: ClassVar[str] = "finetune"
+    work: ClassVar[str] = "import_copy"
+    label: str
+    pretrained: ArtifactRef
+    source: str
+    allow_pickle: bool = False
+
+
 class DistillJob(Job):
     """Train the merged model on all timesteps to predict what each segment's expert predicts.
 

@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow import MlflowClient
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.e2e.command_line import CommandLine
 from tests.e2e.conftest import WriteRecipe
@@ -220,6 +222,31 @@ def _model_folders(deme: CommandLine) -> dict[str, str]:
 def spoilt(write_recipe: WriteRecipe) -> str:
     """A recipe whose copies are worse than the pretrained model."""
     return write_recipe(finetune={"num_steps": 4, "batch_size": 8, "learning_rate": 0.3})
+
+
+@pytest.mark.long
+def test_copies_from_elsewhere_are_searched_merged_and_compared(
+    deme: CommandLine, evaluated: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path
+) -> None:
+    source, copies = evaluated["model"], [tmp_path / name for name in ("low", "high")]
+    for seed, copy in enumerate(copies):
+        shutil.copytree(source, copy)
+        (weights,) = copy.rglob("*.safetensors")
+        rng = torch.Generator().manual_seed(seed)
+        moved = {k: t + 0.01 * torch.randn(t.shape, generator=rng) for k, t in load_file(weights).items()}
+        save_file(moved, weights)
+    sections = {"pretrained": {"source": source}, "copies": list(map(str, copies))}
+    merge = {"on_bad_expert": "keep", "search": {"max_candidates": 3, "num_images": 8}}
+    report = deme.report("run", write_recipe(**sections, merge=merge))
+    assert set(report["rows"]) == ROWS
+    assert [expert["merged"] for expert in report["experts"]] == [True, True]
+    client = MlflowClient(f"sqlite:///{deme.home / 'mlflow.db'}")
+    parent = client.get_run(report["mlflow_run_id"])
+    children = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    trained = {run.info.run_name for run in children if run.info.run_name.startswith("finetune/")}
+    assert trained == {"finetune/all"}
+    page = Path(report["page"]["path"]).read_text()
+    assert "training of segment 0" in page
 
 
 def test_copies_that_are_no_better_are_left_out(deme: CommandLine, first_report: dict[str, Any], spoilt: str) -> None:

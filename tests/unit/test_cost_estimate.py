@@ -80,6 +80,14 @@ def test_searches_cost_all_their_candidates(search: dict[str, Any], passes: int)
     assert cost(merge=settings).search_flops == passes * 2 * 20 * 1000
 
 
+def test_copies_from_elsewhere_cost_no_training() -> None:
+    found = estimate_cost(
+        recipe().model_copy(update={"copies": ("a", "b", "c")}), SIZE, num_images=7, num_features=16, frozen_bytes=1000
+    )
+    assert found.training_flops == 30 * 8 * (3 * 1100 + 1000)
+    assert (found.num_trainings, found.model_bytes) == (1, cost().model_bytes)
+
+
 def test_a_search_needs_theta_0_twice_and_all_copies_and_the_ensemble_the_copies() -> None:
     search: dict[str, Any] = {"merge": {"weights": None, "search": {}}}
     lora = {"finetune": {"lora": {"rank": 2}, "channel_projection": False}}

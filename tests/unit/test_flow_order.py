@@ -11,8 +11,9 @@ from deme_core.errors import InputError
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import TimestepSegment
-from flows import confinement, decouple_then_merge, merge_plan
+from flows import confinement, decouple_then_merge, merge_plan, trainings
 from flows import evaluate as evaluation
+from flows.encodings import EncodedDataset
 
 
 class Future:
@@ -40,13 +41,16 @@ def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(
     ends_first: str, expected: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-    trainings = SimpleNamespace(
-        control=lambda: Future("control", asked), copies=lambda: [Future("copy", asked)], distillation=None
+    stand_in_trainings = SimpleNamespace(
+        imported_copies=list,
+        control=lambda: Future("control", asked),
+        copies=lambda: [Future("copy", asked)],
+        distillation=None,
     )
     stand_ins = {
         "obtain_pretrained": SimpleNamespace(submit=lambda: Obtaining()),
         "encode_dataset": lambda *_: None,
-        "Trainings": lambda *_: trainings,
+        "Trainings": lambda *_: stand_in_trainings,
         "heldout_loss": SimpleNamespace(submit=lambda *_: Future("loss", asked)),
         "first_real_features": lambda _, part: Future(part, asked, InputError("too few images")),
         "import_matplotlib": lambda: None,
@@ -57,6 +61,25 @@ def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(
     with pytest.raises(InputError, match="too few images"):
         decouple_then_merge._compare_rows(load_recipe("digits"))
     assert asked == expected
+
+
+def test_copies_from_elsewhere_are_there_before_the_control_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def submit(job: Any) -> Any:
+        asked.append((job.label, job.source, job.allow_pickle))
+        return SimpleNamespace(result=lambda: asked.append("there"))
+
+    monkeypatch.setattr(trainings, "import_copy", SimpleNamespace(submit=submit))
+    ref, segments = (
+        ArtifactRef("file:///store/pretrained/a", "a"),
+        (TimestepSegment(0, 500), TimestepSegment(500, 1000)),
+    )
+    recipe = load_recipe("digits", ["pretrained={source: m, allow_pickle: true}", "copies=[low, high]"])
+    given = trainings.Trainings(recipe, ref, EncodedDataset(), segments)
+    assert len(given.imported_copies()) == 2
+    assert asked == [("segment 0 [0, 500)", "low", True), ("segment 1 [500, 1000)", "high", True), "there", "there"]
+    assert not trainings.Trainings(load_recipe("digits"), ref, EncodedDataset(), segments).imported_copies()
 
 
 def test_a_copy_that_failed_ends_a_run_when_the_control_is_done() -> None:

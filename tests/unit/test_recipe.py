@@ -379,6 +379,26 @@ def test_real_images_are_those_of_the_training_unless_others_are_named() -> None
     assert Recipe.model_validate(named.model_dump(mode="json")) == named
 
 
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"copies": ["a"]}, "copies has 1 models for 2 segments"),
+        (
+            {"copies": ["a", "b"], "pretrained": {"source": "pretrain", "training": {"num_steps": 1}}},
+            "name it as pretrained",
+        ),
+        (
+            {"copies": ["a", "b"], "finetune": {"num_steps": 1, "lora": {}}},
+            "finetune.lora makes the control an adapter",
+        ),
+    ],
+)
+def test_copies_from_elsewhere_are_of_a_model_from_elsewhere(settings: dict[str, Any], sentence: str) -> None:
+    assert recipe(copies=["a", "b"]).copies == ("a", "b")
+    with pytest.raises(ValidationError, match=sentence):
+        recipe(**settings)
+
+
 def test_a_refusal_repeats_no_password() -> None:
     with pytest.raises(ValidationError) as caught:
         TrainingSpec.model_validate({"num_steps": "s3://key:hush@bucket"})
