@@ -85,7 +85,7 @@ class Demo:
             shell = {name: value.strip("'") for name, _, value in (line.partition("=") for line in lines)}
             self._call(RUN, "--param", f"overrides={json.dumps(list(overrides))}", shell=shell)
             self.report = json.loads(self._call(FOLLOW, "--json", shell=shell).splitlines()[-1])
-            self._ask_when_it_began(shell["PREFECT_API_URL"])
+            self.flow_began, self.first_task_began = ask_when_it_began(self.report["flow_run_id"], shell)
         finally:
             self._call("deme down")
 
@@ -107,14 +107,24 @@ class Demo:
         services = sum(map(_cpu_seconds, find_started_by(str(self.home))))
         self.moments[name] = Moment(time.time(), commands.ru_utime + commands.ru_stime + services)
 
-    def _ask_when_it_began(self, api: str) -> None:
-        flow_run = self.report["flow_run_id"]
-        first = {"flow_runs": {"id": {"any_": [flow_run]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
-        with httpx.Client(timeout=30) as client:
-            run = client.get(f"{api}/flow_runs/{flow_run}").raise_for_status().json()
-            task = client.post(f"{api}/task_runs/filter", json=first).raise_for_status().json()[0]
-        began = [datetime.fromisoformat(each["start_time"]).timestamp() for each in (run, task)]
-        self.flow_began, self.first_task_began = began
+
+def ask_when_it_began(flow_run_id: str, shell: Mapping[str, str]) -> tuple[float, float]:
+    """Asks a stack's Prefect server when a flow run began, and when its first task did.
+
+    Args:
+        flow_run_id: of the flow run.
+        shell: what `deme env` says, which names the server and its login.
+
+    Returns:
+        Both in seconds since the epoch.
+    """
+    api, login = shell["PREFECT_API_URL"], httpx.BasicAuth(*shell["PREFECT_API_AUTH_STRING"].split(":", 1))
+    first = {"flow_runs": {"id": {"any_": [flow_run_id]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 1}
+    with httpx.Client(timeout=30, auth=login, trust_env=False) as client:  # No proxy leads to loopback.
+        run = client.get(f"{api}/flow_runs/{flow_run_id}").raise_for_status().json()
+        task = client.post(f"{api}/task_runs/filter", json=first).raise_for_status().json()[0]
+    began, task_began = (datetime.fromisoformat(each["start_time"]).timestamp() for each in (run, task))
+    return began, task_began
 
 
 def _cpu_seconds(process: psutil.Process) -> float:

@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.laboratory import Laboratory
 from benchmarks.measurement import print_result, print_table
+from benchmarks.run_traffic import estimate_traffic, measure_artifacts
 from deme_core.cost_estimate import estimate_cost
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.families import Unconditional
 from deme_core.file_store import FileStore
 from deme_core.recipe import Recipe
-from deme_core.run_traffic import estimate_traffic, measure_artifacts
 from deme_core.settings import Settings
 from tasks.jobs import FinetuneJob, GeneratedFeaturesJob, Job, JobResult, PretrainJob
 

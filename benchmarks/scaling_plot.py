@@ -1,4 +1,4 @@
-"""Draws docs/scaling.png, and prints the table beside it, from `deme_core.scaling`: a simulation and no measurement.
+"""Draws docs/scaling.png, and prints the table beside it, from `benchmarks.cluster_simulation`: no measurement.
 
 python -m benchmarks.scaling_plot [--out docs/scaling.png]
 """
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import matplotlib
 
+from benchmarks.cluster_simulation import Cluster, Plan, knee, simulate
 from benchmarks.measurement import print_table
-from deme_core.scaling import Cluster, Plan, knee, simulate
 
 # A transformer sees each of 4,096 patches once: two operations for each parameter and patch.
 _PATCHES = 4096

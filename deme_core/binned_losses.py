@@ -16,13 +16,13 @@ from deme_core.verdict import Interval, interval
 
 Losses = npt.NDArray[np.float32]
 
-MIN_BINS = 20
+_MIN_BINS = 20
 _FILE = "losses.safetensors"
 
 
-def bin_edges(num_train_timesteps: int, segment_edges: Sequence[int] = (), num_bins: int = MIN_BINS) -> tuple[int, ...]:
-    """Returns the edges of ``num_bins`` equal bins of [0, T), and the segments' edges, so that no bin spans two."""
-    equal = {index * num_train_timesteps // num_bins for index in range(num_bins + 1)}
+def bin_edges(num_train_timesteps: int, segment_edges: Sequence[int] = ()) -> tuple[int, ...]:
+    """Returns the edges of 20 equal bins of [0, T), and the segments' edges, so that no bin spans two."""
+    equal = {index * num_train_timesteps // _MIN_BINS for index in range(_MIN_BINS + 1)}
     return tuple(sorted(equal | set(segment_edges)))
 
 
@@ -36,7 +36,7 @@ def load_losses(folder: Path) -> Losses:
     return load_file(folder / _FILE)["losses"]
 
 
-def widths(edges: Sequence[int]) -> npt.NDArray[np.float64]:
+def bin_shares(edges: Sequence[int]) -> npt.NDArray[np.float64]:
     """Returns the share of the timesteps that each bin holds, (B,), summing to one."""
     lengths = np.diff(np.asarray(edges, dtype=np.float64))
     return lengths / lengths.sum()
@@ -44,7 +44,7 @@ def widths(edges: Sequence[int]) -> npt.NDArray[np.float64]:
 
 def mean_loss(losses: Losses, edges: Sequence[int]) -> float:
     """Returns the expected loss over all timesteps, as training weighs them."""
-    return float(losses.astype(np.float64).mean(axis=0) @ widths(edges))
+    return float(losses.astype(np.float64).mean(axis=0) @ bin_shares(edges))
 
 
 def ensemble_losses(experts: Sequence[Losses], edges: Sequence[int], segments: Sequence[TimestepSegment]) -> Losses:
@@ -92,7 +92,8 @@ def own_change(expert: Losses, pretrained: Losses, edges: Sequence[int], segment
         Relative change of the loss with its 95 % interval over the images, paired: below 0 the copy is better.
     """
     inside = [low in segment for low in edges[:-1]]
-    share = widths(edges)[inside] / widths(edges)[inside].sum()
+    share = bin_shares(edges)[inside]
+    share /= share.sum()
     before = pretrained[:, inside].astype(np.float64) @ share
     difference = expert[:, inside].astype(np.float64) @ share - before
     return _relative(difference, float(before.mean()))

@@ -48,6 +48,11 @@ class TensorInfo:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def tensor_infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
+    """Returns shape and dtype of each tensor, in their order."""
+    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 class Checkpoint:
     """The tensors of one or several safetensors files, memory-mapped.
 
@@ -192,6 +197,5 @@ def save_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> None:
     """Writes ``tensors`` as a safetensors file, sorted by name; see `write_tensors`."""
-    names = sorted(tensors)
-    infos = {name: TensorInfo(tuple(tensors[name].shape), tensors[name].dtype) for name in names}
-    write_tensors(path, infos, ((name, tensors[name].detach()) for name in names), metadata)
+    in_order = {name: tensors[name].detach() for name in sorted(tensors)}
+    write_tensors(path, tensor_infos(in_order), in_order.items(), metadata)

@@ -137,6 +137,7 @@ class DamagedArtifactError(ChecksumMismatchError):
 
     Attributes:
         uri: of the artifact.
+        problem: what is wrong with which object.
     """
 
     def __init__(self, uri: str, problem: str, mend: str) -> None:

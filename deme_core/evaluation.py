@@ -1,6 +1,6 @@
 """Evaluation: one denoiser's images, scored against a reference, under settings all rows share."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,12 @@ from deme_core.extractors import FeatureArray, FeatureExtractor
 from deme_core.extractors.clip import ClipScore
 from deme_core.families import Adapter
 from deme_core.feature_statistics import Features, check_features
-from deme_core.generate import Denoiser, Sampling, generate
+from deme_core.generate import Denoiser, generate
 from deme_core.metrics import Comparison, MetricName, score
 from deme_core.prompts import Prompts
 from deme_core.reference import Reference
-from deme_core.seeds import derive_seed
+from deme_core.sampling import Sampling
+from deme_core.seeds import generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,59 +109,41 @@ class FeatureSource:
         return scores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(FeatureSource):
-    """What every row shares, so that scores can be compared (METHOD section 5.3).
+def score_images(
+    source: FeatureSource,
+    denoiser: Denoiser,
+    seed: int,
+    *,
+    num_images: int,
+    reference: Reference,
+    metrics: Sequence[MetricName],
+    kid_subset_size: int,
+) -> dict[str, float]:
+    """Generates and scores the images of one seed, holding one batch of them at a time.
 
-    Attributes:
-        num_images: images per seed, exactly.
-        reference: the real images, as features.
+    Args:
+        source: how images become features.
+        denoiser: what is scored.
+        seed: names the set of images.
+        num_images: how many, the first of the set.
+        reference: the real images, as features of the same extractor.
         metrics: what is computed.
         kid_subset_size: images per subset of the kernel distance.
+
+    Returns:
+        The scores by metric name.
+
+    Raises:
+        NonFiniteImagesError: an image, or what is computed of it, is NaN or infinite.
     """
-
-    num_images: int
-    reference: Reference
-    metrics: Sequence[MetricName]
-    kid_subset_size: int
-
-    def conditions(self) -> dict[str, Any]:
-        """Returns all that scores must share to be compared, by name."""
-        return self.source_conditions() | score_conditions(
-            self.reference,
-            num_images=self.num_images,
-            metrics=self.metrics,
-            kid_subset_size=self.kid_subset_size,
-        )
-
-    def score(
-        self, denoiser: Denoiser, seed: int, *, keep: int = 0, report: Callable[[int], None] = lambda _: None
-    ) -> tuple[dict[str, float], torch.Tensor]:
-        """Generates and scores the images of one seed, holding one batch of them at a time.
-
-        Args:
-            denoiser: what is evaluated.
-            seed: names the set of images.
-            keep: return the first so many images.
-            report: called with the number of images done after every batch.
-
-        Returns:
-            The scores by metric name, and uint8 images (keep, C, H, W).
-        """
-        batches, kept, done = [], [], 0
-        for batch in self.batches(denoiser, seed, range(self.num_images)):
-            kept.append(batch.images[: max(keep - done, 0)])
-            batches.append((batch.features, batch.clip_scores))
-            done += len(batch.images)
-            report(done)
-        assert done == self.num_images, (done, self.num_images)
-        comparison = Comparison(
-            features=np.concatenate([features for features, _ in batches]),
-            reference=self.reference,
-            kid_subset_size=self.kid_subset_size,
-            clip_scores=np.concatenate([scores for _, scores in batches if scores is not None]) if self.clip else None,
-        )
-        return score(comparison, self.metrics), torch.cat(kept)
+    batches = [(each.features, each.clip_scores) for each in source.batches(denoiser, seed, range(num_images))]
+    comparison = Comparison(
+        features=np.concatenate([features for features, _ in batches]),
+        reference=reference,
+        kid_subset_size=kid_subset_size,
+        clip_scores=np.concatenate([scores for _, scores in batches if scores is not None]) if source.clip else None,
+    )
+    return score(comparison, metrics)
 
 
 def score_conditions(
@@ -217,5 +200,5 @@ def split_reference(
     Returns:
         Sorted indices for the search and for the report.
     """
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed("reference", num_images)))
+    order = torch.randperm(num_images, generator=generator("reference", num_images))
     return sorted(order[:num_for_search].tolist()), sorted(order[num_for_search:][:num_for_report].tolist())

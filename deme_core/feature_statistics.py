@@ -30,14 +30,8 @@ class FeatureStatistics:
     num_images: int
 
     @classmethod
-    def from_features(cls, features: Features) -> Self:
-        """Mean and covariance of features (n, D), n >= 2, which must be finite (else InputError)."""
-        mean, rows = mean_and_factor(check_features(features))
-        return cls(mean=mean, covariance=rows.T @ rows, num_images=len(rows))
-
-    @classmethod
     def from_batches(cls, batches: Iterable[Features]) -> Self:
-        """The same from batches (B, D), of which one at a time is in memory, by Chan et al. (1979).
+        """Mean and covariance of batches (B, D), of which one at a time is in memory, by Chan et al. (1979).
 
         Args:
             batches: at least two images in all; must be finite (else InputError).

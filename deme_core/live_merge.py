@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from deme_core.checkpoint import tensor_infos
 from deme_core.lora.expert import LoraExpert
 from deme_core.merge import Expert, changes, check_experts, merged_tensors, one_thread
 from deme_core.merge_methods import TensorMerge
-from deme_core.model_folder import tensor_infos
 
 
 class LiveMerge:

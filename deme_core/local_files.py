@@ -69,7 +69,7 @@ def check_space(folder: Path, num_bytes: int, *, variable: str = "DEME_HOME") ->
 
 
 def local_errors(path: Path) -> AbstractContextManager[None]:
-    """The same for a file of the local cache."""
+    """`system_errors` for a file of the local cache."""
     return system_errors(str(path), "point DEME_HOME elsewhere")
 
 

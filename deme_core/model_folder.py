@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors
+from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, tensor_infos
 from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
 from deme_core.families import Adapter
 from deme_core.lora.expert import LoraExpert
@@ -113,12 +113,11 @@ class ModelFolder:
         return [self.path / INDEX_NAME, *files] if parts else []
 
 
-def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: bool = False) -> ModelFolder:
+def open_model_folder(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
     """Finds the parts of the model in ``path``.
 
     Args:
         path: the folder.
-        frozen: for a finetuned copy, folder of its pretrained model.
         allow_pickle: accept pickled weights, of frozen parts, too.
 
     Raises:
@@ -142,7 +141,7 @@ def open_model_folder(path: Path, *, frozen: Path | None = None, allow_pickle: b
         weights=(path / LORA_NAME,) if index.lora_base else _find_weights(denoiser, allow_pickle=allow_pickle),
         denoiser_config=config,
         scheduler_config=scheduler_config,
-        frozen=frozen if index.pretrained else path,
+        frozen=None if index.pretrained else path,
     )
     folder.frozen_files(allow_pickle=allow_pickle)  # For its checks, since whoever opens a model may load it.
     return folder
@@ -282,8 +281,3 @@ def load_denoiser(folder: ModelFolder) -> nn.Module:
         raise ModelFolderError(str(error)) from error
     model.load_state_dict({name: tensor.float().clone() for name, tensor in tensors.items()}, assign=True)
     return model
-
-
-def tensor_infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    """Returns shape and dtype of each tensor."""
-    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -12,6 +12,7 @@ from deme_core.segments import TimestepSegment
 # A correct sampler fails the check once in a billion runs; a wrong one is seen within a few hundred draws.
 _MIN_P_VALUE = 1e-9
 _MIN_EXPECTED_DRAWS = 10.0
+_NUM_BINS = 10  # Of the histogram; the segment's edges are further ones.
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def _pool_rare_bins(bins: list[tuple[float, float]]) -> list[tuple[float, float]
     return pooled
 
 
-def _bin_edges(sampler: TimestepSampler, num_bins: int = 10) -> list[tuple[int, int]]:
+def _bin_edges(sampler: TimestepSampler) -> list[tuple[int, int]]:
     inner = {sampler.segment.low, sampler.segment.high, 0, sampler.num_train_timesteps}
-    inner |= {i * sampler.num_train_timesteps // num_bins for i in range(num_bins)}
+    inner |= {i * sampler.num_train_timesteps // _NUM_BINS for i in range(_NUM_BINS)}
     edges = sorted(inner)
     return list(itertools.pairwise(edges))
 

@@ -17,12 +17,13 @@ from deme_core.recipe_file import differing_settings
 
 Verdict = Literal["better", "worse", "too close to call"]
 
+_CONFIDENCE = 0.95  # Tables, pages and documents say so beside every interval.
 _LONGEST_VALUE = 24  # Of a digest in a sentence, the beginning is enough.
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its confidence interval, low <= mean <= high."""
+    """A mean and its 95 % confidence interval, low <= mean <= high."""
 
     mean: float
     low: float
@@ -42,47 +43,47 @@ class RowScores:
     replicates: Sequence[Sequence[float]] = ()
 
 
-def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student t interval of the mean over sampling seeds.
+def interval(values: Sequence[float]) -> Interval:
+    """95 % Student t interval of the mean over sampling seeds.
 
     With n values of mean m and standard deviation s (n - 1 in the denominator):
 
-        m ± t(n - 1, (1 + confidence) / 2) · s / √n
+        m ± t(n - 1, 0.975) · s / √n
 
     It covers the choice of the sampling seed alone, not that of the training seed.
 
     Args:
         values: one score per seed, at least two.
-        confidence: the interval's coverage, in (0, 1).
 
     Returns:
         The mean and the interval around it.
 
     Raises:
-        ValueError: for fewer than two values, a value that is not finite, or a confidence outside (0, 1).
+        ValueError: for fewer than two values, or a value that is not finite.
     """
-    from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to import
-
     samples = np.asarray(values, dtype=np.float64)
     if samples.ndim != 1 or samples.size < 2:
         raise ValueError(f"An interval needs the scores of at least 2 seeds, not {samples.size}.")
     if not np.isfinite(samples).all():
         raise ValueError(f"An interval needs finite scores, not {samples.tolist()}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), not {confidence}.")
     mean = float(samples.mean())
-    quantile = float(stdtrit(samples.size - 1, (1 + confidence) / 2))
-    half_width = quantile * float(samples.std(ddof=1)) / math.sqrt(samples.size)
+    half_width = _student_t(samples.size - 1) * float(samples.std(ddof=1)) / math.sqrt(samples.size)
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
 
 
-def paired_difference(candidate: Sequence[float], baseline: Sequence[float], confidence: float = 0.95) -> Interval:
+def _student_t(degrees_of_freedom: int) -> float:
+    """Returns how many standard errors the interval reaches to either side of the mean."""
+    from scipy.special import stdtrit  # scipy.stats.t.ppf, without the second that scipy.stats takes to import
+
+    return float(stdtrit(degrees_of_freedom, (1 + _CONFIDENCE) / 2))
+
+
+def paired_difference(candidate: Sequence[float], baseline: Sequence[float]) -> Interval:
     """Interval of the mean of candidate − baseline, paired by seed.
 
     Args:
         candidate: one score per seed.
         baseline: the other row's scores, of the same seeds in the same order.
-        confidence: the interval's coverage, in (0, 1).
 
     Returns:
         The t interval of d_s = candidate_s − baseline_s over the seeds s.
@@ -92,16 +93,16 @@ def paired_difference(candidate: Sequence[float], baseline: Sequence[float], con
     """
     if len(candidate) != len(baseline):
         raise ValueError(f"{len(candidate)} scores cannot be paired by seed with {len(baseline)}.")
-    return interval([float(c) - float(b) for c, b in zip(candidate, baseline, strict=True)], confidence)
+    return interval([float(c) - float(b) for c, b in zip(candidate, baseline, strict=True)])
 
 
-def image_difference(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> Interval:
+def image_difference(candidate: RowScores, baseline: RowScores) -> Interval:
     """Bootstrap interval of the mean difference over the images, generated and real, paired by image.
 
     With d̄ the mean over the seeds of candidate − baseline, and s* the standard deviation of d̄ over the B resamples
     of `deme_core.bootstrap`:
 
-        d̄ ± t(B - 1, (1 + confidence) / 2) · s*
+        d̄ ± t(B - 1, 0.975) · s*
 
     A Student interval and not one of percentiles: resampling shifts all replicates of a Fréchet distance upwards. It
     is wider than it must be where images do not far outnumber features (`deme_core.bootstrap`).
@@ -110,42 +111,38 @@ def image_difference(candidate: RowScores, baseline: RowScores, confidence: floa
         candidate: scores and replicates of one row.
         baseline: the other row's, of the same seeds. Of resamples, the first ones that both have are used: a seed
             draws the same, however many are asked for.
-        confidence: the interval's coverage, in (0, 1).
     """
-    mean = paired_difference(candidate.by_seed, baseline.by_seed, confidence).mean
+    mean = paired_difference(candidate.by_seed, baseline.by_seed).mean
     num_shared = _num_shared_resamples(candidate, baseline)
     ours, theirs = ([seed[:num_shared] for seed in row.replicates] for row in (candidate, baseline))
     shifts = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
-    return _bootstrap_interval(mean, shifts, confidence)
+    return _bootstrap_interval(mean, shifts)
 
 
-def _bootstrap_interval(mean: float, replicates: npt.NDArray[np.float64], confidence: float) -> Interval:
+def _bootstrap_interval(mean: float, replicates: npt.NDArray[np.float64]) -> Interval:
     """Returns mean ± t · s*, with s* the standard deviation over the resamples of the mean over seeds of (S, B)."""
-    from scipy.special import stdtrit
-
-    quantile = float(stdtrit(replicates.shape[1] - 1, (1 + confidence) / 2))
-    half_width = quantile * float(replicates.mean(axis=0).std(ddof=1))
+    half_width = _student_t(replicates.shape[1] - 1) * float(replicates.mean(axis=0).std(ddof=1))
     return Interval(mean=mean, low=mean - half_width, high=mean + half_width)
 
 
-def row_intervals(row: RowScores, confidence: float = 0.95) -> dict[str, Interval]:
+def row_intervals(row: RowScores) -> dict[str, Interval]:
     """Returns the intervals of one row's score: over ``seeds``, and over ``images`` where they were resampled.
 
     They say how far the score itself depends on seeds and images. What two rows differ by varies less, since they
     share both: whether one is better is for `compare` to say.
     """
-    found = {"seeds": interval(row.by_seed, confidence)}
+    found = {"seeds": interval(row.by_seed)}
     if (num_resamples := _num_shared_resamples(row)) >= 2:
         replicates = np.asarray([seed[:num_resamples] for seed in row.replicates], dtype=np.float64)
-        found["images"] = _bootstrap_interval(found["seeds"].mean, replicates, confidence)
+        found["images"] = _bootstrap_interval(found["seeds"].mean, replicates)
     return found
 
 
-def differences(candidate: RowScores, baseline: RowScores, confidence: float = 0.95) -> dict[str, Interval]:
+def differences(candidate: RowScores, baseline: RowScores) -> dict[str, Interval]:
     """Returns the intervals of candidate − baseline: over ``seeds``, and over ``images`` where both were resampled."""
-    found = {"seeds": paired_difference(candidate.by_seed, baseline.by_seed, confidence)}
+    found = {"seeds": paired_difference(candidate.by_seed, baseline.by_seed)}
     if _num_shared_resamples(candidate, baseline) >= 2:
-        found["images"] = image_difference(candidate, baseline, confidence)
+        found["images"] = image_difference(candidate, baseline)
     return found
 
 
@@ -175,7 +172,7 @@ def lacks_images(candidate: RowScores, baseline: RowScores) -> bool:
     return (_num_shared_resamples(candidate) >= 2) != (_num_shared_resamples(baseline) >= 2)
 
 
-def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool, confidence: float = 0.95) -> Verdict:
+def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool) -> Verdict:
     """Judge a candidate row against a baseline row.
 
     Where lower is better: 'better' if all intervals of `differences` lie below zero, 'worse' if all lie above; where
@@ -186,12 +183,11 @@ def compare(candidate: RowScores, baseline: RowScores, *, higher_is_better: bool
         candidate: scores, one per seed.
         baseline: the other row's scores, of the same seeds in the same order (else ValueError).
         higher_is_better: which way the scores go.
-        confidence: the intervals' coverage, in (0, 1).
 
     Returns:
         The verdict on the candidate.
     """
-    intervals = differences(candidate, baseline, confidence).values()
+    intervals = differences(candidate, baseline).values()
     if lacks_images(candidate, baseline):
         return "too close to call"
     if all(difference.high < 0 for difference in intervals):

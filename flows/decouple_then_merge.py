@@ -83,11 +83,11 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     refs = tuple(expert.ref for expert in chosen)
     if recipe.merge.method == "regmean":
         refs = confined_copies(recipe, pretrained.ref, chosen)
-    weights = plan.find_weights(refs, experts, "merge weights")
+    weights = plan.find_weights(refs, experts)
     (control_result,) = _results([control])
-    scale = plan.find_weights((control_result.ref,), None, "scale of the control")
-    merged = plan.merge(refs, weights, experts, "experts")
-    scaled = plan.merge((control_result.ref,), scale, None, "control")
+    scale = plan.find_scale(control_result.ref)
+    merged = plan.merge(refs, experts, weights)
+    scaled = plan.scale_control(control_result.ref, scale)
     models = {"pretrained": pretrained, "finetuned": scaled, "merged": merged}
     if recipe.distill:
         models["distilled"] = trainings.distillation(recipe.distill, merged.ref, copy_refs)
@@ -98,10 +98,12 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
 
     names = ["finetuned", *(f"segment {i} {segment}" for i, segment in enumerate(segments))]
     trained = dict(zip(names, [control_result, *copy_results], strict=True))
+    if "distilled" in models:
+        trained["distilled"] = models["distilled"]
     results = RunResults(
         rows={row: rows[row].result() for row in ROWS if row in rows},
         models=models,
-        trainings=trained | {row: model for row, model in models.items() if row == "distilled"},
+        trainings=trained,
         losses={row: future.result() for row, future in losses.items()},
         expert_losses=_results(copy_losses),
         experts=experts,

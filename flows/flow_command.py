@@ -34,7 +34,7 @@ def run_flow(
     Raises:
         DemeError: recipe, store, tracking or a named server cannot be used, or the run fails.
     """
-    content = load_recipe(recipe, overrides or [])
+    loaded_recipe = load_recipe(recipe, overrides or [])
     check_access(open_store(Settings().store_uri))
     if address := os.environ.get("PREFECT_API_URL"):
         check_api_address(address)
@@ -52,7 +52,7 @@ def run_flow(
             from flows.progress_display import ProgressDisplay
 
             if server:
-                stack.enter_context(workers_ahead(content))
+                stack.enter_context(workers_ahead(loaded_recipe))
                 server.connect()
         leave_in_time_after_interrupt()
         with ProgressDisplay(console):

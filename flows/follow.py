@@ -3,6 +3,7 @@
 import time
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -29,6 +30,8 @@ _POLL_SECONDS = 1.0
 # Reading the tasks takes a server on SQLite some 30 ms of processor time, three times as long as the run's state.
 _POLLS_PER_READING = 3
 _SECONDS_UNTIL_TOLD = 15.0
+# As many as the server gives at once, and as many as a sentence bears.
+_MOST_RUNS, _MOST_NAMED = 200, 5
 
 
 def follow_run(run: str | None, console: Console) -> dict[str, Any]:
@@ -39,7 +42,7 @@ def follow_run(run: str | None, console: Console) -> dict[str, Any]:
         console: where progress goes.
 
     Raises:
-        InputError: there is no such run.
+        InputError: there is no such run, or more than one.
         DemeError: the run failed, with the reason; or the server does not answer.
     """
     with get_client(sync_client=True) as client:
@@ -58,15 +61,37 @@ def follow_run(run: str | None, console: Console) -> dict[str, Any]:
 
 
 def _find(client: SyncPrefectClient, run: str | None) -> FlowRun:
-    ours = FlowFilter(name=FlowFilterName(any_=["deme"]))
-    newest_first = client.read_flow_runs(flow_filter=ours, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=200)
-    chosen = [found for found in newest_first if (str(found.id).startswith(run) if run else not _is_to_come(found))]
+    ours, whole_id = FlowFilter(name=FlowFilterName(any_=["deme"])), _flow_run_id(run)
+    newest_first = client.read_flow_runs(
+        flow_filter=ours,
+        flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[whole_id])) if whole_id else None,
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=_MOST_RUNS,
+    )
+    if run:
+        chosen = [found for found in newest_first if str(found.id).startswith(str(whole_id or run))]
+    else:
+        chosen = [found for found in newest_first if not _is_to_come(found)][:1]
     if not chosen:
         which = f"whose id begins with '{run}'" if run else "yet"
+        are_more = run and len(newest_first) == _MOST_RUNS
+        among = f" among the newest {_MOST_RUNS}; give the whole id of an older one" if are_more else ""
         raise InputError(
-            f"There is no run of the flow deme {which} on {client.api_url}; `prefect deployment run deme/full`."
+            f"There is no run of the flow deme {which} on {client.api_url}{among}; `prefect deployment run deme/full`."
         )
+    if len(chosen) > 1:
+        named = ", ".join(f"{found.name} ({found.id})" for found in chosen[:_MOST_NAMED])
+        more = f" and {len(chosen) - _MOST_NAMED} more" if len(chosen) > _MOST_NAMED else ""
+        raise InputError(f"{len(chosen)} runs have an id that begins with '{run}': {named}{more}; give more of it.")
     return chosen[0]
+
+
+def _flow_run_id(run: str | None) -> UUID | None:
+    """Returns the whole id of a flow run; None where ``run`` is its beginning, or no id at all."""
+    try:
+        return UUID(run) if run else None
+    except ValueError:
+        return None
 
 
 def _is_to_come(found: FlowRun) -> bool:

@@ -136,10 +136,11 @@ def generate_images(
     import torch
     from PIL import Image
 
-    from deme_core.generate import Sampling, SingleModel, generate
+    from deme_core.generate import SingleModel, generate
     from deme_core.model_folder import load_denoiser, open_model_folder
     from deme_core.model_source import fetch_source
     from deme_core.prompts import load_prompts
+    from deme_core.sampling import Sampling
 
     cache = Settings().cache_folder
     folder = open_model_folder(fetch_source(model, revision=None, cache=cache))

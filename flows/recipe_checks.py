@@ -1,6 +1,7 @@
 """What a recipe needs, looked for piece by piece: the second half of ``deme doctor RECIPE``."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,7 +12,6 @@ from deme_core.extractors import load_extractors
 from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, check_conditioned
 from deme_core.families.latent_adapter import LatentAdapter
-from deme_core.generate import Sampling
 from deme_core.images import num_heldout_of
 from deme_core.images.preview import preview_images
 from deme_core.merge_methods.block_weights import block_names
@@ -21,11 +21,12 @@ from deme_core.model_source import fetch_source
 from deme_core.optimizer import build_optimizer
 from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
+from deme_core.sampling import Sampling
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from flows.recipe_estimate import RecipeEstimate, local_slots
 from flows.untrained_adapter import untrained_adapter
-from tasks.ray_pool import cluster_address
+from tasks.ray_cluster import cluster_address
 
 Check = tuple[str, Callable[[], str]]
 
@@ -120,17 +121,12 @@ class RecipeChecks:
             )
 
     def _check_sampling(self, adapter: Adapter) -> None:
-        evaluate = self.recipe.evaluate
+        sampling = Sampling.of(self.recipe.evaluate)
         recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
         search = self.recipe.merge.search
         few_steps = [search.few_steps] if search and search.few_steps else []
-        for num_steps in (evaluate.num_inference_steps, *few_steps):
-            Sampling(
-                evaluate.sampler,
-                num_steps,
-                timestep_spacing=evaluate.timestep_spacing,
-                guidance_scale=evaluate.guidance_scale,
-            ).build_scheduler(adapter)
+        for num_steps in (sampling.num_inference_steps, *few_steps):
+            replace(sampling, num_inference_steps=num_steps).build_scheduler(adapter)
         if self.recipe.dataset.cache_latents and not isinstance(adapter, LatentAdapter):
             raise InputError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
 

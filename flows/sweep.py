@@ -13,10 +13,10 @@ from deme_core.scratch_folder import is_in_use
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, open_store, store_time
 from tasks.jobs import CHECKPOINTS
-from tasks.remote_sender import PREFIX
+from tasks.remote_sender import JOBS_PREFIX
 
 # Of the cache: data sets in places of their own, and what has a bound of its own or would be fetched from other sites.
-_DOWNLOADS, _SPARED = Path("images", "downloads"), ("images", "shards", "inspected", "extractors")
+_DOWNLOADS, _SPARED = Path("images", "downloads"), ("images", "extractors")
 _CHECKPOINT = re.compile(rf"({CHECKPOINTS}/[^/]+)/[^/]+/manifest\.json")
 
 
@@ -107,7 +107,7 @@ def _last_change(folder: Path) -> float:
 def _sweep_outcomes(store: ObjectStore, older_than: timedelta) -> int:
     """Deletes outcomes and signatures of remote jobs whose run was killed."""
     before = store_time(store) - older_than
-    stale = [found.key for found in store.list(PREFIX) if found.modified < before]
+    stale = [found.key for found in store.list(JOBS_PREFIX) if found.modified < before]
     for key in stale:
         store.delete(key)
     return len(stale)

@@ -74,7 +74,7 @@ class _Bar:
 
 def show_report(report: Mapping[str, Any], tracker: Tracker) -> None:
     """Shows the rows as a table, the sample grid as an image, and the verdict with links."""
-    show_scores(report, tracker)
+    show_scores(report)
     if samples := tracker.file_url("samples.png"):
         create_image_artifact(
             samples, key=_key(f"{report['recipe']} samples"), description="Same initial noise per row."
@@ -82,7 +82,7 @@ def show_report(report: Mapping[str, Any], tracker: Tracker) -> None:
     create_markdown_artifact(_verdict_text(report, tracker), key=_key(f"{report['recipe']} verdict"))
 
 
-def show_scores(report: Mapping[str, Any], tracker: Tracker) -> None:
+def show_scores(report: Mapping[str, Any]) -> None:
     """Shows the rows as a table."""
     table = [
         {"row": row, **{metric: score_in_words(bounds) for metric, bounds in scores.items()}}

@@ -6,6 +6,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 # What a job says of its progress, as JSON: the numbers of a training step, or a ``message``.
 Record = dict[str, Any]
+Report = Callable[[Record], None]
 R = TypeVar("R")
 
 
@@ -46,7 +47,7 @@ def tell(event: Event) -> None:
         listener(event)
 
 
-def exhaust(work: Generator[Record, None, R], report: Callable[[Record], None]) -> R:
+def exhaust(work: Generator[Record, None, R], report: Report) -> R:
     """Does work that yields progress records, passing them to ``report``, and returns what it returns."""
     while True:
         try:

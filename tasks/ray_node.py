@@ -22,6 +22,7 @@ from deme_core.settings import Settings
 from deme_core.store import check_access, open_store
 from tasks.error_messages import error_message
 from tasks.jobs import Job, JobResult
+from tasks.progress import Report
 from tasks.slots import Slot, visible_gpus
 from tasks.worker_pool import WorkerPool
 
@@ -118,9 +119,7 @@ def _node_name() -> str:
 
 
 @task(name="job", task_run_name=_task_name, cache_policy=NO_CACHE)
-def do_job(
-    job: Job, environment: SentEnvironment, *, num_threads: int, needs_gpu: bool, post: Callable[[dict[str, Any]], None]
-) -> JobResult:
+def do_job(job: Job, environment: SentEnvironment, *, num_threads: int, needs_gpu: bool, post: Report) -> JobResult:
     """Does a job in a worker process of this node.
 
     Args:

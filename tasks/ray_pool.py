@@ -6,10 +6,8 @@ prefect-ray, the extra ``ray``, are imported when the pool starts.
 """
 
 import contextlib
-import os
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
 
@@ -17,38 +15,19 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
-from deme_core.code_version import code_version
-from deme_core.errors import InputError, RunEndedError, WorkerDiedError
+from deme_core.errors import RunEndedError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
 from deme_core.settings import Settings
 from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
 from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
-from tasks.ray_node import JobFailedError, Mailbox, SentEnvironment, do_job, look_around
-from tasks.worker_pool import Report
+from tasks.progress import Report
+from tasks.ray_cluster import check_listening, check_nodes, cluster_address, import_ray, joined_runner, on_head
+from tasks.ray_node import JobFailedError, Mailbox, SentEnvironment, do_job
 
 _POLL_SECONDS = 0.5
-_LOOK_SECONDS = 90.0
 _PATIENCE_SECONDS = 15.0
-_CONNECT_SECONDS = 10.0
-# The head gives the process that it starts for a client half a minute to answer, and trips over one that ended.
-_JOIN_ATTEMPTS, _BUSY = 3, ("Starting Ray client server failed", "psutil.ZombieProcess")
-
-
-def cluster_address(execution: ExecutionSpec) -> str:
-    """Returns what ``ray.init`` takes: the address of a cluster, or ``local`` for one that ends with the run.
-
-    Raises:
-        InputError: it holds more than a host and a port, which may be a password; it is not repeated.
-    """
-    address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-    if any(sign in address for sign in "@?#"):
-        raise InputError(
-            "execution.ray_address and RAY_ADDRESS must be ray://HOST:PORT or HOST:PORT, without a password; use "
-            "RAY_AUTH_TOKEN."
-        )
-    return address
 
 
 class RayPool:
@@ -75,111 +54,18 @@ class RayPool:
         Raises:
             InputError: Ray is not installed, the cluster cannot be reached, or a node is not fit.
         """
-        if self._address == "local" and "RAY_AUTH_MODE" not in os.environ:
-            # Ray listens on all interfaces whatever it is told: nobody without this process's token shall be heard.
-            # It reads this once, when it is imported.
-            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=uuid4().hex)
-        try:
-            import ray
-            from prefect_ray import RayTaskRunner
-        except ImportError as error:
-            raise InputError(
-                "execution.runner is ray, but Ray is not installed: install ray[default] and prefect-ray beside DeMe, "
-                "as `make install` does."
-            ) from error
-        self._check_address()
+        ray = import_ray(self._address)
+        check_listening(self._address)
         with get_client(sync_client=True) as client:
             self._api_url = str(client.api_url)
         check_api_address(self._api_url)
         self._stack.callback(ray.shutdown)
-        self._runner = self._stack.enter_context(
-            self._joined(lambda: RayTaskRunner(self._address, init_kwargs=self._init_options()))
-        )
+        self._runner = self._stack.enter_context(joined_runner(self._address))
         check_access(self._store)
-        self._look_at_nodes()
+        check_nodes(self._store, self._environment, self._api_url)
         self._has_gpus = ray.cluster_resources().get("GPU", 0) > 0
-        # On the head, whose end is the cluster's end too; a cluster without a name for it is one of tests.
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, resources=self._head()).remote()
-
-    def _check_address(self) -> None:
-        """Raises an InputError if nobody listens there: Ray would wait for minutes, and then end this process."""
-        address = self._address.removeprefix("ray://")
-        host, _, port = address.rpartition(":")
-        try:
-            if address not in ("local", "auto"):
-                socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
-        except (OSError, ValueError) as error:
-            raise self._cannot_join(str(error)) from error
-
-    @contextlib.contextmanager
-    def _joined(self, build_runner: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[Any]:
-        """Gives the runner of a cluster that was joined; a head that is busy is asked again."""
-        for attempts_left in reversed(range(_JOIN_ATTEMPTS)):
-            with contextlib.ExitStack() as stack:
-                try:
-                    runner = stack.enter_context(build_runner())
-                except (ConnectionError, RuntimeError, ValueError) as error:
-                    if attempts_left and any(sign in str(error) for sign in _BUSY):
-                        continue
-                    raise self._cannot_join(str(error).strip().rpartition("\n")[2]) from error
-                yield runner
-                return
-
-    def _cannot_join(self, reason: str) -> InputError:
-        mend = "correct execution.ray_address or RAY_ADDRESS"
-        return InputError(f"The Ray cluster {self._address} cannot be joined ({reason}); {mend}.")
-
-    def _init_options(self) -> dict[str, Any]:
-        if self._address.startswith("ray://"):
-            return {"log_to_driver": False}
-        quiet = {"log_to_driver": False, "logging_level": "warning"}
-        if self._address != "local":
-            return quiet
-        return quiet | {"include_dashboard": False}
-
-    def _head(self) -> dict[str, float]:
-        import ray
-
-        name = "node:__internal_head__"
-        return {name: 0.001} if name in ray.cluster_resources() else {}
-
-    def _look_at_nodes(self) -> None:
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        key = f"jobs/ray-{uuid4().hex}"
-        self._store.put_bytes(key, b"seen")
-        look = ray.remote(look_around)
-        try:
-            alive = [node for node in ray.nodes() if node["Alive"]]
-            answers = [
-                look.options(
-                    num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                ).remote(self._environment, key, self._api_url)
-                for node in alive
-            ]
-            for node, answer in zip(alive, answers, strict=True):
-                self._check_node(f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})", answer)
-        finally:
-            self._store.delete(key)
-
-    def _check_node(self, name: str, answer: Any) -> None:
-        import ray
-
-        try:
-            found = ray.get(answer, timeout=_LOOK_SECONDS)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
-            raise InputError(
-                f"Node {name} of the Ray cluster cannot do DeMe's work: {reason} It needs DeMe installed, and "
-                f"the object store {self._store.uri}."
-            ) from error
-        if found != (expected := code_version()):
-            raise InputError(
-                f"Node {name} of the Ray cluster has DeMe {found}, this machine {expected}; install the same on "
-                "both (deme --version)."
-            )
+        # On the head, whose end is the cluster's end too.
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_restarts=-1, resources=on_head()).remote()
 
     def run(self, job: Job, report: Report, *, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Has ``job`` done by a node with room for it and returns its result.
@@ -221,7 +107,7 @@ class RayPool:
                 raise RunEndedError from error
             self._say_it_crashed(future.task_run_id)
             raise WorkerDiedError(
-                f"The node of {getattr(job, 'label', job.stage)} was lost ({type(error).__name__}) before its job was "
+                f"The node of {job.display_name} was lost ({type(error).__name__}) before its job was "
                 "done; it goes on from the last checkpoint."
             ) from error
         return result

@@ -24,8 +24,8 @@ from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
 from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
+from tasks.progress import Report
 from tasks.remote_sender import outcome_key, signed
-from tasks.worker_pool import Report
 
 T = TypeVar("T")
 

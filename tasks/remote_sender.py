@@ -26,16 +26,16 @@ _LEASE = timedelta(seconds=5 * _SIGN_SECONDS)
 
 
 # All that is below it is collected, or renewed, within minutes: what is older is of a run that was killed.
-PREFIX = "jobs/"
+JOBS_PREFIX = "jobs/"
 
 
 def outcome_key(flow_run_id: str) -> str:
     """Returns the object that holds the outcome of a job's flow run."""
-    return f"{PREFIX}{flow_run_id}.json"
+    return f"{JOBS_PREFIX}{flow_run_id}.json"
 
 
 def _signature_key(flow_run_id: str) -> str:
-    return f"{PREFIX}sender-{flow_run_id}"
+    return f"{JOBS_PREFIX}sender-{flow_run_id}"
 
 
 def sign(store: ObjectStore, flow_run_id: str) -> None:

@@ -36,10 +36,11 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
     """Compares the rows, draws page and figures, logs them, and returns what ``deme run --json`` prints."""
     runtime = current_runtime()
     names = runtime.recipe.evaluate.score_names
-    deciding = deciding_scores(results.rows, _primary(runtime))
+    metric = names[0]  # It decides.
+    scores, deciding = scores_by_row(results.rows, names), deciding_scores(results.rows, metric)
     report = {
-        **_evaluation(runtime, results.rows, flow_run_id),
-        **_comparison(deciding, scores_by_row(results.rows, names), _primary(runtime), "merged"),
+        **_evaluation(runtime, results.rows, scores, deciding, flow_run_id),
+        **_comparison(deciding, scores, metric, "merged"),
         **_models(runtime, results),
         "heldout_loss": {row: result.metrics["mean"] for row, result in results.losses.items()},
     }
@@ -48,7 +49,7 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
             "uri": runtime.artifacts.folder_uri(distilled.ref),
             "digest": distilled.ref.digest,
             "weights_digest": distilled.metrics["weights_digest"],
-            **_comparison(deciding, scores_by_row(results.rows, names), _primary(runtime), "distilled"),
+            **_comparison(deciding, scores, metric, "distilled"),
         }
     log_run_metrics(runtime, report)
     report["registry"] = _register(runtime, report, results, deciding["merged"])
@@ -67,28 +68,30 @@ def write_report(results: RunResults, flow_run_id: str) -> dict[str, Any]:
 def write_score(model: str, results: Sequence[JobResult], flow_run_id: str) -> dict[str, Any]:
     """Logs and returns the scores of one model, and writes their page."""
     runtime = current_runtime()
-    rows = {"model": results}
-    deciding = deciding_scores(rows, _primary(runtime))
-    report = {**_evaluation(runtime, rows, flow_run_id), "model": model, "seconds": runtime.timing.seconds()}
+    names, rows = runtime.recipe.evaluate.score_names, {"model": results}
+    scores, deciding = scores_by_row(rows, names), deciding_scores(rows, names[0])
+    evaluation = _evaluation(runtime, rows, scores, deciding, flow_run_id)
+    report = {**evaluation, "model": model, "seconds": runtime.timing.seconds()}
     log_score_metrics(runtime, report)
     grids = sample_grids(runtime, rows)
     command = f"deme evaluate {shlex.quote(model)} --recipe {recipe_file(runtime)}"
     content = page_of_rows(runtime, report, deciding, grids, title=model, command=command)
     report["page"] = keep_page(runtime, content, report, rows)
     log_report(runtime, report, deciding)
-    show_scores(report, runtime.tracker)
+    show_scores(report)
     return report
 
 
-def _primary(runtime: Runtime) -> str:
-    """Returns the name of the metric that decides."""
-    return runtime.recipe.evaluate.score_names[0]
-
-
-def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any]:
+def _evaluation(
+    runtime: Runtime,
+    rows: Rows,
+    scores: Mapping[str, Mapping[str, Sequence[float]]],
+    deciding: Mapping[str, RowScores],
+    flow_run_id: str,
+) -> dict[str, Any]:
     """Returns what any evaluation reports."""
     spec = runtime.recipe.evaluate
-    conditions, scores = shared_conditions(rows, spec.seeds), scores_by_row(rows, spec.score_names)
+    conditions = shared_conditions(rows, spec.seeds)
     num_real = conditions["reference"]["num_images"]
     return {
         "recipe": runtime.recipe.name,
@@ -96,9 +99,9 @@ def _evaluation(runtime: Runtime, rows: Rows, flow_run_id: str) -> dict[str, Any
         "mlflow_run_id": runtime.tracker.run_id,
         "fingerprint": fingerprint(conditions),
         "conditions": conditions,
-        "metric": _primary(runtime),
+        "metric": spec.score_names[0],
         "rows": {row: means(by_metric) for row, by_metric in scores.items()},
-        "intervals": both_intervals(deciding_scores(rows, _primary(runtime))),
+        "intervals": both_intervals(deciding),
         "scores": scores,
         "num_images": spec.num_images,
         "seeds": list(spec.seeds),

@@ -28,13 +28,13 @@ from tasks.page_scores import evaluation_facts, page_scores
 from tasks.provenance import evaluation_digests, model_digests, versions
 from tasks.report_figures import report_folder
 from tasks.row_scores import Rows
-from tasks.run_page import PAGE, STAGE
-from tasks.run_results import RunResults
+from tasks.run_page import PAGE_NAME, REPORT_STAGE
+from tasks.run_results import CONTROL, EXPERTS, RunResults
 from tasks.runtime import Runtime
 from tasks.tracked_runs import REPORT_TAG
 
 _PROXIES = {"heldout_loss": "held-out loss", "few_steps": "score of few steps"}
-_SEARCHED = {"experts": "Merge weights", "control": "Scale of the control"}
+_SEARCHED = {EXPERTS: "Merge weights", CONTROL: "Scale of the control"}
 
 
 def page_of_run(
@@ -133,10 +133,10 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
         ``path`` of the page, and ``uri`` of the artifact.
     """
     folder, run_id = report_folder(runtime), runtime.tracker.run_id
-    (folder / PAGE).write_text(run_page(content), encoding="utf-8")
-    runtime.tracker.log_file(run_id, folder / PAGE)
+    (folder / PAGE_NAME).write_text(run_page(content), encoding="utf-8")
+    runtime.tracker.log_file(run_id, folder / PAGE_NAME)
     ref, _ = runtime.artifacts.publish(
-        STAGE,
+        REPORT_STAGE,
         run_id,
         folder,
         settings=runtime.recipe.model_dump(mode="json"),
@@ -146,7 +146,7 @@ def keep_page(runtime: Runtime, content: RunContent, report: Mapping[str, Any], 
     runtime.tracker.set_tags(run_id, {REPORT_TAG: ref.uri})
     if sentence := headline(content.scores.differences, content.copies):
         runtime.tracker.describe(run_id, sentence)
-    return {"path": str(folder / PAGE), "uri": ref.uri}
+    return {"path": str(folder / PAGE_NAME), "uri": ref.uri}
 
 
 def _ordered(curves: Mapping[str, RelativeLosses]) -> dict[str, RelativeLosses]:
@@ -163,7 +163,7 @@ def _search_log(
     merged = [f"segment {i} {expert.segment}" for i, expert in enumerate(experts) if expert.merged]
     return SearchLog(
         title=_SEARCHED[what],
-        weight_names=("scale",) if what == "control" else _weight_names(merged, num_weights),
+        weight_names=("scale",) if what == CONTROL else _weight_names(merged, num_weights),
         candidates=candidates,
         rank_correlation={_PROXIES[name]: rho for name, rho in found["rank_correlation"].items()},
         num_images=found["num_images"],

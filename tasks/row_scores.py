@@ -23,11 +23,11 @@ def scores_by_row(rows: Rows, names: Sequence[str]) -> dict[str, dict[str, list[
     }
 
 
-def deciding_scores(rows: Rows, primary: str) -> dict[str, RowScores]:
-    """Returns what each row scored by the metric that decides."""
+def deciding_scores(rows: Rows, metric: str) -> dict[str, RowScores]:
+    """Returns what each row scored by ``metric``, the one that decides."""
     return {
         row: RowScores(
-            [result.metrics["scores"][primary] for result in results],
+            [result.metrics["scores"][metric] for result in results],
             [result.metrics["replicates"] for result in results],
         )
         for row, results in rows.items()

@@ -13,8 +13,8 @@ from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.tracked_runs import check_tracking, download, find_page
 
-# The artifact is <store>/<STAGE>/<MLflow run>; the page is a file of it, and of the MLflow run.
-STAGE, PAGE = "report", "report.html"
+# The artifact is <store>/<REPORT_STAGE>/<MLflow run>; the page is a file of it, and of the MLflow run.
+REPORT_STAGE, PAGE_NAME = "report", "report.html"
 
 
 def samples_file(row: str) -> str:
@@ -34,7 +34,7 @@ def fetch_page(run: str | None) -> Path:
     settings = Settings()
     check_tracking(settings)
     run_id, uri = find_page(settings, run)
-    path = settings.state_folder / "reports" / run_id / PAGE
+    path = settings.state_folder / "reports" / run_id / PAGE_NAME
     if not path.exists():
         _fetch(settings, run_id, uri, path)
     return path
@@ -42,12 +42,12 @@ def fetch_page(run: str | None) -> Path:
 
 def _fetch(settings: Settings, run_id: str, uri: str, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, local_errors(path), temporary_beside(path) as temporary:
-        found = download(settings, run_id, PAGE, Path(folder)) or _from_store(settings, uri)
+        found = download(settings, run_id, PAGE_NAME, Path(folder)) or _from_store(settings, uri)
         temporary.write_bytes(found.read_bytes())
         temporary.rename(path)
 
 
 def _from_store(settings: Settings, uri: str) -> Path:
-    store_uri, _, digest = uri.rpartition(f"/{STAGE}/")
+    store_uri, _, digest = uri.rpartition(f"/{REPORT_STAGE}/")
     artifacts = ArtifactStore(open_store(store_uri), settings.cache_folder)
-    return fetch_or_withdraw(artifacts, ArtifactRef(uri, digest)) / PAGE
+    return fetch_or_withdraw(artifacts, ArtifactRef(uri, digest)) / PAGE_NAME

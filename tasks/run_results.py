@@ -8,6 +8,9 @@ from tasks.experts import Expert
 from tasks.jobs import JobResult
 from tasks.row_scores import Rows
 
+# What is merged, and searched for before.
+EXPERTS, CONTROL = "experts", "control"
+
 
 @dataclass(frozen=True)
 class RunResults:
@@ -21,7 +24,7 @@ class RunResults:
         losses: held-out losses of the models.
         expert_losses: held-out losses of the copies.
         experts: the copies and what the gate said.
-        searches: what each search found, by what was searched: ``experts`` and ``control``.
+        searches: what each search found, by what was searched: `EXPERTS` and `CONTROL`.
     """
 
     rows: Rows

@@ -15,11 +15,9 @@ from deme_core.manifest import ArtifactRef
 from deme_core.recipe import Recipe
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
-from tasks.progress import Event, Record, tell
+from tasks.progress import Event, Record, Report, tell
 from tasks.timing import Timing
 from tasks.tracking import Tracker
-
-Work = Callable[[Callable[[Record], None], Callable[[], None]], JobResult]
 
 
 class Pool(Protocol):
@@ -28,7 +26,7 @@ class Pool(Protocol):
     def start(self) -> None:
         """Gets ready for the first job."""
 
-    def run(self, job: Job, report: Callable[[Record], None], *, on_start: Callable[[], None]) -> JobResult:
+    def run(self, job: Job, report: Report, *, on_start: Callable[[], None]) -> JobResult:
         """Does ``job``, reporting its progress, and returns its result."""
 
     def close(self) -> None:
@@ -68,9 +66,7 @@ class Runtime:
         """
         return fetch_or_withdraw(self.artifacts, ref)
 
-    def do(
-        self, job: Job, report: Callable[[Record], None] = lambda _: None, on_start: Callable[[], None] = lambda: None
-    ) -> JobResult:
+    def do(self, job: Job, report: Report = lambda _: None, on_start: Callable[[], None] = lambda: None) -> JobResult:
         """Has ``job`` done by the pool and notes the time it took, without telling listeners."""
         began = time.perf_counter()
 
@@ -83,9 +79,7 @@ class Runtime:
         self.timing.add(job, began, result)
         return result
 
-    def run(
-        self, job: Job, *, task: str, child: str | None = None, on_record: Callable[[Record], None] = lambda _: None
-    ) -> JobResult:
+    def run(self, job: Job, *, task: str, child: str | None = None, on_record: Report = lambda _: None) -> JobResult:
         """Has ``job`` done, telling listeners how it goes.
 
         Args:
@@ -95,7 +89,7 @@ class Runtime:
             on_record: called with every progress record.
         """
 
-        def work(pass_on: Callable[[Record], None], start: Callable[[], None]) -> JobResult:
+        def work(pass_on: Report, start: Callable[[], None]) -> JobResult:
             def report(record: Record) -> None:
                 pass_on(record)
                 on_record(record)
@@ -104,7 +98,9 @@ class Runtime:
 
         return self.follow(work, task=task, child=child)
 
-    def follow(self, work: Work, *, task: str, child: str | None = None) -> JobResult:
+    def follow(
+        self, work: Callable[[Report, Callable[[], None]], JobResult], *, task: str, child: str | None = None
+    ) -> JobResult:
         """Returns the result of ``work``, telling listeners how it goes, and MLflow how it ended.
 
         Args:
@@ -112,30 +108,43 @@ class Runtime:
             task: name for listeners.
             child: id of the MLflow run to tag with the outcome.
         """
+        with self.ended_by_failure(child):
+            try:
+                result = work(
+                    lambda record: tell(Event(task, "progress", record)), lambda: tell(Event(task, "started"))
+                )
+            except BaseException as error:
+                tell(Event(task, "stopped" if was_stopped(error) else "failed"))
+                raise
+        tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
+        if child:
+            self.note_results(child, result)
+        return result
+
+    @contextlib.contextmanager
+    def ended_by_failure(self, child: str | None) -> Iterator[None]:
+        """Ends a child run, if there is one, as FAILED or KILLED when what it stands for raises within."""
         try:
-            result = work(lambda record: tell(Event(task, "progress", record)), lambda: tell(Event(task, "started")))
+            yield
         except BaseException as error:
-            tell(Event(task, "stopped" if was_stopped(error) else "failed"))
             if child:
                 with contextlib.suppress(TrackingUnavailableError):  # What failed before is what must be told.
                     self.tracker.finish(child, "KILLED" if was_stopped(error) else "FAILED")
             raise
-        tell(Event(task, "cached" if result.cached else "finished", {"seconds": result.seconds}))
-        if child:
-            self.note_result(child, result)
-        return result
 
-    def note_result(self, child: str, result: JobResult) -> None:
-        """Tells MLflow what a job of a child run has made."""
-        self.tracker.set_tags(
-            child,
-            {
-                "deme.cached": str(result.cached).lower(),
-                "deme.uri": result.ref.uri,
-                "deme.digest": result.ref.digest,
-                "deme.seconds": round(result.seconds, 2),
-            },
-        )
+    def note_results(self, child: str, *results: JobResult) -> None:
+        """Tells MLflow what the jobs of a child run have made.
+
+        Of several it says what is true of all: cached if each was, and the seconds of all together. Where an artifact
+        lies it says of a single job alone.
+        """
+        tags = {
+            "deme.cached": str(all(result.cached for result in results)).lower(),
+            "deme.seconds": round(sum(result.seconds for result in results), 2),
+        }
+        if len(results) == 1:
+            tags |= {"deme.uri": results[0].ref.uri, "deme.digest": results[0].ref.digest}
+        self.tracker.set_tags(child, tags)
 
 
 _current: ContextVar[Runtime] = ContextVar("deme_runtime")

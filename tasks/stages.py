@@ -33,7 +33,8 @@ from tasks.jobs import (
     pretrained_job,
 )
 from tasks.prefect_artifacts import progress_bar
-from tasks.progress import Event, Record, tell
+from tasks.progress import Event, Record, Report, tell
+from tasks.run_results import EXPERTS
 from tasks.runtime import current_runtime, was_stopped
 from tasks.training_log import TrainingLog
 from tasks.weight_search import search_artifact
@@ -127,7 +128,7 @@ def _follow_training(
         training_log.abandon("KILLED" if was_stopped(error) else "FAILED")
         raise
     child, tracker = training_log.complete(result.metrics["history"]), runtime.tracker
-    runtime.note_result(child, result)
+    runtime.note_results(child, result)
     tracker.log_params(child, job.model_dump(mode="json", include={"low", "high", "num_steps", "label"}))
     tracker.log_text(child, _histogram_text(result.metrics["timestep_histogram"]), "timestep_histogram.csv")
     tracker.finish(child)
@@ -199,7 +200,7 @@ def search(job: SearchJob, what: str) -> JobResult:
     runtime = current_runtime()
     child = runtime.tracker.child(f"search/{what}")
 
-    def work(report: Callable[[Record], None], start: Callable[[], None]) -> JobResult:
+    def work(report: Report, start: Callable[[], None]) -> JobResult:
         start()
         return search_artifact(job, runtime.artifacts, lambda jobs: _do_all(jobs, what), report)
 
@@ -246,7 +247,7 @@ def confine(job: ConfineJob, what: str) -> JobResult:
 def merge(job: MergeJob, what: str) -> JobResult:
     """Merges experts into one stock model."""
     runtime = current_runtime()
-    child = runtime.tracker.child("merge" if what == "experts" else f"merge/{what}")
+    child = runtime.tracker.child("merge" if what == EXPERTS else f"merge/{what}")
     result = runtime.run(job, task=f"merge {what}", child=child)
     weights = {f"weight/{index}": weight for index, weight in enumerate(job.weights)}
     runtime.tracker.log_metrics(child, weights)
@@ -279,9 +280,11 @@ def evaluate_row(
     spec = runtime.recipe.evaluate
     child = runtime.tracker.child(f"evaluate/{row}")
     results = []
-    for image_set, slices in zip(images, features, strict=True):
-        job = EvaluateJob(images=image_set, features=_refs(slices), evaluate=spec, reference=reference)
-        results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})", child=child))
+    with runtime.ended_by_failure(child):
+        for image_set, slices in zip(images, features, strict=True):
+            job = EvaluateJob(images=image_set, features=_refs(slices), evaluate=spec, reference=reference)
+            results.append(runtime.run(job, task=f"evaluate {row} (seed {image_set.seed})"))
+    runtime.note_results(child, *results)
     scores = {image_set.seed: result.metrics["scores"] for image_set, result in zip(images, results, strict=True)}
     runtime.tracker.log_steps(child, scores)
     runtime.tracker.log_params(child, {"num_images": spec.num_images, "seeds": list(spec.seeds)})

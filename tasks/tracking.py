@@ -83,9 +83,9 @@ class Tracker:
         for start in range(0, len(entries), 100):
             self._client.log_batch(run_id, params=entries[start : start + 100])
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float], *, step: int = 0) -> None:
-        """Logs numbers at one step."""
-        self.log_steps(run_id, {step: metrics})
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Logs numbers that have no steps."""
+        self.log_steps(run_id, {0: metrics})
 
     def log_steps(self, run_id: str, metrics: Mapping[int, Mapping[str, float]]) -> None:
         """Logs numbers by step, all in one call."""

@@ -28,7 +28,7 @@ from deme_core.search import (
     search_weights,
 )
 from tasks.jobs import Job, JobResult, LossJob, ScoreJob, SearchJob
-from tasks.progress import Record, exhaust
+from tasks.progress import Record, Report, exhaust
 
 # Does jobs in any order, and gives their results in that of the jobs, each as soon as it is there.
 Do = Callable[[Sequence[Job]], Iterable[JobResult]]
@@ -36,7 +36,7 @@ Do = Callable[[Sequence[Job]], Iterable[JobResult]]
 _STAGE = "weights"
 
 
-def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Callable[[Record], None]) -> JobResult:
+def search_artifact(job: SearchJob, artifacts: ArtifactStore, do: Do, report: Report) -> JobResult:
     """Returns the artifact of a search, searching only if the store does not have it.
 
     Args:

@@ -1,4 +1,4 @@
-"""A worker process: does jobs one after another, as `tasks.worker_pool` sends them.
+"""A worker process: does jobs one after another, as `tasks.worker_process` sends them.
 
 Requests come as JSON lines on stdin; progress records, results and errors go as JSON lines to what was stdout
 when the process started. Everything that anything prints goes to stderr.
@@ -74,7 +74,7 @@ def main() -> None:
         except Exception as error:  # Every failure is the parent's to handle; this process stays fit for use.
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
-                error = GpuMemoryError(getattr(job, "label", job.stage), str(error).partition(". ")[0], job.memory_mend)
+                error = GpuMemoryError(job.display_name, str(error).partition(". ")[0], job.memory_mend)
             # But not where it could not leave the other processes of a training, of which one had failed.
             is_of_no_use = torch.distributed.is_initialized()
             send(**error_message(error), traceback=traceback.format_exc(), leaves=is_of_no_use)

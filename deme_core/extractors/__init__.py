@@ -65,6 +65,7 @@ def load_extractor(
         weights: path or object-store URI of the weights; default the library's own. What a URI names is
             fetched once per cache. A folder for clip_vit_b_32, one file for the others.
         resolution: side images are resized to, for the EfficientNets; default 224, or 260 for the larger.
+            The other networks take their own alone; pixels_4x4 ignores it.
         cache: folder for weights that have to be fetched; may be deleted at any time.
         device: where the network runs.
 
@@ -72,7 +73,7 @@ def load_extractor(
         The extractor, its weights loaded.
 
     Raises:
-        ValueError: for an unknown name, or a resolution that the extractor does not have.
+        ValueError: for an unknown name, weights of pixels_4x4, or a resolution that the network is not defined at.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"There is no extractor {name!r}; choose one of {', '.join(EXTRACTORS)}.")

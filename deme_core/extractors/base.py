@@ -139,10 +139,10 @@ def resize_and_normalize(
     """Square float32 images on the device of the mean: bicubic, antialiased, clipped to 0..255, standardised."""
     size = (resolution, resolution)
     pixels = torch.nn.functional.interpolate(images.to(mean.device).float(), size=size, mode="bicubic", antialias=True)
-    return normalize(pixels.clamp(0, 255), mean=mean, std=std)
+    return standardize(pixels.clamp(0, 255), mean=mean, std=std)
 
 
-def normalize(pixels: torch.Tensor, *, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def standardize(pixels: torch.Tensor, *, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """Pixels (B, C, H, W) in 0..255, standardised; subtracting the mean of three channels repeats a grey one."""
     return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)
 

@@ -24,9 +24,9 @@ from deme_core.extractors.base import (
     chunk_size,
     digest,
     fixed_resolution,
-    normalize,
     per_channel,
     read_safetensors,
+    standardize,
     store_of_weights,
     unavailable,
 )
@@ -93,10 +93,10 @@ class ClipScore:
 
 def load_clip(weights: str | None, resolution: int | None, folder: Path, device: torch.device) -> NetworkExtractor:
     """Load CLIP's image embeddings (512) from a folder of transformers, or from the hub."""
-    return load_images(weights, resolution, folder, device, vision_sizes=_VISION_SIZES)
+    return load_image_tower(weights, resolution, folder, device, vision_sizes=_VISION_SIZES)
 
 
-def load_images(
+def load_image_tower(
     weights: str | None, resolution: int | None, folder: Path, device: torch.device, *, vision_sizes: dict[str, int]
 ) -> NetworkExtractor:
     """The same for a CLIP model whose image tower has other sizes; tests load a tiny one.
@@ -191,7 +191,7 @@ def _prepare(images: torch.Tensor, *, resolution: int, mean: torch.Tensor, std: 
     top, left = (height - side) // 2, (width - side) // 2
     square = images[..., top : top + side, left : left + side].cpu()
     resized = interpolate(square, size=(resolution, resolution), mode="bicubic", antialias=True)
-    return normalize(resized.to(mean.device).float(), mean=mean, std=std)
+    return standardize(resized.to(mean.device).float(), mean=mean, std=std)
 
 
 def _model(source: Path, device: torch.device, mend: str) -> Any:

@@ -41,7 +41,7 @@ class LatentAdapter(FrozenPartsAdapter):
         vae.enable_slicing()
         return vae
 
-    @property
+    @cached_property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of an image: latents times the autoencoder's factor.
 

@@ -257,7 +257,7 @@ class RunContent:
         trainings: progress records by training run.
         searches: what was searched.
         copies: what the gate found.
-        costs: by stage, in the order in which they began.
+        costs: by stage, in the order in which the stages first ended a job.
         seconds: of the run: ``total``, and of it ``storage`` and ``idle``.
         provenance: how to do it again.
     """

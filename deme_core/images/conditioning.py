@@ -19,12 +19,10 @@ class Conditioning:
     Attributes:
         captions: a text for each image.
         labels: a class for each image, from 0.
-        label_names: names of the classes; None where the source knows numbers only.
     """
 
     captions: Sequence[str] | None = None
     labels: Sequence[int] | None = None
-    label_names: Sequence[str] | None = None
 
 
 def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[int]) -> Conditioning:
@@ -46,10 +44,10 @@ def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[
     _refuse_half_characters(source, indices, captions or ())
     if spec.label_column is None:
         return Conditioning(captions)
-    labels, names = _labels(_column(source, spec.label_column, "label_column"), source, spec.label_column)
+    labels = _labels(_column(source, spec.label_column, "label_column"), source, spec.label_column)
     used = [labels[index] for index in indices]
     _refuse_missing(source, indices, used, f"label in column '{spec.label_column}'")
-    return Conditioning(captions, [label for label in used if label is not None], names)
+    return Conditioning(captions, [label for label in used if label is not None])
 
 
 def _captions(source: ImageSource, name: str, indices: Sequence[int]) -> list[str]:
@@ -95,7 +93,7 @@ def _named(column: Column, index: int) -> Any:
     return column.class_names[value] if 0 <= value < len(column.class_names) else None
 
 
-def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | None], Sequence[str] | None]:
+def _labels(column: Column, source: ImageSource, name: str) -> list[int | None]:
     """Return the class of every image of the source, so that a part of it has the same classes."""
     present = [value for value in column.values if value is not None]
     if all(isinstance(value, int) for value in present):
@@ -104,11 +102,10 @@ def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | 
                 f"Column '{name}' of {source.description} holds numbers such as {largest!r:.60}, too large for a "
                 "class; set dataset.label_column."
             )
-        labels = [int(value) if value is not None and value >= 0 else None for value in column.values]
-        return labels, column.class_names
+        return [int(value) if value is not None and value >= 0 else None for value in column.values]
     if all(isinstance(value, str) for value in present):
         numbers = {name: number for number, name in enumerate(sorted(set(present)))}
-        return [None if value is None else numbers[value] for value in column.values], tuple(numbers)
+        return [None if value is None else numbers[value] for value in column.values]
     wrong = next((value for value in present if not isinstance(value, int | str)), None)
     such = f"values such as {wrong!r:.60}, neither classes nor their names"
     held = "both classes and names" if wrong is None else such

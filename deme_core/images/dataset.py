@@ -1,33 +1,23 @@
 """Image data sets: square uint8 images under a fingerprint."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 import torch
 
 from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
-from deme_core.file_store import FileStore
-from deme_core.images.archive import ZipSource
 from deme_core.images.conditioning import Conditioning, read_conditioning
-from deme_core.images.digits import DigitsSource
-from deme_core.images.folder import FolderSource
-from deme_core.images.hub import HubSource
 from deme_core.images.inspection import Inspection, inspect
+from deme_core.images.opening import open_source
 from deme_core.images.pixels import PIXELS_VERSION, BrokenImageError, center_corner, crop, decode, resize
-from deme_core.images.remote import IMAGES, TARS, FileKind, fetch_images, list_tars
 from deme_core.images.source import ImageSource
 from deme_core.images.stream import Stream, StreamedTars
-from deme_core.images.tars import TarSource, find_tars
-from deme_core.local_files import user_path
-from deme_core.recipe import DEFAULT_IMAGE_COLUMN, DatasetSpec
+from deme_core.recipe import DatasetSpec
 from deme_core.store import ObjectStore
-
-FetchPrefix = Callable[[str, Path, FileKind, int | None], Path]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,11 +67,6 @@ class ImageDataset(Protocol):
         ...
 
     @property
-    def label_names(self) -> Sequence[str] | None:
-        """Names of the classes; None without labels, or where the source knows numbers only."""
-        ...
-
-    @property
     def fingerprint(self) -> str:
         """Sha256 over all that decides what a model is trained on: images, captions, labels, order, augmentation."""
         ...
@@ -125,7 +110,6 @@ class SquareImages:
         self.resolution, self.channels = resolution, channels
         self.num_skipped = inspection.num_skipped
         self.captions, self.labels = conditioning.captions, conditioning.labels
-        self.label_names = conditioning.label_names
         self._source, self._inspection, self._spec = source, inspection, spec
         self.stream: Stream | None = None
         if isinstance(source, StreamedTars):
@@ -179,19 +163,12 @@ class SquareImages:
             ) from error
 
 
-def load_images(
-    spec: DatasetSpec,
-    *,
-    cache: Path,
-    fetch_prefix: FetchPrefix = fetch_images,
-    index_store: ObjectStore | None = None,
-) -> ImageDataset:
+def load_images(spec: DatasetSpec, *, cache: Path, index_store: ObjectStore | None = None) -> ImageDataset:
     """Open a data set and verify that each of its images can be decoded.
 
     Args:
         spec: which images.
         cache: folder for downloads and for the results of the verification; may be deleted at any time.
-        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``, see `fetch_images`.
         index_store: where the index of a data set that is streamed is kept, for other machines too.
 
     Raises:
@@ -199,7 +176,7 @@ def load_images(
             labels that were asked for.
         StoreUnavailableError: their object store cannot be reached.
     """
-    source = open_source(spec, cache / "images", fetch_prefix, index_store)
+    source = open_source(spec, cache / "images", index_store)
     inspection = inspect(
         source,
         num_images=spec.num_images,
@@ -209,92 +186,3 @@ def load_images(
     )
     conditioning = read_conditioning(source, spec, inspection.indices)
     return SquareImages(source, inspection, conditioning, spec, resolution=spec.side, channels=spec.num_channels)
-
-
-def open_source(
-    spec: DatasetSpec,
-    cache: Path,
-    fetch_prefix: FetchPrefix = fetch_images,
-    index_store: ObjectStore | None = None,
-) -> ImageSource:
-    """Open where encoded images lie, without reading them; see `load_images`.
-
-    Args:
-        spec: which images.
-        cache: folder for downloads.
-        fetch_prefix: brings an object-store URI to a local folder, zip or tar below ``cache``, see `fetch_images`.
-        index_store: where the index of a data set that is streamed is kept; default in the cache.
-
-    Raises:
-        DatasetError: there are no such images.
-        StoreUnavailableError: their object store cannot be reached.
-    """
-    if spec.source == "digits":
-        return DigitsSource()
-    if spec.source == "hub":
-        return HubSource(spec)
-    if spec.stream:
-        return open_stream(spec, cache, index_store or FileStore(cache), spec.num_images)
-    if spec.source == "webdataset":
-        return _open_tars(spec, _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, TARS, None)))
-    path = _local_path(str(spec.path), lambda uri: fetch_prefix(uri, cache, IMAGES, _num_needed(spec)))
-    if path.is_dir():
-        return FolderSource(path)
-    if path.suffix.lower() == ".zip" and path.is_file():
-        return ZipSource(path)
-    if path.exists():
-        raise DatasetError(f"{path} is neither a folder nor a zip; unpack it, and set dataset.path to the folder.")
-    raise DatasetError(f"There is no folder or zip {path.absolute()}; check dataset.path.")
-
-
-def _num_needed(spec: DatasetSpec) -> int | None:
-    """Returns how many files, from the first, are all that is looked at; None: perhaps all.
-
-    Another one takes the place of a broken one that is skipped; classes are numbered, and metadata is checked, by all.
-    """
-    needs_all = spec.skip_broken or spec.caption_column or spec.caption_template or spec.label_column
-    return None if needs_all else spec.num_images
-
-
-def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_images: int | None) -> StreamedTars:
-    """Open tars in an object store, and index those of the first images.
-
-    Args:
-        spec: which tars.
-        cache: folder for copies.
-        index_store: where the index is, or will be.
-        num_images: see `StreamedTars`.
-
-    Raises:
-        DatasetError: there are none, one cannot be used, or the cache cannot hold a window.
-        StoreUnavailableError: a store cannot be reached.
-    """
-    store, tars = list_tars(str(spec.path))
-    return StreamedTars(
-        tars,
-        store,
-        cache=cache,
-        index_store=index_store,
-        cache_gb=spec.cache_gb,
-        window=spec.stream_window,
-        channels=spec.num_channels,
-        num_images=num_images,
-        image_column=None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column,
-    )
-
-
-def _open_tars(spec: DatasetSpec, path: Path) -> ImageSource:
-    if not path.exists():
-        raise DatasetError(f"There is no folder or tar {path.absolute()}; check dataset.path.")
-    tars, root = find_tars(path)
-    return TarSource(tars, root, None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column)
-
-
-def _local_path(path: str, fetch: Callable[[str], Path]) -> Path:
-    if path.startswith("file:///"):
-        return Path(unquote(urlsplit(path).path))
-    if path.startswith("s3://"):
-        return fetch(path)
-    if "://" in path:
-        raise DatasetError("dataset.path must be a folder, a zip or tar, file:///PATH or s3://BUCKET/PREFIX.")
-    return user_path(path)

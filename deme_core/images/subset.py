@@ -10,7 +10,7 @@ from deme_core.digests import canonical_json, sha256_bytes
 from deme_core.errors import DatasetError
 from deme_core.images.dataset import ImageDataset, ResizedImage
 from deme_core.images.stream import Stream
-from deme_core.seeds import derive_seed
+from deme_core.seeds import generator
 
 T = TypeVar("T")
 
@@ -24,7 +24,6 @@ class ImageSubset:
         self.resolution, self.channels = dataset.resolution, dataset.channels
         self.num_skipped = dataset.num_skipped
         self.captions, self.labels = _picked(dataset.captions, indices), _picked(dataset.labels, indices)
-        self.label_names = dataset.label_names
         self.dataset, self._indices = dataset, list(indices)
         self.stream: Stream | None = None if dataset.stream is None else dataset.stream.subset(self._indices)
 
@@ -97,6 +96,6 @@ def split_heldout(dataset: ImageDataset, num_heldout: int | None) -> tuple[Image
     """
     num_images = len(dataset)
     wanted = num_heldout_of(num_images, num_heldout)
-    order = torch.randperm(num_images, generator=torch.Generator().manual_seed(derive_seed("heldout", num_images)))
+    order = torch.randperm(num_images, generator=generator("heldout", num_images))
     heldout, training = sorted(order[:wanted].tolist()), sorted(order[wanted:].tolist())
     return ImageSubset(dataset, training), ImageSubset(dataset, heldout)

@@ -5,7 +5,7 @@ from functools import cached_property
 
 import torch
 
-from deme_core.checkpoint import Checkpoint, TensorInfo
+from deme_core.checkpoint import Checkpoint, TensorInfo, tensor_infos
 from deme_core.errors import ModelFolderError
 from deme_core.lora.factors import LoraFactors
 
@@ -44,9 +44,7 @@ class LoraExpert:
     @cached_property
     def infos(self) -> dict[str, TensorInfo]:
         """Shape and dtype of every tensor: those of theta_0."""
-        if isinstance(self.base, Checkpoint):
-            return self.base.infos
-        return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in self.base.items()}
+        return self.base.infos if isinstance(self.base, Checkpoint) else tensor_infos(self.base)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns all tensors."""

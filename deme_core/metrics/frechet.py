@@ -4,14 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deme_core.feature_statistics import (
-    Features,
-    FeatureStatistics,
-    Float64Array,
-    check_features,
-    factor_of,
-    mean_and_factor,
-)
+from deme_core.feature_statistics import Features, Float64Array, check_features, mean_and_factor
 from deme_core.metrics.base import Comparison, Needs, Resamples, check_same_width
 from deme_core.metrics.frechet_resamples import frechet_replicates
 from deme_core.metrics.gaussians import assemble, trace_of_root
@@ -35,36 +28,20 @@ class FrechetDistance:
         return frechet_replicates(comparison.features, comparison.reference, resamples)
 
 
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """Fréchet distance of two Gaussians (Heusel et al., 2017, equation 6).
+def frechet_distance_to(reference: Reference, features: Features) -> float:
+    """Fréchet distance of two Gaussians (Heusel et al., 2017, equation 6), by the fastest exact way.
 
         d² = |μ_a − μ_b|² + tr Σ_a + tr Σ_b − 2 tr (Σ_a Σ_b)^½
 
     The last trace is the sum of the roots of the eigenvalues of F Σ_a Fᵀ, where FᵀF = Σ_b: exact for
-    singular covariances also, unlike a matrix square root of the product.
-
-    Args:
-        a: statistics of one set of images.
-        b: statistics of the other, with the same number of features (else ValueError).
-
-    Returns:
-        d², 0 or greater.
-    """
-    check_same_width(len(a.mean), len(b.mean))
-    fewer, more = sorted((a, b), key=lambda statistics: statistics.num_images)
-    root = trace_of_root(factor_of(fewer.covariance), more.covariance)
-    return assemble(a.mean - b.mean, np.trace(a.covariance) + np.trace(b.covariance), root)
-
-
-def frechet_distance_to(reference: Reference, features: Features) -> float:
-    """`frechet_distance` of features from a reference, by the fastest exact way.
-
-    With no more images than features, tr (Σ_a Σ_b)^½ is the nuclear norm of A Fᵀ, where AᵀA = Σ_a are the
-    centred features over √(n − 1) and FᵀF = Σ_b: no covariance of the n images is ever formed.
+    singular covariances also, unlike a matrix square root of the product. With no more images than features, it is the
+    nuclear norm of A Fᵀ, where A are the centred features over √(n − 1), so that AᵀA = Σ_a: no covariance of
+    the n images is ever formed.
 
     Args:
         reference: features of the real images.
-        features: features of the generated images, (n, D), n >= 2; must be finite (else ValueError).
+        features: features of the generated images, (n, D), n >= 2, D that of the reference; must be finite
+            (else ValueError).
 
     Returns:
         d², 0 or greater.

@@ -54,8 +54,8 @@ def search_weights(
     """Yields batch after batch; the candidates are what `scored_candidates` makes of them.
 
     Args:
-        spec: the strategy and its settings. ``quadratic``, ``tpe`` and ``cma_es`` ask for losses first. With
-            ``few_steps`` all candidates get a rough score, and the survivors alone the full one.
+        spec: the strategy and its settings. ``quadratic``, ``tpe``, ``cma_es`` and ``gp`` ask for losses
+            first. With ``few_steps`` all candidates get a rough score, and the survivors alone the full one.
         num_weights: one per copy, or one per copy and block; 1 for the control, whose task vector it scales.
         num_copies: those that are merged: N, less those that the gate dropped. A search starts at the mean of them.
         num_segments: N; the control took N times the steps of a segment.
@@ -85,7 +85,7 @@ def max_candidates(spec: SearchSpec, *, num_weights: int, num_segments: int, is_
 
 
 def max_scores(spec: SearchSpec, *, num_weights: int, num_segments: int, is_control: bool = False) -> tuple[int, int]:
-    """Returns how many rough scores and how many full ones a search takes at the most; arguments as of `search`."""
+    """Returns how many rough scores and how many full ones a search takes at the most; see `search_weights`."""
     if spec.strategy == "grid":
         values = control_values(spec.values, num_segments) if is_control else spec.values
         num_all = len(set(values)) ** num_weights + (0.0 not in values)

@@ -15,6 +15,7 @@ from deme_core.search.candidates import Strategy, Weights
 if TYPE_CHECKING:
     import optuna
 
+_SEED = 0
 # Few enough that the estimator has learnt something between any two batches of a short search.
 _TPE_BATCH_SIZE = 4
 # A process learns more from each score, and a batch after the first are guesses about what it does not know yet.
@@ -31,7 +32,6 @@ def optuna_search(
     max_weight: float,
     max_candidates: int,
     min_weight: float = 0.0,
-    seed: int = 0,
 ) -> Strategy:
     """Yields the pretrained model, the ``starts``, and then what the sampler proposes in [min_weight, max_weight]^N.
 
@@ -42,7 +42,6 @@ def optuna_search(
         max_weight: upper bound of every weight.
         max_candidates: how many are scored, the pretrained model included.
         min_weight: lower bound of every weight, 0 or less.
-        seed: of the sampler.
     """
     import optuna
 
@@ -53,13 +52,13 @@ def optuna_search(
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if sampler == "cma_es" and num_weights > 1:
             batch_size = max(4, num_weights + 2)
-            chosen = _cma_es(starts[0], 0.15 * (max_weight - min_weight), population=batch_size, seed=seed)
+            chosen = _cma_es(starts[0], 0.15 * (max_weight - min_weight), population=batch_size)
         elif sampler == "gp":
             batch_size = _GP_BATCH_SIZE
-            chosen = _gp(num_startup=len(starts), seed=seed)
+            chosen = _gp(num_startup=len(starts))
         else:
             batch_size = _TPE_BATCH_SIZE
-            chosen = _tpe(num_startup=max(len(starts), num_weights) + 1, seed=seed)
+            chosen = _tpe(num_startup=max(len(starts), num_weights) + 1)
     study = optuna.create_study(sampler=chosen)
     space: dict[str, optuna.distributions.BaseDistribution] = {
         _name(i): optuna.distributions.FloatDistribution(min_weight, max_weight) for i in range(num_weights)
@@ -83,30 +82,30 @@ def optuna_search(
             study.tell(trial, told(score))
 
 
-def _cma_es(start: Weights, sigma: float, *, population: int, seed: int) -> "optuna.samplers.BaseSampler":
+def _cma_es(start: Weights, sigma: float, *, population: int) -> "optuna.samplers.BaseSampler":
     import optuna
 
     return optuna.samplers.CmaEsSampler(
         x0={_name(i): weight for i, weight in enumerate(start)},
         sigma0=sigma,
-        seed=seed,
+        seed=_SEED,
         n_startup_trials=0,
         popsize=population,
     )
 
 
-def _tpe(*, num_startup: int, seed: int) -> "optuna.samplers.BaseSampler":
+def _tpe(*, num_startup: int) -> "optuna.samplers.BaseSampler":
     import optuna
 
     # Constant liar: what is asked for and not yet told counts as bad, so that a batch is not four times one point.
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=num_startup, multivariate=True, constant_liar=True)
+    return optuna.samplers.TPESampler(seed=_SEED, n_startup_trials=num_startup, multivariate=True, constant_liar=True)
 
 
-def _gp(*, num_startup: int, seed: int) -> "optuna.samplers.BaseSampler":
+def _gp(*, num_startup: int) -> "optuna.samplers.BaseSampler":
     import optuna
 
     # Not without noise: candidates share theirs, so that scores are smooth in the weights, but not without bumps.
-    return optuna.samplers.GPSampler(seed=seed, n_startup_trials=num_startup)
+    return optuna.samplers.GPSampler(seed=_SEED, n_startup_trials=num_startup)
 
 
 def _compressed(score: float, *, of_pretrained: float) -> float:

@@ -35,6 +35,11 @@ class Job(BaseModel):
     keeps_live_merge: ClassVar[bool] = False
 
     @property
+    def display_name(self) -> str:
+        """What messages call it: its label if it has one, else its stage."""
+        return str(getattr(self, "label", self.stage))
+
+    @property
     def num_generated_images(self) -> int:
         """How many images the work generates."""
         return 0

@@ -34,7 +34,7 @@ from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import CHECKPOINTS, PRETRAINED_STAGE, Job, JobResult
 from tasks.patience import patiently
-from tasks.progress import Record, exhaust
+from tasks.progress import Record, Report, exhaust
 
 # Of `remember_latest`: N + 2 models of a search of N weights.
 LIVE_MERGE = "live merge"
@@ -97,7 +97,7 @@ class JobContext:
         with self.storing() as artifacts:
             return artifacts.find(stage, digest)
 
-    def find_manifest(self, stage: str, digest: str) -> tuple[ArtifactRef, dict[str, Any]] | None:
+    def find_metrics(self, stage: str, digest: str) -> tuple[ArtifactRef, dict[str, Any]] | None:
         """Returns the artifact and its metrics if it is in the store; a manifest that is damaged is taken out of it."""
         with self.storing() as artifacts:
             return artifacts.find_metrics(stage, digest)
@@ -195,7 +195,7 @@ class JobContext:
         return any(dropped)
 
     @contextmanager
-    def exclusive(self, digest: str, report: Callable[[Record], None]) -> Iterator[None]:
+    def exclusive(self, digest: str, report: Report) -> Iterator[None]:
         """Lets one process of this DEME_HOME at a time make an artifact; a killed one's lock ends with it."""
         path = self.settings.state_folder / "locks" / f"{digest}.lock"
         with local_errors(path):
@@ -231,7 +231,7 @@ def _processes(job: Job, digest: str, context: JobContext) -> AbstractContextMan
     return cast(AbstractContextManager[None], import_module("tasks.work.ranks").all_ranks(job, digest, context))
 
 
-def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> JobResult:
+def execute(job: Job, context: JobContext, report: Report) -> JobResult:
     """Returns the artifact of ``job``, doing its work only if the store does not have it."""
     started, stored_before = time.perf_counter(), context.storage_seconds
     work = import_module(f"tasks.work.{job.work}")
@@ -244,7 +244,7 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
         version=job.version,
     )
     with context.exclusive(digest, report):  # Of two runs that want it, one makes it and the other finds it.
-        found = context.find_manifest(job.stage, digest)
+        found = context.find_metrics(job.stage, digest)
         if found is None:
             if not job.keeps_live_merge:
                 context.forget(LIVE_MERGE)
@@ -260,7 +260,7 @@ def execute(job: Job, context: JobContext, report: Callable[[Record], None]) -> 
     return JobResult(ref, metrics, found is not None, seconds, context.storage_seconds - stored_before)
 
 
-def execute_with_room(job: Job, context: JobContext, report: Callable[[Record], None]) -> JobResult:
+def execute_with_room(job: Job, context: JobContext, report: Report) -> JobResult:
     """Does the same; where a GPU has too little memory, once more without what other jobs left in it."""
     try:
         return execute(job, context, report)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deme_core.binned_losses import bin_edges, widths
+from deme_core.binned_losses import bin_edges, bin_shares
 from deme_core.heldout_loss import check_finite, heldout_losses
 from tasks.jobs import LossJob
 from tasks.work.base import Identity, JobContext, Work
@@ -39,7 +39,7 @@ def run(job: LossJob, context: JobContext, out: Path, digest: str) -> Work:
         seed=_SEED,
         device=context.device,
     )
-    weighted = widths(edges) * losses.mean(axis=0, dtype=np.float64)
+    weighted = bin_shares(edges) * losses.mean(axis=0, dtype=np.float64)
     segments = itertools.pairwise(job.segment_edges)
     lows = np.array(edges[:-1])
     by_segment = [float(weighted[(low <= lows) & (lows < high)].sum()) for low, high in segments]

@@ -1,17 +1,19 @@
 """The score of one candidate of a search: images of its live merge against the search's real images."""
 
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from deme_core.errors import NonFiniteImagesError
+from deme_core.evaluation import score_images
 from deme_core.generate import SingleModel
 from deme_core.recipe import EvaluateSpec
 from tasks.jobs import ScoreJob
 from tasks.work.base import Identity, JobContext, Work
 from tasks.work.live_model import live_merge, merge_inputs
 from tasks.work.naming import naming
-from tasks.work.scoring import build_evaluation, evaluation_settings
+from tasks.work.scoring import build_source, check_extractor, evaluation_settings, load_reference
 
 
 def identity(job: ScoreJob, context: JobContext) -> Identity:
@@ -39,15 +41,23 @@ def run(job: ScoreJob, context: JobContext, out: Path, digest: str) -> Work:
     Weights that go too far are what a search has to expect. The pretrained model, all weights zero, must score.
     """
     folder, merge = live_merge(job, context)
-    evaluation = build_evaluation(
-        context, job.evaluate, model=folder, reference=job.reference, num_images=job.num_images
+    source, reference = build_source(context, job.evaluate, model=folder), load_reference(context, job.reference)
+    check_extractor(source.extractor.name, source.extractor.digest, reference)
+    score_seed = partial(
+        score_images,
+        source,
+        SingleModel(merge.model),
+        num_images=job.num_images,
+        reference=reference,
+        metrics=job.evaluate.metrics,
+        kid_subset_size=job.evaluate.kid_subset_size,
     )
     scores: list[dict[str, float]] = []
     for seed in job.seeds:
         yield {"done": len(scores), "total": len(job.seeds)}
         try:
             with naming(job.label):
-                scores.append(evaluation.score(SingleModel(merge.model), seed)[0])
+                scores.append(score_seed(seed))
         except NonFiniteImagesError:
             if not any(job.weights):
                 raise

@@ -1,36 +1,19 @@
 """What search and evaluation share: how a job sets up the generation of images and their scoring."""
 
-from dataclasses import fields
 from typing import Any
 
 from deme_core.errors import InputError
-from deme_core.evaluation import Evaluation, FeatureSource
+from deme_core.evaluation import FeatureSource
 from deme_core.families import Adapter
-from deme_core.generate import Sampling
 from deme_core.manifest import ArtifactRef
 from deme_core.metrics import needs_prompts
 from deme_core.model_folder import ModelFolder
 from deme_core.recipe import EvaluateSpec
 from deme_core.reference import Reference
+from deme_core.sampling import Sampling
 from tasks.work.base import JobContext
 from tasks.work.prompted import clip_score_of, prompt_settings, prompts_of
 from tasks.work.real_features import extractor_of
-
-
-def build_evaluation(
-    context: JobContext, evaluate: EvaluateSpec, *, model: ModelFolder, reference: ArtifactRef, num_images: int
-) -> Evaluation:
-    """Returns how the denoisers that share ``model``'s architecture and scheduler are scored."""
-    source = build_source(context, evaluate, model=model)
-    real = load_reference(context, reference)
-    check_extractor(source.extractor.name, source.extractor.digest, real)
-    return Evaluation(
-        **{field.name: getattr(source, field.name) for field in fields(source)},
-        num_images=num_images,
-        reference=real,
-        metrics=evaluate.metrics,
-        kid_subset_size=evaluate.kid_subset_size,
-    )
 
 
 def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFolder) -> FeatureSource:
@@ -38,15 +21,7 @@ def build_source(context: JobContext, evaluate: EvaluateSpec, *, model: ModelFol
     prompts = prompts_of(evaluate, context)
     return FeatureSource(
         adapter=adapter_of(model, context),
-        sampling=Sampling(
-            sampler=evaluate.sampler,
-            num_inference_steps=evaluate.num_inference_steps,
-            eta=evaluate.eta,
-            timestep_spacing=evaluate.timestep_spacing,
-            guidance_scale=evaluate.guidance_scale,
-            batch_size=evaluate.batch_size,
-            precision=evaluate.mixed_precision,
-        ),
+        sampling=Sampling.of(evaluate),
         extractor=extractor_of(evaluate, context),
         device=context.device,
         prompts=prompts,

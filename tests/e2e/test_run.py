@@ -128,7 +128,7 @@ def test_the_exported_model_loads_in_stock_diffusers_and_scores_as_its_row_did(
 
     assert evaluated["scores"]["model"] == first_report["scores"]["merged"]
     images = tmp_path / "images"
-    done = deme.run("generate", out, "--num-images", "3", "--num-inference-steps", "2", "--out", str(images))
+    done = deme.run("generate", out, "--num-images", "3", "--num-inference-steps", "4", "--out", str(images))
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in images.iterdir()) == ["000000.png", "000001.png", "000002.png"]
     assert deme.run("export", "--out", out).returncode == 2, "an existing folder must not be overwritten"

@@ -27,11 +27,11 @@ from benchmarks import (
 )
 from benchmarks.gpu import parted_state
 from benchmarks.measurement import Duration, median_ratio, take_turns
+from benchmarks.run_traffic import Folder
 from benchmarks.s3_server import s3_server as private_s3_server
 from deme_core.artifacts import ArtifactStore
 from deme_core.denoiser_size import measure_denoiser
 from deme_core.model_folder_writer import write_model_folder
-from deme_core.run_traffic import Folder
 from deme_core.store import open_store
 from tests.fault_proxy import FaultProxy
 from tests.integration.conftest import S3Server

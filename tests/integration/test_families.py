@@ -14,12 +14,13 @@ from torch import nn
 from deme_core.errors import InputError, ModelFolderError
 from deme_core.families import FAMILIES, Adapter, encode_batch
 from deme_core.families.adapter import NO_LABEL
-from deme_core.generate import Sampling, SingleModel, generate, initial_noise
+from deme_core.generate import SingleModel, generate, initial_noise
 from deme_core.images.training_batch import CropSizes
 from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from deme_core.projection import attach_projections, fold_projections, is_projection
 from deme_core.prompts import Prompts
 from deme_core.recipe import Sampler
+from deme_core.sampling import Sampling
 from deme_core.seeds import generator
 from tests.tiny_models import one_level_unet, randomize_projections, tiny_images, write_tiny_folder
 from tests.tiny_pipelines import PIPELINES, flux, save_pipeline

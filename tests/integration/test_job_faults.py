@@ -17,7 +17,7 @@ from deme_core.artifacts import ArtifactStore
 from deme_core.errors import DamagedArtifactError, StoreUnavailableError, WorkerStoppedError
 from deme_core.manifest import ArtifactRef
 from tasks.jobs import FinetuneJob, Job, JobResult
-from tasks.progress import Record
+from tasks.progress import Record, Report
 from tasks.work.base import JobContext, checkpoint_stage, execute
 from tests.small_run import (
     check_cache,
@@ -90,7 +90,7 @@ class InterruptedHereError(Exception):
     """Raised by a listener in the middle of a job."""
 
 
-def _interrupted_at(step: int) -> Callable[[dict[str, Any]], None]:
+def _interrupted_at(step: int) -> Report:
     def report(record: dict[str, Any]) -> None:
         if record.get("global_step") == step:
             raise InterruptedHereError

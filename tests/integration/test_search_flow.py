@@ -20,7 +20,7 @@ from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import Job, JobResult, ScoreJob, SearchJob
-from tasks.progress import Record
+from tasks.progress import Report
 from tasks.runtime import Runtime, use_runtime
 from tasks.stages import search
 from tasks.timing import Timing
@@ -43,7 +43,7 @@ class MeetingPool:
     def close(self) -> None:
         """There is no process to end."""
 
-    def run(self, job: Job, report: Callable[[Record], None], *, on_start: Callable[[], None]) -> JobResult:
+    def run(self, job: Job, report: Report, *, on_start: Callable[[], None]) -> JobResult:
         on_start()
         with self._lock:
             if type(job) in self._to_die:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, save_tensors, write_tensors
+from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, save_tensors, tensor_infos, write_tensors
 from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
 from tests.tiny_models import same_bits
 
@@ -25,10 +25,6 @@ TENSORS: dict[str, torch.Tensor] = {
     "k.empty": torch.zeros((0, 3)),
     "l.transposed": torch.arange(6.0).view(2, 3).T,
 }
-
-
-def infos(tensors: dict[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -63,7 +59,7 @@ def test_a_checkpoint_reads_what_safetensors_wrote(tmp_path: Path) -> None:
     save_file(contiguous, tmp_path / "theirs.safetensors")
     checkpoint = Checkpoint(tmp_path / "theirs.safetensors")
     assert_same(checkpoint.tensors(), TENSORS)
-    assert checkpoint.infos == infos(TENSORS)
+    assert checkpoint.infos == tensor_infos(TENSORS)
     assert list(checkpoint) == sorted(TENSORS)
     assert "c.float32" in checkpoint
     assert "nothing" not in checkpoint
@@ -197,7 +193,7 @@ def test_a_message_names_the_first_three_differences_of_a_kind_and_counts_the_ot
 
 
 def test_equal_names_and_shapes_are_no_difference() -> None:
-    check_same_tensors("expert", infos(TENSORS), infos(TENSORS), reference="the pretrained model")
+    check_same_tensors("expert", tensor_infos(TENSORS), tensor_infos(TENSORS), reference="the pretrained model")
 
 
 def test_a_tensor_under_two_names_of_which_one_is_the_others_old_name_is_refused(tmp_path: Path) -> None:

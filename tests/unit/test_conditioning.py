@@ -83,7 +83,7 @@ def test_the_digits_know_their_labels(tmp_path: Path) -> None:
     spec = DatasetSpec(source="digits", caption_template="the digit {label}", label_column="label", num_images=50)
     dataset = load_images(spec, cache=tmp_path)
     expected = load_digits().target[:50].tolist()
-    assert (dataset.labels, dataset.label_names) == (expected, [str(digit) for digit in range(10)])
+    assert dataset.labels == expected
     assert dataset.captions == [f"the digit {digit}" for digit in expected]
 
 
@@ -98,24 +98,23 @@ def test_half_a_character_is_no_caption(folder: Path, tmp_path: Path, asked: dic
 
 def test_subfolders_are_classes(folder: Path, tmp_path: Path) -> None:
     dataset = load(folder, tmp_path, caption_template="a photo of a {label}", label_column="label")
-    assert dataset.label_names == ["cat", "dog", "frog"]
     assert dataset.labels == [0, 0, 1, 1, 2]
     assert dataset.captions == [f"a photo of a {name}" for name in ("cat", "cat", "dog", "dog", "frog")]
     part = load(folder, tmp_path, label_column="label", num_images=3)
-    assert (part.labels, part.label_names) == ([0, 0, 1], dataset.label_names)
+    assert part.labels == [0, 0, 1]
 
 
 def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
     dataset = load(parquet, tmp_path, "hub", caption_column="text", label_column="kind")
     assert dataset.captions == [f"picture {number}" for number in range(5)]
-    assert (dataset.labels, dataset.label_names) == ([0, 2, 1, 1, 0], ["zebra", "ant", "bee"])
+    assert dataset.labels == [0, 2, 1, 1, 0]
     dataset = load(parquet, tmp_path, "hub", caption_column="kind", label_column="number")
     assert dataset.captions == ["zebra", "bee", "ant", "ant", "zebra"]
-    assert (dataset.labels, dataset.label_names) == ([7, 8, 9, 7, 7], None)
+    assert dataset.labels == [7, 8, 9, 7, 7]
     dataset = load(parquet, tmp_path, "hub", caption_template="{number}: {{{text}}} of {kind}", label_column="text")
     assert dataset.captions is not None
     assert dataset.captions[1] == "8: {picture 1} of bee"
-    assert (dataset.labels, dataset.label_names) == (list(range(5)), tuple(f"picture {number}" for number in range(5)))
+    assert dataset.labels == list(range(5))
     labels = load(parquet, tmp_path, "hub", label_column="flag").labels
     assert labels == [1, 0, 1, 1, 0]
     assert {type(label) for label in labels} == {int}
@@ -123,7 +122,7 @@ def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
 
 def test_nothing_is_read_unless_asked_for(parquet: Path, tmp_path: Path) -> None:
     dataset = load(parquet, tmp_path, "hub")
-    assert (dataset.captions, dataset.labels, dataset.label_names) == (None, None, None)
+    assert (dataset.captions, dataset.labels) == (None, None)
     (batch,) = first(1, dataset)
     assert (batch.captions, batch.labels) == (None, None)
 

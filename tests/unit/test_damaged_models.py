@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from deme_core.errors import ModelFolderError
-from deme_core.generate import Sampling, SingleModel, generate
+from deme_core.generate import SingleModel, generate
 from deme_core.model_folder import load_denoiser, open_model_folder
 from deme_core.prompts import Prompts
+from deme_core.sampling import Sampling
 from tests.tiny_models import one_level_unet, write_tiny_folder
 from tests.tiny_pipelines import save_pipeline
 
@@ -45,7 +46,7 @@ def make_image(path: Path) -> torch.Tensor:
     folder = open_model_folder(path)
     adapter = folder.adapter()
     assert adapter.image_shape
-    model, sampling = SingleModel(load_denoiser(folder).eval()), Sampling(adapter.noise_process.samplers[0], 2)
+    model, sampling = SingleModel(load_denoiser(folder).eval()), Sampling(adapter.noise_process.samplers[0], 4)
     prompts = Prompts(("a cat",), {}, "digest") if adapter.conditioned_on == "captions" else None
     return next(generate(model, adapter, sampling, seed=0, indices=[0], prompts=prompts))
 

@@ -20,7 +20,7 @@ class SilentImages:
     """
 
     resolution, channels, num_skipped, stream = 8, 3, 0, None
-    captions = labels = label_names = None
+    captions = labels = None
     fingerprint = example_fingerprint = reference_fingerprint = ""
 
     def __init__(self, asked: Connection) -> None:

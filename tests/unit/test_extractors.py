@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from deme_core.errors import ExtractorUnavailableError, InputError
 from deme_core.extractors import EXTRACTORS, FeatureExtractor, NetworkExtractor, extractors_digest, load_extractor
-from deme_core.extractors.clip import clip_score_digest, load_clip_score, load_images
+from deme_core.extractors.clip import clip_score_digest, load_clip_score, load_image_tower
 from deme_core.extractors.dinov2 import load_vit
 from tests.http_server import serving, url_of
 from tests.tiny_clip import TINY_VISION, randomized, write_tiny_clip
@@ -104,7 +104,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_tiny_clip(weights: Path | str, cache: Path) -> NetworkExtractor:
-    return load_images(str(weights), None, cache, CPU, vision_sizes=TINY_VISION)
+    return load_image_tower(str(weights), None, cache, CPU, vision_sizes=TINY_VISION)
 
 
 @pytest.fixture(scope="module")

@@ -120,8 +120,8 @@ def test_a_search_is_told_what_is_known_of_the_copies_that_are_merged(monkeypatc
     ref = ArtifactRef("file:///store/finetune/a", "a")
     plan = merge_plan.MergePlan(load_recipe("digits", overrides), ref, (0, 300, 600, 1000), ref)
     experts: Any = [SimpleNamespace(merged=merged) for merged in (True, False, True)]
-    plan.find_weights((ref, ref), experts, "merge weights")
-    plan.find_weights((ref,), None, "scale of the control")
+    plan.find_weights((ref, ref), experts)
+    plan.find_scale(ref)
     assert [(job.is_control, len(job.experts)) for job in jobs] == [(False, 2), (True, 1)]
     assert jobs[0].search.known_weights == ((0.1, 0.3),)
     assert {job.search.known_scales for job in jobs} == {(0.5,)}
@@ -133,8 +133,8 @@ def test_the_control_is_searched_as_the_copies_are(monkeypatch: pytest.MonkeyPat
     ref = ArtifactRef("file:///store/finetune/a", "a")
     plan = merge_plan.MergePlan(load_recipe("digits"), ref, (0, 500, 1000), ref)
     experts: Any = [SimpleNamespace(merged=True)] * 2
-    plan.find_weights((ref, ref), experts, "merge weights")
-    plan.find_weights((ref,), None, "scale of the control")
+    plan.find_weights((ref, ref), experts)
+    plan.find_scale(ref)
     copies, control = jobs
     assert {name for name, value in copies if value != getattr(control, name)} == {"experts", "is_control"}
 
@@ -143,7 +143,7 @@ def test_where_nothing_is_searched_the_control_is_taken_as_it_is(monkeypatch: py
     monkeypatch.setattr(merge_plan, "merge", lambda job, _: job)
     ref = ArtifactRef("file:///store/finetune/a", "a")
     recipe = load_recipe("digits", ["segments={count: 2}", "merge={weights: [0.2, 0.3]}"])
-    control: Any = merge_plan.MergePlan(recipe, ref, (0, 500, 1000), None).merge((ref,), None, None, "control")
+    control: Any = merge_plan.MergePlan(recipe, ref, (0, 500, 1000), None).scale_control(ref, None)
     assert control.weights == (1.0,)
 
 

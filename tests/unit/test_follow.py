@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 from io import StringIO
 from types import SimpleNamespace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect.client.schemas.objects import StateType
@@ -35,6 +36,48 @@ def test_a_run_that_a_schedule_has_in_store_is_followed_only_by_its_name() -> No
     assert found(tonight, mine, name="ton") is tonight
     with pytest.raises(InputError, match="There is no run of the flow deme yet"):
         found(tonight)
+
+
+class Runs:
+    """A server with flow runs, newest first; it gives 200 at most, as the real one does."""
+
+    api_url = "here"
+
+    def __init__(self, *ids: str) -> None:
+        self._runs = [SimpleNamespace(id=UUID(each), name=f"run {index}") for index, each in enumerate(ids)]
+
+    def read_flow_runs(self, *, flow_run_filter: Any, limit: int, **_: Any) -> list[Any]:
+        wanted = flow_run_filter.id.any_ if flow_run_filter else [run.id for run in self._runs]
+        return [run for run in self._runs if run.id in wanted][: min(limit, 200)]
+
+    def find(self, run: str) -> str:
+        server: Any = self
+        return _find(server, run).name
+
+
+def test_several_runs_whose_ids_begin_alike_are_named() -> None:
+    runs = Runs("ab" + "0" * 30, "cd" + "0" * 30, "ab" + "1" * 30)
+    assert runs.find("cd") == "run 1"
+    assert runs.find("ab1") == "run 2"
+    with pytest.raises(InputError) as caught:
+        runs.find("ab")
+    assert str(caught.value) == (
+        "2 runs have an id that begins with 'ab': run 0 (ab000000-0000-0000-0000-000000000000), "
+        "run 2 (ab111111-1111-1111-1111-111111111111); give more of it."
+    )
+    many = Runs(*(f"ab{index:030x}" for index in range(7)))
+    with pytest.raises(InputError, match=r"^7 runs .* run 4 \(ab[-0]*4\) and 2 more; give more of it\.$"):
+        many.find("ab")
+
+
+def test_a_run_beyond_the_newest_is_found_by_its_whole_id() -> None:
+    runs = Runs(*(f"{index:032x}" for index in range(250)))
+    oldest = str(UUID(int=249))
+    assert runs.find(oldest) == runs.find(oldest.upper()) == "run 249"
+    with pytest.raises(InputError, match="among the newest 200; give the whole id of an older one; `prefect"):
+        runs.find(oldest[:-1])
+    with pytest.raises(InputError, match="begins with 'ffffffff-ffff-4fff-8fff-ffffffffffff' on here; `prefect"):
+        runs.find("ffffffff-ffff-4fff-8fff-ffffffffffff")
 
 
 class Pool:

@@ -12,8 +12,9 @@ from torch import nn
 
 from deme_core.errors import InputError, NonFiniteImagesError
 from deme_core.families import FAMILIES, Adapter, Unconditional
-from deme_core.generate import Denoiser, Ensemble, Sampling, SingleModel, generate, initial_noise, quantize
+from deme_core.generate import Denoiser, Ensemble, SingleModel, generate, initial_noise, quantize
 from deme_core.recipe import Precision, Sampler
+from deme_core.sampling import Sampling
 from deme_core.seeds import generator
 from deme_core.segments import equal_segments
 from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, tiny_adapter

@@ -8,13 +8,13 @@ import torch
 
 from deme_core.binned_losses import (
     bin_edges,
+    bin_shares,
     ensemble_losses,
     load_losses,
     mean_loss,
     own_change,
     relative_losses,
     save_losses,
-    widths,
 )
 from deme_core.errors import DatasetError
 from deme_core.heldout_loss import heldout_losses
@@ -48,7 +48,7 @@ def test_no_bin_spans_two_segments_and_there_are_at_least_twenty(segment_edges: 
     assert (edges[0], edges[-1]) == (0, 1000)
     assert set(segment_edges) <= set(edges)
     assert len(edges) >= 21
-    assert sum(widths(edges)) == pytest.approx(1.0)
+    assert sum(bin_shares(edges)) == pytest.approx(1.0)
 
 
 def test_the_loss_of_a_model_that_predicts_zero_is_that_of_the_noise(digits: ImageDataset) -> None:

@@ -22,6 +22,7 @@ from deme_core.images import (
     batches,
     load_images,
     normalize,
+    opening,
     source,
 )
 from deme_core.images.digits import DigitsSource
@@ -385,7 +386,7 @@ def test_a_store_prefix_and_its_zip_hold_the_same_images(folder: Path, tmp_path:
         assert load(local, tmp_path).fingerprint == expected
 
 
-def test_an_object_store_uri_is_fetched(folder: Path, tmp_path: Path) -> None:
+def test_an_object_store_uri_is_fetched(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = DatasetSpec(source="imagefolder", path="s3://bucket/images", resolution=16)
     asked = []
 
@@ -393,7 +394,8 @@ def test_an_object_store_uri_is_fetched(folder: Path, tmp_path: Path) -> None:
         asked.append(uri)
         return folder
 
-    assert len(load_images(spec, cache=tmp_path / "cache", fetch_prefix=fetch)) == len(SIZES)
+    monkeypatch.setattr(opening, "fetch_images", fetch)
+    assert len(load_images(spec, cache=tmp_path / "cache")) == len(SIZES)
     assert asked == ["s3://bucket/images"]
 
 
@@ -404,7 +406,9 @@ def load_from_store(folder: Path, tmp_path: Path, **settings: object) -> ImageDa
         return fetch_images(folder.as_uri(), cache, kind, num_files)
 
     given = {"source": "imagefolder", "resolution": 16, "path": "s3://bucket/images", **settings}
-    return load_images(DatasetSpec.model_validate(given), cache=tmp_path / "downloaded", fetch_prefix=fetch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opening, "fetch_images", fetch)
+        return load_images(DatasetSpec.model_validate(given), cache=tmp_path / "downloaded")
 
 
 def downloaded(tmp_path: Path) -> list[str]:
@@ -433,7 +437,7 @@ def test_all_are_fetched_where_they_decide_the_classes(
     (folder / "a").rename(folder / "c")
     stored, local = (load_(folder, tmp_path, num_images=2, **settings) for load_ in (load_from_store, load))
     assert stored.fingerprint == local.fingerprint
-    assert (stored.captions, stored.labels, stored.label_names) == (local.captions, local.labels, local.label_names)
+    assert (stored.captions, stored.labels) == (local.captions, local.labels)
     assert len(downloaded(tmp_path)) == len(SIZES)
 
 

@@ -364,3 +364,10 @@ def test_a_copy_of_weight_zero_is_left_out_only_where_it_changes_nothing(
     with_zero = job.model_copy(update={"method": MethodSpec(method=method), "weights": (0.0, 0.5)})
     without = with_zero.model_copy(update={"experts": COPIES[1:], "weights": (0.5,)})
     assert (digest(with_zero, context) == digest(without, context)) == is_left_out
+
+
+def test_messages_call_a_job_by_its_label_or_else_by_its_stage() -> None:
+    for job, _, _ in TABLE:
+        label = job.model_dump().get("label", job.stage)
+        assert job.display_name == label and label, job.work
+    assert any("label" in type(job).model_fields for job, _, _ in TABLE)

@@ -35,7 +35,7 @@ def test_the_scores_are_those_of_each_extractor_alone() -> None:
 
 @pytest.mark.parametrize("keeps_features", [True, False])
 def test_a_saved_reference_has_the_same_parts(tmp_path: Path, keeps_features: bool) -> None:
-    statistics = FeatureStatistics.from_features(REAL)
+    statistics = FeatureStatistics.from_batches([REAL])
     only = Reference(None, JOINT.extractor_name, widths=WIDTHS, given_statistics=statistics)
     reference = JOINT if keeps_features else only
     reference.save(tmp_path)

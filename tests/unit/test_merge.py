@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from deme_core.checkpoint import Checkpoint, TensorInfo, save_tensors
+from deme_core.checkpoint import Checkpoint, TensorInfo, save_tensors, tensor_infos
 from deme_core.errors import IncompatibleCheckpointsError, InputError
 from deme_core.merge import check_experts, merge_checkpoints, merged_tensors, one_thread
 from deme_core.merge_methods import TaskArithmetic
@@ -26,10 +26,6 @@ def model_tensors(seed: int, *, projections: bool = False) -> Tensors:
     if seed:
         randomize(model, seed=seed)
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def infos(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 def explicit_merge(pretrained: Tensors, experts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
@@ -196,7 +192,7 @@ def test_a_refused_merge_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_missing_extra_and_mis_shaped_tensors_of_an_expert_are_listed() -> None:
-    pretrained = infos(model_tensors(0))
+    pretrained = tensor_infos(model_tensors(0))
     expert = dict(pretrained)
     del expert["conv_in.bias"]
     expert["conv_out.weight"] = TensorInfo((1, 4, 3, 3), torch.float32)
@@ -210,7 +206,7 @@ def test_missing_extra_and_mis_shaped_tensors_of_an_expert_are_listed() -> None:
 
 
 def test_experts_have_all_the_same_projections_or_none() -> None:
-    stock, projected = infos(model_tensors(0)), infos(model_tensors(0, projections=True))
+    stock, projected = tensor_infos(model_tensors(0)), tensor_infos(model_tensors(0, projections=True))
     check_experts(stock, {"a": stock, "b": stock})
     check_experts(stock, {"a": projected, "b": projected})
     for experts in ({"a": projected, "b": stock}, {"b": stock, "a": projected}):
@@ -227,7 +223,7 @@ def test_experts_have_all_the_same_projections_or_none() -> None:
     ],
 )
 def test_a_projection_that_fits_no_layer_is_extra(name: str, shape: tuple[int, ...]) -> None:
-    stock = infos(model_tensors(0))
+    stock = tensor_infos(model_tensors(0))
     expert = stock | {name: TensorInfo(shape, torch.float32)}
     with pytest.raises(IncompatibleCheckpointsError) as caught:
         check_experts(stock, {"a": expert})

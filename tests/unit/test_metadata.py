@@ -67,7 +67,7 @@ def test_metadata_says_the_label_before_the_subfolder_does(folder: Path, tmp_pat
         load(folder, tmp_path, label_column="label")
     (folder / "metadata.jsonl").unlink()
     (folder / "top.png").unlink()
-    assert load(folder, tmp_path, label_column="label").label_names == ["a", "b"]
+    assert load(folder, tmp_path, label_column="label").labels == [0, 0, 1]
 
 
 def test_metadata_is_not_read_unless_asked_for(folder: Path, tmp_path: Path) -> None:
@@ -128,5 +128,5 @@ def test_photographs_are_captioned_by_class(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "cifar", chosen, filter="data")
     dataset = load(tmp_path / "cifar", tmp_path, caption_template="a photo of a {label}", label_column="label")
     classes = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    assert dataset.label_names == classes
+    assert dataset.labels == [label for label in range(10) for _ in range(2)]
     assert dataset.captions == [f"a photo of a {name}" for name in classes for _ in range(2)]

@@ -11,7 +11,7 @@ from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
 
-from deme_core.checkpoint import save_tensors
+from deme_core.checkpoint import save_tensors, tensor_infos
 from deme_core.errors import ModelFolderError
 from deme_core.model_folder import (
     WEIGHTS_NAME,
@@ -19,7 +19,6 @@ from deme_core.model_folder import (
     load_denoiser,
     load_tensors,
     open_model_folder,
-    tensor_infos,
 )
 from deme_core.model_folder_writer import write_like, write_model_folder
 from deme_core.projection import attach_projections

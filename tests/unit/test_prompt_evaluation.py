@@ -10,9 +10,10 @@ import torch
 from deme_core.errors import ExtractorUnavailableError, InputError
 from deme_core.extractors.clip import load_clip_score
 from deme_core.feature_file import read_clip_scores
-from deme_core.generate import Sampling, SingleModel, generate
+from deme_core.generate import SingleModel, generate
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, EvaluateSpec, MethodSpec
+from deme_core.sampling import Sampling
 from deme_core.settings import Settings
 from tasks.jobs import (
     EvaluateJob,

@@ -13,8 +13,9 @@ from deme_core.recipe import DatasetSpec, ExecutionSpec, MethodSpec, TrainingSpe
 from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import MergeJob, PretrainJob
+from tasks.ray_cluster import _joined, cluster_address
 from tasks.ray_node import Mailbox, SentEnvironment
-from tasks.ray_pool import RayPool, cluster_address
+from tasks.ray_pool import RayPool
 
 
 @pytest.fixture
@@ -110,9 +111,7 @@ ENDED = "Initialization failure from server:\nTraceback …\npsutil.ZombieProces
     [([BUSY, ENDED], True, 3), ([BUSY] * 3, False, 3), (["the versions differ"], False, 1)],
     ids=["busy for a while", "busy for good", "something else"],
 )
-def test_a_busy_head_is_asked_again(tmp_path: Path, failures: list[str], joins: bool, num_attempts: int) -> None:
-    settings = Settings.model_validate({"DEME_HOME": tmp_path, "DEME_STORE_URI": None})
-    pool = RayPool(ExecutionSpec(runner="ray"), settings, open_store(settings.store_uri))
+def test_a_busy_head_is_asked_again(failures: list[str], joins: bool, num_attempts: int) -> None:
     attempts: list[int] = []
 
     @contextlib.contextmanager
@@ -123,7 +122,7 @@ def test_a_busy_head_is_asked_again(tmp_path: Path, failures: list[str], joins: 
         yield "runner"
 
     refused = pytest.raises(InputError, match=f"cannot be joined .{re.escape(failures[-1].splitlines()[-1])}")
-    with contextlib.nullcontext() if joins else refused, pool._joined(build) as runner:
+    with contextlib.nullcontext() if joins else refused, _joined("local", build) as runner:
         assert runner == "runner"
     assert len(attempts) == num_attempts
 

@@ -1,8 +1,8 @@
 from typing import Any
 
+from benchmarks.run_traffic import Artifacts, Folder, Traffic, estimate_traffic, measure_artifacts
 from deme_core.denoiser_size import DenoiserSize
 from deme_core.recipe import Recipe
-from deme_core.run_traffic import Artifacts, Folder, Traffic, estimate_traffic, measure_artifacts
 
 SIZE = DenoiserSize(1000, 10_000, num_trained=1100, trained_forward_flops=11_000)
 

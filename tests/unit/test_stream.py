@@ -25,9 +25,9 @@ from PIL import Image
 from deme_core.errors import ArtifactNotFoundError, DatasetError, StoreUnavailableError
 from deme_core.file_store import FileStore
 from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
-from deme_core.images.dataset import open_source
 from deme_core.images.draws import ShardWindows
 from deme_core.images.inspection import verdict
+from deme_core.images.opening import open_source
 from deme_core.images.preview import preview_images
 from deme_core.images.shard_cache import ShardCache
 from deme_core.recipe import DatasetSpec

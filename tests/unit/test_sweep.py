@@ -147,7 +147,7 @@ def test_copies_that_nobody_asked_for_are_freed_from_the_cache(tmp_path: Path, m
     source.put_bytes("image.png", b"56")
     for folder in ("images/downloads/used", "images/downloads/unused", "sources/unused"):
         download_once(source, list(source.list("")), cache / folder)
-    spared = ["extractors/weights", "images/inspected/record", "shards/tar"]
+    spared = ["extractors/weights", "images/inspected/record", "images/shards/tar"]
     for name in spared:
         (cache / name).parent.mkdir(parents=True, exist_ok=True)
         (cache / name).write_text("")

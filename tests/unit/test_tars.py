@@ -60,7 +60,7 @@ def load(path: Path | str, tmp_path: Path, **settings: object) -> ImageDataset:
 def test_samples_come_in_the_order_of_tars_and_members(folder: Path, tmp_path: Path) -> None:
     dataset = load(folder, tmp_path, caption_column="txt", label_column="cls")
     assert dataset.captions == [f"text {number}" for number in (2, 0, 1, 3, 4)]
-    assert (dataset.labels, dataset.label_names) == ([12, 10, 11, 13, 14], None)
+    assert dataset.labels == [12, 10, 11, 13, 14]
     for index, number in enumerate((2, 0, 1, 3, 4)):
         assert dataset.resized(index).original_size == (8, 8 + number)
         expected = np.array(Image.open(io.BytesIO(image(number))))
@@ -73,7 +73,7 @@ def test_json_keys_and_folders_are_columns_too(folder: Path, tmp_path: Path) -> 
     members = {name: content for number in (0, 1) for name, content in sample(number, f"{'ba'[number]}/x").items()}
     plain = pack(tmp_path / "plain.tar", {name: members[name] for name in members if not name.endswith("json")})
     dataset = load(plain, tmp_path, caption_template="{label}", label_column="label")
-    assert (dataset.captions, dataset.labels, dataset.label_names) == (["b", "a"], [1, 0], ["a", "b"])
+    assert (dataset.captions, dataset.labels) == (["b", "a"], [1, 0])
 
 
 def test_tars_hold_the_same_images_as_a_folder(folder: Path, tmp_path: Path) -> None:

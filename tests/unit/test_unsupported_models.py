@@ -10,9 +10,10 @@ import torch
 
 from deme_core.errors import InputError, ModelFolderError
 from deme_core.families import FAMILIES, Unconditional
-from deme_core.generate import Sampling, SingleModel, generate
+from deme_core.generate import SingleModel, generate
 from deme_core.model_folder import open_model_folder
 from deme_core.model_folder_writer import write_model_folder
+from deme_core.sampling import Sampling
 from deme_core.untrained_parts import untrained_scheduler, untrained_unet
 from tests.tiny_models import SCHEDULER_CONFIG, one_level_unet, predict, tiny_adapter, tiny_images
 
@@ -74,7 +75,7 @@ def test_the_variance_that_some_models_predict_is_left_out() -> None:
     with torch.no_grad():
         assert adapter.predict(model, noisy, timesteps, {}).equal(predict(model)[:, :3])
     for sampler in adapter.noise_process.samplers:
-        images = next(generate(SingleModel(model), adapter, Sampling(sampler, 2), seed=0, indices=[0]))
+        images = next(generate(SingleModel(model), adapter, Sampling(sampler, 4), seed=0, indices=[0]))
         assert images.shape == (1, 3, 8, 8)
 
 

@@ -21,7 +21,8 @@ from tasks import gpu_lock, slots, worker_pool
 from tasks.gpu_lock import GpuLock
 from tasks.jobs import ImportJob
 from tasks.slots import Slot, plan_slots
-from tasks.worker_pool import WorkerPool, _Worker
+from tasks.worker_pool import WorkerPool
+from tasks.worker_process import WorkerProcess
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class FakeJob:
     name: str
     num_processes: int = 1
     can_wait: bool = False
-    stage: str = "fake"
+    display_name: str = "fake"
 
 
 class Bench:
@@ -48,7 +49,7 @@ class Bench:
             monkeypatch.setattr(worker, "close", lambda _, gpus=worker._slot.gpu: self.dismissed.append(gpus))
         self._threads = ThreadPoolExecutor(16)
 
-    def _run(self, worker: _Worker, job: FakeJob, _: Any) -> None:
+    def _run(self, worker: WorkerProcess, job: FakeJob, _: Any) -> None:
         self.began.append((job.name, str(worker._slot.gpu)))
         assert self.ends[job.name].wait(30)
 
@@ -102,10 +103,10 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_the_first_job_finds_its_process_started_and_the_others_start_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[_Worker] = []
-    used: list[_Worker] = []
-    monkeypatch.setattr(_Worker, "start", lambda worker: started.append(worker))
-    monkeypatch.setattr(_Worker, "run", lambda worker, *_: used.append(worker))
+    started: list[WorkerProcess] = []
+    used: list[WorkerProcess] = []
+    monkeypatch.setattr(WorkerProcess, "start", lambda worker: started.append(worker))
+    monkeypatch.setattr(WorkerProcess, "run", lambda worker, *_: used.append(worker))
     pool = WorkerPool([Slot("cpu", None, 1)] * 3)
     job: Any = FakeJob("a job")
 
@@ -146,7 +147,7 @@ def test_a_process_sees_its_gpu_and_threads_and_not_the_run_of_the_flow(
     )
     for name, value in zip(["PYTHONPATH", *names], [str(tmp_path), "0,1,2,3", "7", "of the flow"], strict=True):
         monkeypatch.setenv(name, value)
-    worker = _Worker(Slot("cuda", "3", 2), lambda _: None)
+    worker = WorkerProcess(Slot("cuda", "3", 2), lambda _: None, 1.0)
     worker.start()
     assert worker._process is not None
     worker._process.wait(30)
@@ -169,7 +170,7 @@ def test_a_process_takes_itself_for_none_of_those_that_a_launcher_started(
     )
     for name in (*theirs, *ours):
         monkeypatch.setenv(name, str(tmp_path))
-    worker = _Worker(Slot("cpu", None, 1), lambda _: None)
+    worker = WorkerProcess(Slot("cpu", None, 1), lambda _: None, 1.0)
     worker.start()
     assert worker._process is not None
     worker._process.wait(30)
@@ -184,7 +185,7 @@ def test_a_process_is_waited_for_a_little_longer_than_its_checkpoint(
 ) -> None:
     monkeypatch.setenv("DEME_STOP_SECONDS", given)
     left: list[float] = []
-    monkeypatch.setattr(_Worker, "close", lambda _, deadline: left.append(deadline - time.monotonic()))
+    monkeypatch.setattr(WorkerProcess, "close", lambda _, deadline: left.append(deadline - time.monotonic()))
     pool = WorkerPool([Slot("cpu", None, 1)])
     pool.close()
     assert [round(number) for number in left] == [seconds]

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from deme_core.scaling import Cluster, Plan, knee, simulate
+from benchmarks.cluster_simulation import Cluster, Plan, knee, simulate
 
 PLAN = Plan(num_segments=8, num_parameters=1e8, forward_flops=1e11, num_steps=100_000, checkpoint_every=10_000)
 CLUSTER = Cluster(num_gpus=64)
