@@ -1,5 +1,6 @@
 """The laboratory of the claim: what its verdict is made of, and that it does nothing twice."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,21 @@ def test_a_claim_needs_two_training_seeds(num_cells: int, capsys: pytest.Capture
     cells = [cell([9.0, 9.1, 9.2], [10.0, 10.1, 10.2]), cell([9.0, 9.1, 9.3], [10.0, 10.1, 10.2])][:num_cells]
     claim.print_claim({"none": cells}, {"recipe": "toy"})
     assert last_line(capsys.readouterr().out)["holds"] is (num_cells == 2)
+
+
+@pytest.mark.parametrize(("merged", "holds"), [(11.0, True), (9.0, False)])
+def test_a_claim_on_a_metric_that_grows_needs_higher_scores(merged: float, holds: bool) -> None:
+    lower = [cell([merged, merged + 0.1, merged + last], [10.0, 10.1, 10.2]) for last in (0.2, 0.3)]
+    assert claim.outcome([replace(each, metric="clip_score") for each in lower])["holds"] is holds
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_training_seed_seeds_all_trainings_of_its_cell(shared: bool) -> None:
+    arguments = ["--set", "distill={num_steps: 1}", *(["--same-pretrained"] if shared else [])]
+    recipe = claim._recipe(claim._options(arguments), "none", 5)
+    plain = load_recipe("digits").pretrained.training
+    assert recipe.finetune.seed == recipe.distill.seed == 5
+    assert recipe.pretrained.training.seed == (plain.seed if plain and shared else 5)
 
 
 def test_resampled_images_of_all_training_seeds_are_one_interval() -> None:
@@ -187,6 +203,50 @@ def test_searches_start_where_the_flow_has_them_start_and_only_the_control_is_on
     # One segment has one copy, as the control is one.
     assert [job.is_control for job in searches] == [True, False, False, False]
     assert [job.search.initial_weight for job in searches] == [asked, asked, natural, natural]
+
+
+def test_each_row_of_a_cell_is_of_the_model_that_it_is_called_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["segments={count: 2}", "distill={num_steps: 3}", "finetune.seed=3", "evaluate.seeds=[4,5,6]"]
+    recipe = load_recipe("digits", settings)
+    asked, searches = dict[str, Any](), list[SearchJob]()
+
+    def done(digest: str, weights: list[float]) -> JobResult:
+        scores = dict.fromkeys(recipe.evaluate.score_names, 1.0)
+        metrics = {"weights": weights, "mean": 0.1, "scores": scores, "replicates": []}
+        return JobResult(ArtifactRef(f"file:///any/any/{digest}", digest), metrics, True, 0.0, 0.0)
+
+    def build(self: Laboratory, given: Any) -> None:
+        self.recipe, self.pretrained, self.edges = given, done("theta_0", []), (0, 500, 1000)
+        self.context = JobContext(Settings(), "cpu")
+
+    def do(_: Laboratory, job: Job) -> JobResult:
+        asked[digest := str(len(asked))] = job
+        return done(digest, [])
+
+    def search(job: SearchJob, *_: Any) -> JobResult:
+        searches.append(job)
+        return done("search", [0.7] * len(job.experts))
+
+    monkeypatch.setattr(Laboratory, "__init__", build)
+    monkeypatch.setattr(Laboratory, "do", do)
+    monkeypatch.setattr(Laboratory, "loss_changes", lambda *_: [0.0, 0.0])
+    monkeypatch.setattr("benchmarks.laboratory.search_artifact", search)
+    rows = claim_cell.run_cell(recipe, ["regmean", "uniform"], soup=True).scores
+    images = [job.images for job in asked.values() if isinstance(job, GeneratedFeaturesJob)]
+    assert [each.seed for each in images] == [4, 5, 6] * len(rows)
+    models = {row: each.models[0].digest for row, each in zip(rows, images[::3], strict=True)}
+    made = {row: asked.get(digest) for row, digest in models.items()}
+    parts = {row: [asked[e.digest] for e in job.experts] for row, job in made.items() if isinstance(job, MergeJob)}
+    assert models["pretrained"] == "theta_0"
+    assert made["finetuned"].weights == (0.7,)
+    assert parts["finetuned"][0].num_steps == recipe.num_control_steps(2)
+    assert made["merged, uniform"].weights == (0.5, 0.5)
+    assert [(copy.low, copy.high) for copy in parts["merged, uniform"]] == [(0, 500), (500, 1000)]
+    assert made["merged, regmean"].weights == (1.0, 1.0)
+    assert [copy.index for copy in parts["merged, regmean"]] == [0, 1]
+    assert made["distilled"].merged.digest == models["merged, regmean"]
+    assert [copy.finetune.seed for copy in parts["soup"]] == [10_031, 10_032]
+    assert {asked[job.reference.digest].part for job in searches} == {"search"}
 
 
 def test_an_ablation_of_the_number_of_segments_keeps_the_steps_of_all_together() -> None:

@@ -356,11 +356,22 @@ def test_sdxl_is_told_the_sizes_it_is_given(folders: Folders) -> None:
     assert adapter.encode_sizes(2)["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
 
 
-def test_sdxl_guides_away_from_zeros(folders: Folders) -> None:
-    encoded = folders("StableDiffusionXLPipeline").adapter().encode_prompts(["a cat", ""])
+def test_pixart_of_1024_pixels_is_told_the_size_of_the_square_and_its_shape() -> None:
+    adapter = FAMILIES["PixArtAlphaPipeline"](denoiser_config={"sample_size": 128}, scheduler_config={})
+    given = CropSizes(*(torch.tensor([pair]) for pair in ([480, 640], [0, 80], [1024, 1024])))
+    told = {name: tensor.tolist() for name, tensor in adapter.encode_sizes(1, given).items()}
+    assert told == {"resolution": [[1024.0, 1024.0]], "aspect_ratio": [[1.0]]}
+
+
+@pytest.mark.parametrize("is_zeros", [None, True, False])  # None: the index does not say.
+def test_sdxl_guides_away_from_zeros_unless_its_index_says_otherwise(is_zeros: bool | None, tmp_path: Path) -> None:
+    index = save_pipeline("StableDiffusionXLPipeline", tmp_path) / "model_index.json"
+    content = json.loads(index.read_text()) | {"force_zeros_for_empty_prompt": is_zeros}
+    index.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    encoded = open_model_folder(tmp_path).adapter().encode_prompts(["a cat", ""])
     for tensor in encoded.values():
         assert tensor[0].abs().sum() > 0
-        assert not tensor[1].any()
+        assert bool(tensor[1].any()) == (is_zeros is False)
 
 
 def test_sd3_needs_no_t5(tmp_path: Path) -> None:
@@ -387,6 +398,20 @@ def test_flux_without_distilled_guidance_is_told_none(tmp_path: Path) -> None:
     assert open_model_folder(path).adapter().latent_shape == (4, 128, 128)  # Of 1024 pixels, as its pipeline makes.
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": 8}))
     assert_same_images(images_of(open_model_folder(path)), stock_images(open_model_folder(path), 1.0))
+
+
+def test_frozen_parts_stored_in_half_precision_compute_in_full(tmp_path: Path) -> None:
+    PIPELINES["StableDiffusionPipeline"]().to(torch.float16).save_pretrained(tmp_path)
+    adapter = open_model_folder(tmp_path).adapter()
+    parts = [adapter.vae, adapter.text_pipeline.text_encoder]  # type: ignore[attr-defined]
+    assert [part.dtype for part in parts] == [torch.float32] * 2
+
+
+def test_a_scheduler_config_older_than_its_offset_is_corrected_as_the_pipeline_does(tmp_path: Path) -> None:
+    config = save_pipeline("StableDiffusionPipeline", tmp_path) / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"steps_offset": 0}))
+    folder = open_model_folder(tmp_path)
+    assert_same_images(images_of(folder), stock_images(folder, 1.0))
 
 
 def test_a_damaged_text_encoder_is_not_started_at_random(tmp_path: Path) -> None:

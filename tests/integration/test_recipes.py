@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from deme_core.settings import Settings
 from flows import evaluation
 from flows.doctor import run_checks
 from flows.recipe_checks import RecipeChecks
+from flows.recipe_estimate import RecipeEstimate
 from tests.tiny_clip import write_tiny_clip
 from tests.tiny_models import one_level_unet, write_tiny_folder
 from tests.tiny_pipelines import save_pipeline
@@ -181,6 +183,26 @@ def test_the_doctor_finds_what_does_not_fit_a_model_that_is_trained_here(setting
 
 def _disk_line(said: str) -> tuple[str, ...]:
     return next((tuple(line.split(maxsplit=2)[::2]) for line in said.splitlines() if line.split()[1] == "disk"), ())
+
+
+def test_the_doctor_says_how_many_images_each_class_has() -> None:
+    recipe = load_recipe("digits", ["evaluate.num_images=600", "merge.search.num_images=25"])
+    told = RecipeChecks(recipe, Settings())._shares(10, "classes")
+    assert told == ("10 classes; the report's 600 images are 60 of each and the search's 25 images are 2 or 3 of each")
+
+
+def test_the_doctor_counts_training_and_images_each_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: dict[str, float] = {}
+    cost = SimpleNamespace(training_flops=1.0, search_flops=1.0, evaluation_flops=1.0)
+    cost.seconds = lambda **given: rates.update(given) or 3600.0
+    settings = ["finetune.mixed_precision=bf16", "evaluate.mixed_precision=fp32", "execution.runner=prefect"]
+    adapter: Any = None
+    estimate = RecipeEstimate(
+        load_recipe("digits", settings), Settings(), adapter, num_images=1, num_features=1, frozen_bytes=0
+    )
+    monkeypatch.setattr(RecipeEstimate, "_cost", cost)
+    estimate._time()
+    assert rates["training_rate"] / rates["image_rate"] == H100_PEAK["bf16"] / H100_PEAK["fp32"]
 
 
 def test_the_doctor_compares_the_disk_with_what_a_run_needs(

@@ -67,6 +67,7 @@ def test_a_champion_must_be_beaten_beyond_the_interval(settings: Settings, tmp_p
     other_terms = run("d", [1.0, 1.1, 1.2], fingerprint="g")
     assert other_terms.decision == "kept"
     assert "cannot be compared" in other_terms.reason
+    assert run("c", [20.0, 21.0, 22.1], fingerprint="g").version == "7", "under other conditions it is another version"
     again = run("c", [20.0, 21.0, 22.1])
     assert (again.version, again.decision) == ("4", "promoted")
 

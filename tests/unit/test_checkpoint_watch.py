@@ -409,6 +409,23 @@ def test_weights_start_one_run_whatever_the_folder_is_called(watched: Watched) -
     assert watched.look_and_start() == []
 
 
+def test_each_recipe_starts_a_run_of_its_own_for_the_same_weights(watched: Watched) -> None:
+    watched.add("a")
+    [finding] = watched.look().values()
+    for recipe, expected in (("digits", True), ("cifar10", True), ("digits", False)):
+        ledger = Ledger(watched.own, prefix=watched.folder.as_uri(), recipe=recipe)
+        assert ledger.start_once(finding.look, lambda: "run", claimed_by="test")[1] is expected
+
+
+def test_a_file_that_grew_and_kept_its_time_is_read_again(watched: Watched) -> None:
+    index = watched.add("a") / "model_index.json"
+    [before], time_ns = watched.look().values(), index.stat().st_mtime_ns
+    index.write_text(index.read_text() + "\n")
+    os.utime(index, ns=(time_ns, time_ns))
+    [after] = watched.look().values()
+    assert after.look.fingerprint != before.look.fingerprint
+
+
 def test_a_look_at_nothing_new_costs_one_listing_and_no_download(watched: Watched) -> None:
     watched.add("whole")
     truncate(watched.add("broken", seed=1))

@@ -1,12 +1,15 @@
-"""The table of several runs."""
+"""The table and the page of several runs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from deme_core.errors import InputError
+from deme_core.html_report.content import ComparisonContent
 from deme_core.verdict import RowScores, differences, differences_in_words
-from tasks import comparison
+from tasks import comparison, comparison_page
 from tasks.comparison import comparison_table
 
 METRIC = "fd_efficientnet_lite0"
@@ -63,3 +66,41 @@ def test_runs_of_one_deciding_metric_are_compared_by_the_metrics_that_all_have(m
     assert [set(each[kind]["merged"]) for each in shared.values() for kind in ("rows", "scores")] == [{METRIC}] * 4
     with pytest.raises(InputError, match=r"they differ in deciding_metric \(fid, kid\)"):
         comparison.comparable_reports(["a", "c"])
+
+
+def test_the_page_sets_the_merged_model_of_each_run_against_that_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(run: str, scores: list[float], *, draws_real_images: bool) -> dict[str, Any]:
+        made = report(scores, [])
+        for kind in ("rows", "scores"):  # In the order that MLflow gives them.
+            made[kind] = {"finetuned": dict.fromkeys(made[kind]["merged"], [0.0] * 3)} | made[kind]
+        curves = {
+            row: {"edges": [0, 10], "changes": [dict.fromkeys(("mean", "low", "high"), change)]}
+            for row, change in {"finetuned": 9.0, "merged": scores[0]}.items()
+        }
+        conditions = {"sampler": "ddim", "num_inference_steps": 20, "eta": 0, "reference": {"num_images": 9}}
+        facts = {"num_images": 3, "seeds": [1, 2, 3], "fingerprint": "f", "draws_real_images": draws_real_images}
+        return made | facts | {"mlflow_run_id": run, "conditions": conditions, "heldout_change": curves}
+
+    def download(_: Any, run: str, name: str, folder: Path) -> Path | None:
+        if name != "recipe.yaml":
+            return None
+        (folder / name).write_text(yaml.safe_dump({"finetune": {"consistency_weight": int(run == "b")}}))
+        return folder / name
+
+    pages: list[ComparisonContent] = []
+    monkeypatch.setattr(comparison_page, "download", download)
+    monkeypatch.setattr(comparison_page, "comparison_page", lambda content: pages.append(content) or "")
+    runs = {
+        "a": evaluated("a", [10.0, 12.0, 14.0], draws_real_images=True),
+        "b": evaluated("b", [9.0, 11.1, 12.9], draws_real_images=False),
+    }
+    comparison_page.write_comparison(runs, tmp_path / "page.html")
+    (page,) = pages
+    (difference,) = page.scores.differences
+    assert (difference.row, difference.baseline, difference.verdict) == ("race b", "race a", "better")
+    assert not page.scores.draws_real_images
+    assert [run.settings for run in page.runs] == [{"finetune.consistency_weight": value} for value in "01"]
+    assert page.heldout is not None
+    assert [curve.changes[0].mean for curve in page.heldout.curves.values()] == [10.0, 9.0]

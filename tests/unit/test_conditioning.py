@@ -138,6 +138,15 @@ def test_a_subset_keeps_captions_and_labels_beside_their_images(folder: Path, tm
             assert [dataset.labels[i] for i in same] == [part.labels[index]]
 
 
+def test_images_that_are_skipped_take_their_captions_and_labels_along(folder: Path, tmp_path: Path) -> None:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps({"file_name": name, "text": name}) for name in names))
+    (folder / names[0]).write_bytes(b"no image")
+    for captions in ({"caption_column": "text"}, {"caption_template": "{text}"}):
+        dataset = load(folder, tmp_path, **captions, label_column="label", skip_broken=True)
+        assert (dataset.captions, dataset.labels) == (names[1:], [0, 1, 1, 2])
+
+
 # What the user can do wrong
 
 
@@ -235,6 +244,7 @@ def test_batches_pair_images_with_captions_and_labels(
 def test_sizes_say_where_in_the_mirrored_or_plain_image_the_square_lies(folder: Path, tmp_path: Path) -> None:
     dataset = load(folder, tmp_path)
     by_size = {dataset.resized(index).original_size: dataset.resized(index).pixels for index in range(5)}
+    assert set(by_size) == {(16 + 3 * number, 30) for number in range(5)}
     num_mirrored = 0
     for random_crop in (False, True):
         for batch in first(8, dataset, random_crop=random_crop, random_flip=True):

@@ -12,7 +12,8 @@ from deme_core.families.pixart import PixArt
 from deme_core.families.stable_diffusion import StableDiffusion
 from deme_core.model_folder import build_denoiser, open_model_folder
 from deme_core.projection import attach_projections
-from deme_core.recipe import LoraSpec, Recipe
+from deme_core.recipe import DistillSpec, LoraSpec, Recipe
+from deme_core.rows import NUM_ROWS
 from tasks.work import training_run
 from tests.tiny_pipelines import save_pipeline
 
@@ -47,6 +48,21 @@ def recipe(**sections: Any) -> Recipe:
 
 def cost(**sections: Any) -> Any:
     return estimate_cost(recipe(**sections), SIZE, num_images=7, num_features=16, frozen_bytes=1000)
+
+
+def test_a_distillation_costs_its_images_twice_and_a_row() -> None:
+    plain, distilled = (
+        cost(),
+        estimate_cost(
+            recipe().model_copy(update={"distill": DistillSpec(num_steps=5, batch_size=4)}),
+            SIZE,
+            num_images=7,
+            num_features=16,
+        ),
+    )
+    # 5 steps of 4 images, and 3 of 8 that the control takes more.
+    assert distilled.training_flops - plain.training_flops == (5 * 4 + 3 * 8) * (3 * 1100 + 1000)
+    assert distilled.evaluation_flops == plain.evaluation_flops * (NUM_ROWS + 1) / NUM_ROWS
 
 
 def test_training_is_three_passes_and_a_frozen_one_of_all_copies_and_the_control() -> None:

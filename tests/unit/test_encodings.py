@@ -36,7 +36,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(NUM_IMAGES):
         path = root / CLASSES[number % 3] / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (17 + number, 20, 3), dtype=np.uint8)).save(path)
+        Image.fromarray(rng.integers(0, 256, (17 + number, 23, 3), dtype=np.uint8)).save(path)
     return root
 
 

@@ -645,6 +645,11 @@ def test_clip_score_needs_the_whole_tokenizer(clip_folder: Path, tmp_path: Path)
     with pytest.raises(ExtractorUnavailableError, match="no CLIP tokenizer"):
         load_clip_score(weights=str(tmp_path), cache=tmp_path / "cache", device="cpu")
     (tmp_path / "merges.txt").write_bytes((clip_folder / "merges.txt").read_bytes())
+    whole = clip_score_digest(weights=str(tmp_path), cache=tmp_path / "cache")
+    assert whole == clip_score_digest(weights=str(clip_folder), cache=tmp_path / "cache")
+    (tmp_path / "merges.txt").write_text((clip_folder / "merges.txt").read_text() + "\n")
+    assert clip_score_digest(weights=str(tmp_path), cache=tmp_path / "cache") != whole
+    (tmp_path / "merges.txt").write_bytes((clip_folder / "merges.txt").read_bytes())
     words = json.loads((clip_folder / "vocab.json").read_text())
     (tmp_path / "vocab.json").write_text(json.dumps(words | {"dog</w>": len(words)}))
     with pytest.raises(ExtractorUnavailableError, match="more words than the model"):

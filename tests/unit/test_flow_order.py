@@ -3,7 +3,7 @@
 import json
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -11,8 +11,9 @@ from deme_core.errors import InputError
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe_file import load_recipe
 from deme_core.segments import TimestepSegment
-from flows import confinement, decouple_then_merge, merge_plan, trainings
+from flows import confinement, decouple_then_merge, encodings, merge_plan, trainings
 from flows import evaluate as evaluation
+from flows import evaluation as row_evaluation
 from flows.encodings import EncodedDataset
 
 
@@ -93,6 +94,133 @@ def test_a_copy_that_failed_ends_a_run_when_the_control_is_done() -> None:
     asked.clear()
     assert len(decouple_then_merge._results(copies[:1], others=[control])) == 1
     assert asked == ["copy"], "what needs the copies alone does not wait for the control"
+
+
+class Done:
+    """A future whose result is an artifact of this name."""
+
+    def __init__(self, ref: str, **metrics: Any) -> None:
+        self._result = SimpleNamespace(ref=ref, metrics=metrics)
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+    def result(self) -> Any:
+        return self._result
+
+
+def test_each_row_loss_and_training_is_of_the_model_that_it_is_called_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: dict[str, Any] = {}
+    losses: dict[str, str] = {}
+
+    def submit_row(_: Any, row: str, *given: Any) -> Done:
+        rows[row] = given
+        return Done(row)
+
+    def submit_loss(ref: str, _: Any, what: str) -> Done:
+        losses[what] = ref
+        return Done(what)
+
+    class Plan:
+        searches: ClassVar[dict[str, Any]] = {}
+
+        def __init__(self, *_: Any) -> None:
+            """Takes what it is given."""
+
+        def find_weights(self, refs: Any, _: Any) -> Any:
+            return refs
+
+        def find_scale(self, control: Any) -> Any:
+            return (control,)
+
+        def merge(self, refs: Any, _: Any, found: Any) -> Any:
+            return Done(f"merge of {refs} with {found}").result()
+
+        def scale_control(self, control: Any, found: Any) -> Any:
+            return self.merge((control,), None, found)
+
+    copies = [Done("copy 0"), Done("copy 1")]
+    given = SimpleNamespace(imported_copies=list, control=lambda: Done("control"), copies=lambda: copies)
+    stand_ins = {
+        "obtain_pretrained": SimpleNamespace(submit=lambda: Done("theta_0", num_train_timesteps=1000)),
+        "encode_dataset": lambda *_: None,
+        "Trainings": lambda *_: given,
+        "heldout_loss": SimpleNamespace(submit=submit_loss),
+        "first_real_features": lambda _, part: Done(part),
+        "submit_reference": lambda _, part, first: Done(f"{part} {first.ref}"),
+        "submit_row": submit_row,
+        "judge_experts": lambda _, refs, *__: [SimpleNamespace(ref=ref, merged=True) for ref in refs],
+        "MergePlan": Plan,
+        "import_matplotlib": lambda: None,
+        "as_completed": list,
+        "write_report": lambda results, **_: results,
+        "flow_run": SimpleNamespace(id="run"),
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(decouple_then_merge, name, stand_in)
+    results: Any = decouple_then_merge._compare_rows(load_recipe("digits", ["segments={count: 2}"]))
+    merged, scaled = (f"merge of {refs} with {refs}" for refs in (("copy 0", "copy 1"), ("control",)))
+    models = {"pretrained": "theta_0", "finetuned": scaled, "merged": merged}
+    alone = {row: ((model,), None, "report report") for row, model in models.items()}
+    assert rows == alone | {"ensemble": (("copy 0", "copy 1"), (0, 500, 1000), "report report")}
+    assert losses == models | {"segment 0": "copy 0", "segment 1": "copy 1"}
+    assert {row: model.ref for row, model in results.models.items()} == models
+    trained = ("finetuned", "control"), ("segment 0 [0, 500)", "copy 0"), ("segment 1 [500, 1000)", "copy 1")
+    assert {name: training.ref for name, training in results.trainings.items()} == dict(trained)
+
+
+def test_the_control_takes_all_timesteps_and_the_steps_of_all_other_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "finetune", SimpleNamespace(submit=lambda job, _: job))
+    recipe = load_recipe("digits", ["finetune.num_steps=7", "distill={num_steps: 5, batch_size: 64}"])
+    ref, segments = (
+        ArtifactRef("file:///store/pretrained/a", "a"),
+        (TimestepSegment(0, 300), TimestepSegment(300, 1000)),
+    )
+    given = trainings.Trainings(recipe, ref, EncodedDataset(), segments)
+    jobs: list[Any] = [given.control(), *given.copies()]
+    assert [(job.low, job.high, job.num_steps) for job in jobs] == [(0, 1000, 19), (0, 300, 7), (300, 1000, 7)]
+
+
+def test_each_image_of_each_seed_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_evaluation, "generated_features", SimpleNamespace(submit=lambda _, job: job))
+    monkeypatch.setattr(row_evaluation, "evaluate_row", SimpleNamespace(submit=lambda *given: given))
+    monkeypatch.setattr(row_evaluation, "allow_failure", lambda features: features)
+    settings = ["evaluate={num_images: 10, batch_size: 4, seeds: [4, 5, 6]}", "execution.images_per_task=4"]
+    ref = ArtifactRef("file:///store/merged/a", "a")
+    given: Any = row_evaluation.submit_row(load_recipe("digits", settings), "merged", (ref,), None, ref)
+    _, images, features, _ = given
+    assert [each.seed for each in images] == [4, 5, 6]
+    made = [[(job.images, job.low, job.high) for job in slices] for slices in features]
+    assert made == [[(each, 0, 4), (each, 4, 8), (each, 8, 10)] for each in images]
+
+
+def test_all_real_images_are_looked_at_and_none_is_set_aside_without_a_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(row_evaluation, "real_features", SimpleNamespace(submit=lambda job: job))
+    monkeypatch.setattr(row_evaluation, "build_reference", SimpleNamespace(submit=lambda *given: given))
+    monkeypatch.setattr(row_evaluation, "allow_failure", lambda features: features)
+    fixed = ["segments={count: 2}", "merge={weights: [0.2, 0.3]}"]
+    for settings, num_for_search in (([], 600), (fixed, 0)):
+        recipe = load_recipe("digits", settings)
+        first: Any = row_evaluation.first_real_features(recipe, "report")
+        result: Any = SimpleNamespace(metrics={"num_in_all": 2 * first.high + 1})
+        given: Any = row_evaluation.submit_reference(recipe, "report", result)
+        _, told, (_, *others) = given
+        assert [job.low for job in others] == [first.high, 2 * first.high]
+        assert {told, *(job.num_for_search for job in (first, *others))} == {num_for_search}
+
+
+def test_all_images_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def submit(job: Any) -> Done:
+        return Done(f"{job.stage} {job.low}", num_in_all=2 * job.high + 1 if job.low == 0 else 0)
+
+    monkeypatch.setattr(encodings, "encode", SimpleNamespace(submit=submit))
+    pretrained: Any = SimpleNamespace(
+        ref=ArtifactRef("file:///store/pretrained/a", "a"), metrics={"caches": ["latents"]}
+    )
+    encoded = encodings.encode_dataset(load_recipe("digits", ["execution.images_per_task=64"]), pretrained)
+    assert encoded.latents == ("latents 0", "latents 64", "latents 128")
 
 
 def test_what_is_said_of_the_model_that_is_scored_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,7 @@ from deme_core.html_report.content import (
 from deme_core.html_report.loss_charts import heldout_chart, thinned, training_chart
 from deme_core.html_report.numbers import decimal_places, duration, number, percent, signed
 from deme_core.html_report.pictures import read_picture
+from deme_core.html_report.score_chart import score_chart
 from deme_core.html_report.search_chart import search_chart
 from deme_core.html_report.sentences import comparison_sentence, headline, verdict_sentence
 from deme_core.segments import TimestepSegment
@@ -352,6 +353,19 @@ def test_captions_stand_under_the_images_of_all_rows() -> None:
     assert [text for text in page.text["p"] if text in prompts] == prompts
 
 
+def test_the_chart_draws_both_intervals_of_rows_and_of_differences() -> None:
+    row = Score(Interval(5.0, 4.0, 7.0), Interval(5.0, 3.0, 9.0), (5.0,))
+    seeds, images = Interval(-2.0, -3.0, -0.5), Interval(-2.0, -4.0, -1.0)
+    differences = (Difference("merged", "pretrained", "fid", seeds, images, "better"),)
+    rows = {name: {"fid": row} for name in ("pretrained", "merged")}
+    traces = score_chart(Scores(metric="fid", rows=rows, differences=differences)).to_dict()["data"]
+    bars = [list(trace["x"]) for trace in traces if trace["mode"] == "lines+markers"]
+    assert bars == [[3.0, 9.0], [3.0, 9.0], [-4.0, -1.0]]
+    lines = [trace for trace in traces if "error_x" in trace]
+    bounds = [(*line["x"], *line["error_x"]["arrayminus"], *line["error_x"]["array"]) for line in lines]
+    assert bounds == [(5.0, 1.0, 2.0), (5.0, 1.0, 2.0), (-2.0, 1.0, 1.5)]
+
+
 def test_held_out_losses_are_per_cent_with_borders_and_a_range_that_copies_do_not_stretch() -> None:
     assert CONTENT.heldout is not None
     figure = heldout_chart(CONTENT.heldout, is_copy=frozenset({"segment 0"})).to_dict()
@@ -369,6 +383,7 @@ def test_a_loss_that_is_always_zero_has_no_panel() -> None:
     without = [{**record, "consistency_loss": 0.0} for record in RECORDS]
     assert [a.text for a in training_chart({"finetuned": without}).layout.annotations] == ["diffusion loss"]
     assert len(training_chart({"finetuned": RECORDS}).layout.annotations) == 2
+    assert len(training_chart({"finetuned": without, "segment 0": RECORDS}).layout.annotations) == 2
 
 
 def test_long_histories_are_thinned_by_means() -> None:

@@ -163,6 +163,7 @@ def test_center_crop_equals_the_transforms_of_diffusers_example(folder: Path, tm
             transforms.Normalize([0.5], [0.5]),
         ]
     )
+    Image.effect_noise((16, 19), 50).save(folder / "three-to-cut.png")
     dataset = load(folder, tmp_path, channels=channels)
     files = sorted(folder.rglob("*.*"), key=lambda path: path.relative_to(folder).as_posix())
     for index, file in enumerate(files):
@@ -171,7 +172,7 @@ def test_center_crop_equals_the_transforms_of_diffusers_example(folder: Path, tm
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.linspace(0, 65535, 16 * 16).round().astype(np.uint16).reshape(16, 16)
+    values = np.random.default_rng(0).integers(0, 65536, (16, 16), dtype=np.uint16)
     (tmp_path / "grey").mkdir()
     Image.fromarray(values).save(tmp_path / "grey" / "0.png")
     image = load(tmp_path / "grey", tmp_path, channels=1).image(0)

@@ -61,7 +61,7 @@ def test_the_features_of_all_lie_side_by_side(tmp_path: Path) -> None:
     assert joint.widths == (1280, 48)
     assert np.array_equal(joint(images), np.concatenate([extractor(images) for extractor in each], axis=1))
     assert joint.digest == extractors_digest(NAMES, weights=None, resolution=32, cache=tmp_path)
-    assert len({joint.digest, *(extractor.digest for extractor in each)}) == 3
+    assert len({joint.digest, JointExtractor(each[::-1]).digest, *(extractor.digest for extractor in each)}) == 4
 
 
 def test_pixels_are_means_of_cells_whatever_the_size(tmp_path: Path) -> None:

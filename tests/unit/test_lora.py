@@ -181,6 +181,10 @@ def test_factors_come_back_from_their_file(tmp_path: Path) -> None:
     save_tensors(tmp_path / "half.safetensors", {"unet.conv_in.lora_A.weight": torch.zeros(2, 4)})
     with pytest.raises(ModelFolderError, match="does not hold both LoRA factors of conv_in"):
         read_factors(tmp_path / "half.safetensors", part="unet")
+    ranks = {"unet.conv_in.lora_A.weight": torch.zeros(2, 4), "unet.conv_in.lora_B.weight": torch.zeros(4, 3)}
+    save_tensors(tmp_path / "ranks.safetensors", ranks)
+    with pytest.raises(ModelFolderError, match="both LoRA factors of conv_in, of one rank"):
+        read_factors(tmp_path / "ranks.safetensors", part="unet")
 
 
 @pytest.fixture
@@ -338,6 +342,8 @@ def test_factors_of_other_layers_are_refused() -> None:
 def test_targets_must_be_layers_of_the_model() -> None:
     with pytest.raises(InputError, match=r"to_qq is no layer of a UNet2DModel; it has, for example, conv_in"):
         attach_lora(tiny_unet(), LoraSpec(target_modules=("to_q", "to_qq")), seed=0)
+    with pytest.raises(InputError, match=r"o_q is no layer"):
+        attach_lora(tiny_unet(), LoraSpec(target_modules=("o_q",)), seed=0)
     with pytest.raises(InputError, match=r"attentions\.0 is of class Attention; an adapter goes to linear"):
         attach_lora(tiny_unet(), LoraSpec(target_modules=("attentions.0",)), seed=0)
     without = {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2, "add_attention": False}

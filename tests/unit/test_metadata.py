@@ -119,6 +119,14 @@ def test_labels_are_classes_or_names_and_not_both(folder: Path, tmp_path: Path) 
         load(folder, tmp_path, label_column="kind")
 
 
+def test_names_of_classes_are_numbered_in_their_own_order(folder: Path, tmp_path: Path) -> None:
+    (folder / "a" / "metadata.jsonl").unlink()
+    kinds = dict(zip(NAMES, ("zebra", "ant", "zebra", "bee"), strict=True))
+    write(folder, *({"file_name": name, "kind": kind} for name, kind in kinds.items()))
+    dataset = load(folder, tmp_path, label_column="kind")
+    assert dataset.labels == [2, 0, 2, 1]
+
+
 @pytest.mark.skipif(not CIFAR.exists(), reason="needs shared/data beside the checkout")
 def test_photographs_are_captioned_by_class(tmp_path: Path) -> None:
     with tarfile.open(CIFAR) as archive:

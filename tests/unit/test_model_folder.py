@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file
 from torch import nn
 
@@ -121,7 +121,8 @@ def test_a_ddim_scheduler_makes_a_ddim_pipeline(tmp_path: Path) -> None:
         scheduler_config={"_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2"},
         tensors=tiny_unet().state_dict(),
     )
-    pipeline = DDIMPipeline.from_pretrained(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(pipeline) is DDIMPipeline
     assert pipeline.scheduler.config.beta_schedule == "squaredcos_cap_v2"
 
 

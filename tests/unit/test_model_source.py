@@ -20,6 +20,7 @@ class Hub(BaseHTTPRequestHandler):
     folder: ClassVar[Path]
     claimed: ClassVar[dict[str, int]] = {}
     got: ClassVar[list[str]] = []
+    asked: ClassVar[set[str]] = set()
 
     def do_GET(self) -> None:
         self._answer(with_body=True)
@@ -31,6 +32,7 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.partition("?")[0]
         files = {f.relative_to(self.folder).as_posix(): f for f in self.folder.rglob("*") if f.is_file()}
         if path.startswith("/api/"):
+            self.asked.add(path.rpartition("/")[2])
             sizes = {name: self.claimed.get(name, file.stat().st_size) for name, file in files.items()}
             tree = [{"type": "file", "path": name, "oid": name, "size": size} for name, size in sizes.items()]
             siblings = [{"rfilename": name, "size": size} for name, size in sizes.items()]
@@ -76,6 +78,12 @@ def test_a_model_of_the_hub_is_fetched_once(hub: type[Hub], tmp_path: Path) -> N
     assert sorted(hub.got) == sorted(files)
     assert fetch_source("a/model", revision=None, cache=tmp_path / "cache") == fetched
     assert len(hub.got) == len(files)
+
+
+def test_the_revision_that_is_asked_for_is_the_one_that_comes(hub: type[Hub], tmp_path: Path) -> None:
+    hub.asked.clear()
+    fetch_source("a/model", revision="v2", cache=tmp_path / "cache")
+    assert hub.asked == {"v2", COMMIT}
 
 
 @pytest.mark.parametrize("revision", [None, "main"])

@@ -1,6 +1,8 @@
 import base64
 import io
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from PIL import Image
 
 from deme_core.figures import cut_tiles, save_image_grid
 from deme_core.html_report.content import Picture
-from deme_core.prompts import Prompts
-from tasks.page_samples import page_samples
+from deme_core.prompts import Prompts, load_prompts
+from tasks.page_samples import image_prompts, page_samples
 
 PROMPTS = Prompts(("a cat", "a ship"), {}, "digest")
 
@@ -73,6 +75,18 @@ def test_white_images_before_the_last_line_are_images(tmp_path: Path) -> None:
     ten = Prompts(tuple(f"prompt {index}" for index in range(10)), {}, "digest")
     row = page_samples({"merged": tmp_path / "g.png"}, 1, {"num_images": 100, "shape": [3, 32, 32]}, ten).rows["merged"]
     assert len(row) == 10
+
+
+def test_prompts_that_changed_since_the_images_were_made_stand_above_none(tmp_path: Path) -> None:
+    (file := tmp_path / "prompts.txt").write_text("a cat\na ship\n")
+    recipe, settings = (
+        SimpleNamespace(evaluate=SimpleNamespace(prompts=str(file))),
+        SimpleNamespace(cache_folder=tmp_path),
+    )
+    runtime: Any = SimpleNamespace(recipe=recipe, settings=settings)
+    prompts = load_prompts(str(file), tmp_path)
+    assert image_prompts(runtime, {"prompts": prompts.digest}) == prompts
+    assert image_prompts(runtime, {"prompts": "digest of others"}) is None
 
 
 def decoded(picture: Picture) -> np.ndarray:

@@ -23,6 +23,7 @@ def test_the_metric_that_decides_comes_first_with_both_intervals_and_a_verdict()
     assert (first.metric, first.seeds, first.images) == (METRIC, found["seeds"], found["images"])
     assert first.verdict == "better"
     assert (second.metric, second.images, second.verdict) == ("precision", None, None)
+    assert second.seeds.mean == pytest.approx(0.4 / 3)
     assert page.deciding == (first,)
     assert page.higher_is_better == {"precision"}
 

@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from deme_core.extractors.base import resize_and_normalize
 from deme_core.extractors.pillow_bicubic import resize
 
 
@@ -24,3 +25,11 @@ def test_pixels_are_pillows(height: int, width: int) -> None:
 
 def test_a_flat_image_stays_flat() -> None:
     assert torch.equal(resize(torch.full((1, 1, 10, 10), 7.0), 30), torch.full((1, 1, 30, 30), 7.0))
+
+
+@pytest.mark.parametrize("side", [5, 30])
+def test_what_networks_of_timm_see_is_resized_as_pillow_resizes_floats_and_clipped(side: int) -> None:
+    drawn = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
+    made = resize_and_normalize(drawn, resolution=side, mean=torch.full((3, 1, 1), 9.0), std=torch.full((3, 1, 1), 2.0))
+    expected = (resized_by_pillow(drawn.float(), side).clamp(0, 255) - 9) / 2
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-3)

@@ -4,7 +4,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,14 +13,15 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from prefect.states import Cancelled, Completed, Running, State
+from prefect.states import Cancelled, Completed, Crashed, Running, State
 
 from deme_core.errors import DemeError, InputError, StoreUnavailableError
 from deme_core.file_store import FileStore
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import ExecutionSpec
+from deme_core.recipe_file import load_recipe
 from tasks import remote_pool, remote_sender
-from tasks.jobs import ImportJob, JobResult
+from tasks.jobs import ImportJob, JobResult, pretrained_job
 from tasks.remote_pool import RemotePool
 from tests.e2e.waiting import wait_for
 
@@ -92,6 +93,27 @@ def test_a_job_whose_answer_was_lost_is_not_sent_twice(tmp_path: Path, monkeypat
     assert first == again != other
 
 
+@pytest.mark.parametrize(
+    ("stages", "expected"), [([], ("deme-job/cpu", 0, "auto")), (["pretrained"], ("deme-job/gpu", 2, "cuda"))]
+)
+def test_a_job_asks_for_the_gpus_of_its_training_where_its_stage_is_one_for_them(
+    tmp_path: Path, stages: list[str], expected: tuple[str, int, str]
+) -> None:
+    sent: list[Any] = []
+
+    def create(name: str, *, parameters: dict[str, Any], job_variables: dict[str, int], **_: Any) -> Any:
+        sent.append((name, job_variables["gpu_limit"], parameters["device"]))
+        return SimpleNamespace(id=uuid4(), name="dashing-otter")
+
+    server: Any = SimpleNamespace(
+        read_deployment_by_name=lambda name: SimpleNamespace(id=name), create_flow_run_from_deployment=create
+    )
+    execution = ExecutionSpec.model_validate({"runner": "prefect", "device": "cuda", "gpu_stages": stages})
+    job: Any = pretrained_job(load_recipe("digits", ["pretrained.training.num_processes=2"]))
+    RemotePool(execution, FileStore(tmp_path), "flow-run")._submit(server, job, lambda _: None)
+    assert sent == [expected]
+
+
 class Server:
     """Starts every flow run at once, and ends it when it is told to, or to cancel it."""
 
@@ -152,6 +174,7 @@ def test_no_more_jobs_are_sent_than_the_recipe_allows_at_once(tmp_path: Path, se
             done.append(server.finish(first))
         assert sorted(future.result(30).ref.digest for future in sent) == sorted(each.ref.digest for each in done)
     assert at_once == [1, 1]
+    assert not list(FileStore(tmp_path).list("jobs/")), "outcomes are collected"
 
 
 def test_a_pool_that_closes_cancels_what_it_sent_and_what_it_was_about_to_send(tmp_path: Path, server: Server) -> None:
@@ -202,3 +225,16 @@ def test_a_flow_signs_again_though_the_store_was_away(tmp_path: Path, monkeypatc
     monkeypatch.setattr(store, "put_bytes", be_away_once)
     with remote_sender.signed(store, "flow-run"):
         assert signed_again.wait(10)
+
+
+def test_a_flow_that_prefect_calls_crashed_goes_on_while_it_signs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = SimpleNamespace(read_flow_run=lambda _: SimpleNamespace(state=Crashed()))
+    monkeypatch.setattr(remote_sender, "get_client", lambda **_: nullcontext(server))
+    store, flow_run_id = FileStore(tmp_path), str(uuid4())
+    remote_sender.sign(store, flow_run_id)
+    remote_sender.check_sender(store, flow_run_id)
+    remote_sender.unsign(store, flow_run_id)
+    with pytest.raises(DemeError, match="The run which sent this job has ended"):
+        remote_sender.check_sender(store, flow_run_id)

@@ -232,12 +232,24 @@ def test_an_order_is_a_permutation_that_reads_few_shards_at_a_time() -> None:
     windows = ShardWindows(shards, WINDOW)
     orders = [windows.order(1, epoch) for epoch in (0, 1)]
     assert not torch.equal(*orders)
+    together = [{frozenset(row.tolist()) for row in shards[order].reshape(-1, WINDOW * PER_TAR)} for order in orders]
+    assert together[0] != together[1], "shards are shuffled, too"
     for order in orders:
         assert torch.equal(order.sort().values, torch.arange(len(shards)))
         near = shards[order].reshape(-1, WINDOW * PER_TAR)
         assert all(len(row.unique()) == WINDOW for row in near)
         assert any((row[1:] < row[:-1]).any() for row in near)  # Mixed within a window.
     assert torch.equal(ShardWindows(shards, WINDOW).order(1, 0), orders[0])
+
+
+def test_a_tar_that_was_written_anew_in_the_same_size_has_new_captions(tmp_path: Path) -> None:
+    pack_tars(copy := tmp_path / "copy")
+    captions = _load(copy, tmp_path).captions
+    assert captions is not None and captions[0] == "0 0"
+    tar = copy / "000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"0 0" + bytes(509), b"9 9" + bytes(509)))
+    os.utime(tar, ns=(later := tar.stat().st_mtime_ns + 10**9, later))
+    assert _load(copy, tmp_path).captions == ["9 9", *captions[1:]]
 
 
 def test_a_cache_that_cannot_hold_a_window_is_refused(tars: Path, tmp_path: Path) -> None:

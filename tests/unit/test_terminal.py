@@ -14,7 +14,7 @@ from flows.doctor import run_checks
 from flows.ending import run_to_its_end
 from flows.model_commands import new_folder
 from flows.progress_display import ProgressDisplay
-from flows.report_text import print_comparison, print_model, print_scores
+from flows.report_text import _print_verdicts, _table, print_comparison, print_model, print_scores
 from flows.terminal import printable
 from tasks.progress import Event, tell
 
@@ -100,6 +100,23 @@ def test_tables_say_what_their_intervals_are_of() -> None:
     rows = {"row": {"model": "merged", "fid": "1 (0.5 to 1.5)"}}
     told = " ".join(printed(lambda console: print_comparison(rows, console)).split())
     assert told.startswith("mean and 95 % interval over sampling seeds, lower is better")
+
+
+def test_rows_come_in_their_order_though_mlflow_sorts_them() -> None:
+    score = {"fid": {"mean": 1.0, "low": 0.5, "high": 2.0}}
+    rows = {"ensemble": score, "finetuned": score, "merged": score, "pretrained": score}
+    report = {"recipe": "toy", "rows": rows, "num_images": 4, "seeds": [1, 2, 3]}
+    told = printed(lambda console: console.print(_table(report)))
+    assert [word for word in told.split() if word in rows] == ["pretrained", "finetuned", "ensemble", "merged"]
+
+
+def test_each_verdict_stands_beside_its_baseline() -> None:
+    gain = {"seeds": {"mean": -1.0, "low": -2.0, "high": -0.5}}
+    verdict = {"vs_pretrained": "better", "vs_finetuned": "worse"}
+    comparison = {"verdict": verdict, "gain_by": dict.fromkeys(verdict, gain)}
+    told = printed(lambda console: _print_verdicts("merged", comparison, "fid", console))
+    assert "merged is better than pretrained" in told
+    assert "merged is worse than finetuned" in told
 
 
 def test_a_name_that_no_folder_can_have_is_one_sentence(tmp_path: Path) -> None:
