@@ -77,8 +77,8 @@ class WorkerProcess:
             raise RunEndedError
         if self._process is not None and self._process.poll() is None:
             return
-        # Else Python would import what lies in the folder where `deme` was called, in this process and its children.
         environment = {name: value for name, value in os.environ.items() if not _OF_LAUNCHERS.fullmatch(name)}
+        # PYTHONSAFEPATH: else Python would import what lies in the folder where `deme` was called, and so its children.
         environment |= {"OMP_NUM_THREADS": str(self._slot.num_threads), "PYTHONSAFEPATH": "1"}
         # Threads that spin while they wait slow a busy machine down many times over.
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
