@@ -48,6 +48,8 @@ class ProgressDisplay:
             bar = self._bars[event.task]
             if event.kind == "progress":
                 self._progress.update(bar, **_position(event.record))
+                if event.record.get("is_waiting"):
+                    self._say(f"{event.task}: {event.record['message']}")
             elif event.kind == "warning":
                 say(self._console, f"{event.task}: {event.record['message']}")
             elif event.kind in ("finished", "cached"):

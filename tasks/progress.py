@@ -10,6 +10,11 @@ Report = Callable[[Record], None]
 R = TypeVar("R")
 
 
+def waiting(what: str) -> Record:
+    """Returns the record of a job that waits for ``what``: also told where no bar shows it, since it may take long."""
+    return {"message": f"waits for {what}", "is_waiting": True}
+
+
 @dataclass(frozen=True)
 class Event:
     """Something a task tells.

@@ -22,7 +22,7 @@ from deme_core.store import ObjectStore, check_access
 from tasks.error_messages import job_error
 from tasks.health import check_api_address
 from tasks.jobs import Job, JobResult
-from tasks.progress import Report
+from tasks.progress import Report, waiting
 from tasks.ray_cluster import check_listening, check_nodes, cluster_address, import_ray, joined_runner, on_head
 from tasks.ray_node import JobFailedError, Mailbox, SentEnvironment, do_job
 
@@ -144,7 +144,7 @@ class RayPool:
             if self._closed:
                 raise RunEndedError
             if not started and time.monotonic() - submitted > _PATIENCE_SECONDS:
-                report({"message": "waits for a node with room for it"})
+                report(waiting("a node with room for it"))
                 submitted = float("inf")
 
     def _posted(self, ticket: str) -> list[dict[str, Any]]:

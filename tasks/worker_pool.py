@@ -13,7 +13,7 @@ from collections.abc import Callable
 from deme_core.errors import InputError, RunEndedError, WorkerDiedError
 from deme_core.settings import Settings
 from tasks.jobs import Job, JobResult
-from tasks.progress import Report
+from tasks.progress import Report, waiting
 from tasks.slots import Slot
 from tasks.worker_process import WorkerProcess
 
@@ -71,10 +71,10 @@ class WorkerPool:
         """
         told: list[str] = []
 
-        def say(message: str) -> None:
-            told.append(message)
-            self.log(f"{job.display_name} {message}")
-            report({"message": message})
+        def say(what: str) -> None:
+            told.append(what)
+            self.log(f"{job.display_name} waits for {what}")
+            report(waiting(what))
 
         worker, idle = self._take(job, say)
         try:
@@ -113,7 +113,7 @@ class WorkerPool:
         try:
             while (taken := self._first_free(suitable, ticket, patience)) is None:
                 gpus = " or ".join(str(worker.gpu) for worker in suitable)
-                say(f"waits for GPU {gpus}, in use by other runs of this machine")
+                say(f"GPU {gpus}, in use by other runs of this machine")
                 patience = math.inf
         finally:
             with self._changed:

@@ -34,7 +34,7 @@ from deme_core.settings import Settings
 from deme_core.store import open_store
 from tasks.jobs import CHECKPOINTS, PRETRAINED_STAGE, Job, JobResult
 from tasks.patience import patiently
-from tasks.progress import Record, Report, exhaust
+from tasks.progress import Record, Report, exhaust, waiting
 
 # Of `remember_latest`: N + 2 models of a search of N weights.
 LIVE_MERGE = "live merge"
@@ -204,7 +204,7 @@ class JobContext:
             try:
                 lock.acquire(timeout=0)
             except Timeout:
-                report({"message": "waits for another run that does the same"})
+                report(waiting("another run that does the same"))
                 lock.acquire()
         try:
             yield

@@ -15,7 +15,7 @@ from flows.progress_display import ProgressDisplay
 from tasks import stages
 from tasks.few_images import few_images_warning
 from tasks.jobs import JobResult
-from tasks.progress import Event, subscribe, tell
+from tasks.progress import Event, subscribe, tell, waiting
 from tasks.work.scoring import check_extractor
 
 FID = EvaluateSpec(num_images=5000)
@@ -66,6 +66,16 @@ def test_a_warning_is_printed_in_the_terminal(is_terminal: bool) -> None:
     with ProgressDisplay(Console(file=out, force_terminal=is_terminal, width=200)):
         tell(Event("reference", "warning", {"message": "few [images]."}))
     assert "reference: few [images]." in out.getvalue()
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_a_job_waits_for_is_told_where_no_bar_shows_it(is_terminal: bool) -> None:
+    out = io.StringIO()
+    with ProgressDisplay(Console(file=out, force_terminal=is_terminal, width=200)):
+        tell(Event("search", "progress", waiting("GPU 0")))
+        tell(Event("merge", "progress", {"message": "merging"}))
+    assert ("search: waits for GPU 0" in out.getvalue()) != is_terminal
+    assert is_terminal or "merging" not in out.getvalue()
 
 
 def test_an_extractor_whose_weights_changed_since_the_reference_is_refused() -> None:

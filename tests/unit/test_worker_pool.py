@@ -325,7 +325,7 @@ def test_a_job_that_waits_for_another_runs_gpu_says_so_once_and_goes_on_waiting(
     until(lambda: bool(ours.records))
     time.sleep(0.7)
     assert ours.said == ["fake waits for GPU 0 or 1, in use by other runs of this machine"]
-    assert ours.records == [{"message": ours.said[0].removeprefix("fake ")}]
+    assert ours.records == [progress.waiting("GPU 0 or 1, in use by other runs of this machine")]
     theirs.end("a")
     until(lambda: bool(ours.began))
     assert ours.records[1:] == [{"message": f"on GPU {ours.began[0][1]}"}]
