@@ -17,7 +17,7 @@ import pytest
 
 from deme_core.errors import DemeError, GpuMemoryError, InputError, WorkerDiedError
 from deme_core.recipe import ExecutionSpec
-from tasks import gpu_lock, slots, worker_pool
+from tasks import gpu_lock, progress, slots, worker_pool
 from tasks.gpu_lock import GpuLock
 from tasks.jobs import ImportJob
 from tasks.slots import Slot, plan_slots
