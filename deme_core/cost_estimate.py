@@ -167,14 +167,12 @@ def _training_memory(finetune: FinetuneSpec, trained: int, stock: int) -> int:
 
 
 def _sampling_memory(recipe: Recipe, trained: int, stock: int) -> int:
-    """A search has theta_0, what it changes into the candidate, and all copies; the ensemble the copies.
+    """Of all copies, whole ones or LoRAs, and beside them of theta_0 and what a search changes into the candidate.
 
-    Of LoRA copies the adapters alone, beside one model.
+    Without a search of the ensemble's: the copies, and the one model that LoRAs need.
     """
-    copies = recipe.segments.num_segments * trained + (stock if recipe.finetune.lora else 0)
-    if recipe.merge.search is None:
-        return copies
-    return 2 * stock + recipe.segments.num_segments * trained
+    num_stock = 2 if recipe.merge.search else int(recipe.finetune.lora is not None)
+    return num_stock * stock + recipe.segments.num_segments * trained
 
 
 def _checkpoint(training: TrainingSpec, trained: int) -> int:

@@ -4,6 +4,7 @@ Both layouts of the hub are read: ``unet/`` or ``transformer/`` and ``scheduler/
 models on pixels, everything in one folder.
 """
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,17 @@ from deme_core.needed_files import needed_files
 from deme_core.pipeline_index import PipelineIndex, read_index
 from deme_core.projection import fold_projections, is_projection
 
+# What decides about the noise that a model is trained on; the shift of flow matching is the sampler's alone.
+_NOISE = (
+    "num_train_timesteps",
+    "prediction_type",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+)
 # Attention layers were renamed in diffusers 0.17; google/ddpm-* were saved before.
-# What two schedulers must agree on for a model of the one to be a copy of a model of the other.
-_NOISE = {"num_train_timesteps", "prediction_type", "beta_start", "beta_end", "beta_schedule", "trained_betas", "shift"}
 _RENAMED_LAYERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -155,8 +164,11 @@ def check_copy(copy: ModelFolder, pretrained: ModelFolder) -> None:
         check_same_tensors(str(copy.path), load_infos(copy), load_infos(pretrained), reference="the pretrained model")
     except IncompatibleCheckpointsError as error:
         raise ModelFolderError(str(error)) from error
-    for name in _NOISE & copy.scheduler_config.keys() & pretrained.scheduler_config.keys():
-        found, expected = copy.scheduler_config[name], pretrained.scheduler_config[name]
+    from diffusers import DDPMScheduler
+
+    defaults = inspect.signature(DDPMScheduler).parameters
+    for name in _NOISE:
+        found, expected = (f.scheduler_config.get(name, defaults[name].default) for f in (copy, pretrained))
         if found != expected:
             raise ModelFolderError(
                 f"The scheduler_config.json of {copy.path} gives {name} as {found!r}, that of the pretrained model "

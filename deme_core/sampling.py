@@ -152,19 +152,19 @@ class Sampling:
 
     def _check_variance(self, scheduler: Any) -> None:
         """Raises an InputError if DDPM would leave noise on the images, or make none."""
-        kind, config = scheduler.config.variance_type, scheduler.config
+        kind, spacing = scheduler.config.variance_type, scheduler.config.timestep_spacing
+        mend = "set evaluate.sampler, or --sampler on the command line,"
         if kind == "fixed_large_log":  # DDPMScheduler.step takes the root of the logarithm.
             raise InputError(
                 f"Stock diffusers makes no images with the sampler ddpm and variance_type {kind}, which the model's "
-                "scheduler_config.json gives; set evaluate.sampler to ddim."
+                f"scheduler_config.json gives; {mend} to ddim."
             )
         # It adds noise at every timestep but 0; the posterior's variance vanishes at the last one wherever that is.
         if kind == "fixed_large" and (last := int(scheduler.timesteps[-1])) > 0:
-            mend = "" if config.timestep_spacing == "leading" else "evaluate.timestep_spacing to leading, or "
+            other = "" if spacing == "leading" else ", or evaluate.timestep_spacing to leading"
             raise InputError(
-                f"The sampler ddpm leaves noise on the images of {config.timestep_spacing} steps, which end at "
-                f"timestep {last}, with variance_type {kind}, which the model's scheduler_config.json gives; set {mend}"
-                "evaluate.sampler to ddim."
+                f"The sampler ddpm leaves noise on the images of {spacing} steps, which end at timestep {last}, with "
+                f"variance_type {kind}, which the model's scheduler_config.json gives; {mend} to ddim{other}."
             )
 
     def step_settings(self, generators: list[torch.Generator]) -> dict[str, Any]:

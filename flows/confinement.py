@@ -10,7 +10,7 @@ from tasks.progress import Event, tell
 from tasks.stages import confine, measure_inputs
 
 # Norms and the like are always averaged; more than this is worth knowing.
-_MOST = 0.95
+_USUAL_SHARE = 0.95
 
 
 def confined_copies(recipe: Recipe, pretrained: ArtifactRef, experts: tuple[Expert, ...]) -> tuple[ArtifactRef, ...]:
@@ -51,7 +51,7 @@ def averaged_warning(grams: JobResult, max_features: int) -> str | None:
         max_features: above which a layer has no matrix.
     """
     share = grams.metrics["share_of_parameters"]
-    if share >= _MOST:
+    if share >= _USUAL_SHARE:
         return None
     return (
         f"RegMean confines {share:.0%} of the parameters. The rest is averaged, above all layers of more than "

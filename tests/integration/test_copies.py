@@ -70,12 +70,15 @@ def test_a_copy_has_the_tensors_of_the_pretrained_model(tmp_path: Path) -> None:
         copied(pretrained, other, context)
 
 
-def test_a_copy_was_trained_on_the_noise_of_the_pretrained_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [{"prediction_type": "epsilon"}, {}], ids=["named", "by default"])
+def test_a_copy_was_trained_on_the_noise_of_the_pretrained_model(named: dict[str, str], tmp_path: Path) -> None:
     context, sources = make_context(tmp_path), [model(tmp_path, seed) for seed in range(2)]
-    for source, kind in zip(sources, ("epsilon", "v_prediction"), strict=True):
+    for source, kind in zip(sources, ({"prediction_type": "v_prediction"}, named), strict=True):
         file = source / "scheduler" / "scheduler_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": kind}))
-    with pytest.raises(ModelFolderError, match=r"prediction_type as 'v_prediction', .* trained on other noise"):
+        config = json.loads(file.read_text())
+        config.pop("prediction_type", None)
+        file.write_text(json.dumps(config | kind))
+    with pytest.raises(ModelFolderError, match=r"prediction_type as 'epsilon', .* trained on other noise"):
         copied(imported(sources[0], context), sources[1], context)
 
 
