@@ -6,7 +6,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -227,47 +227,44 @@ def test_a_worker_gives_its_checkpoint_the_seconds_of_the_environment(
     assert 0.5 <= time.monotonic() - told[0] < 10
 
 
-def test_a_gpu_with_too_little_memory_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import torch, tasks.work.base\n"
-        "def execute(*_):\n"
-        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has')\n"
-        "tasks.work.base.execute = execute\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("DEME_HOME", str(tmp_path))
-    pool = WorkerPool([Slot("cpu", None, 1)])
-    try:
-        with pytest.raises(GpuMemoryError) as caught:
-            pool.run(ImportJob(source="model"), lambda _: None)
-    finally:
+@pytest.fixture
+def pool_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], WorkerPool]]:
+    """Makes a pool whose process does these statements in place of its jobs."""
+    pools: list[WorkerPool] = []
+
+    def make(statements: str) -> WorkerPool:
+        (tmp_path / "sitecustomize.py").write_text(
+            f"import torch, tasks.work.base\ndef execute(*_):\n    {statements}\ntasks.work.base.execute = execute\n"
+        )
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("DEME_HOME", str(tmp_path))
+        pools.append(WorkerPool([Slot("cpu", None, 1)]))
+        return pools[0]
+
+    yield make
+    for pool in pools:
         pool.close()
+
+
+def test_a_gpu_with_too_little_memory_is_one_sentence(pool_that_fails: Callable[[str], WorkerPool]) -> None:
+    reason = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"
+    pool = pool_that_fails(f"raise torch.OutOfMemoryError({reason!r})")
+    with pytest.raises(GpuMemoryError) as caught:
+        pool.run(ImportJob(source="model"), lambda _: None)
     assert str(caught.value) == (
         "The GPU has too little memory for pretrained (CUDA out of memory); use one with more."
     )
 
 
 def test_a_process_that_is_still_joined_to_others_does_no_other_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pool_that_fails: Callable[[str], WorkerPool],
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import torch, tasks.work.base\n"
-        "def execute(*_):\n"
-        "    torch.distributed.is_initialized = lambda: True\n"
-        "    raise OSError('the store is away')\n"
-        "tasks.work.base.execute = execute\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("DEME_HOME", str(tmp_path))
-    pool = WorkerPool([Slot("cpu", None, 1)])
-    try:
-        for _ in range(2):
-            with pytest.raises(DemeError, match="the store is away"):
-                pool.run(ImportJob(source="model"), lambda _: None)
-            process = pool._workers[0]._process
-            assert process is not None and process.poll() is not None
-    finally:
-        pool.close()
+    pool = pool_that_fails("torch.distributed.is_initialized = lambda: True; raise OSError('the store is away')")
+    for _ in range(2):
+        with pytest.raises(DemeError, match="the store is away"):
+            pool.run(ImportJob(source="model"), lambda _: None)
+        process = pool._workers[0]._process
+        assert process is not None and process.poll() is not None
 
 
 def test_there_is_a_slot_for_each_gpu_and_for_each_group_that_a_training_takes(
