@@ -32,6 +32,11 @@ def sha256_bytes(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def json_digest(value: Any) -> str:
+    """Hexadecimal SHA-256 of a JSON value in its canonical form; errors are those of canonical_json."""
+    return sha256_bytes(canonical_json(value).encode())
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in small pieces."""
     with path.open("rb") as file:
@@ -65,4 +70,4 @@ def stage_digest(
         "dataset": dataset,
         "version": version,
     }
-    return sha256_bytes(canonical_json(work).encode())
+    return json_digest(work)

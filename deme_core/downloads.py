@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.errors import StoreUnavailableError
 from deme_core.local_files import check_space, local_errors
 from deme_core.store import ObjectStore, StoredObject
@@ -18,7 +18,7 @@ NUM_DOWNLOADS = 8
 def listing_version(uri: str, objects: Sequence[StoredObject]) -> str:
     """Returns a digest that changes when anything under ``uri`` does."""
     rows = sorted((o.key, o.size, o.modified.isoformat()) for o in objects)
-    return sha256_bytes(canonical_json([uri, rows]).encode())
+    return json_digest([uri, rows])
 
 
 def download_once(store: ObjectStore, objects: Sequence[StoredObject], folder: Path) -> Path:

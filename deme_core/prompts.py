@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import InputError, PromptsError, StoreUnavailableError
 from deme_core.local_files import user_path
@@ -78,7 +78,7 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
 
 
 def _prompts(texts: tuple[str, ...], columns: dict[str, tuple[str, ...]]) -> Prompts:
-    return Prompts(texts, columns, sha256_bytes(canonical_json([texts, columns]).encode()))
+    return Prompts(texts, columns, json_digest([texts, columns]))
 
 
 def _imagenet_prompts() -> tuple[str, ...]:

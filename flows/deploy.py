@@ -29,7 +29,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound, PrefectHTTPS
 from prefect.utilities.callables import parameter_schema
 from pydantic import TypeAdapter
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.errors import DemeError
 from flows.stack.services import CPU_POOL, GPU_POOL
 
@@ -139,7 +139,7 @@ def _template_of_prefect() -> dict[str, Any]:
 def _digest(template: Mapping[str, Any]) -> str:
     """Returns the digest of a job template but for the digest that it holds."""
     variables = {name: value for name, value in template.get("variables", {}).items() if name != _WRITTEN}
-    return sha256_bytes(canonical_json({**template, "variables": variables}).encode())
+    return json_digest({**template, "variables": variables})
 
 
 def _update(

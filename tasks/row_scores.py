@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.errors import DemeError
 from deme_core.verdict import RowScores, differing_conditions, interval, row_intervals
 from tasks.jobs import JobResult
@@ -62,4 +62,4 @@ def shared_conditions(rows: Rows, seeds: Sequence[int]) -> dict[str, Any]:
 
 def fingerprint(conditions: Mapping[str, Any]) -> str:
     """Returns the digest of evaluation conditions: only scores with the same one can be compared."""
-    return sha256_bytes(canonical_json(conditions).encode())
+    return json_digest(conditions)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.model_json import INDEX_NAME, SUFFIXES
 from deme_core.store import StoredObject
 
@@ -51,7 +51,7 @@ class Candidate:
     def fingerprint(self) -> str:
         """Digest of the listing: folder, names, sizes and modified times."""
         listing = [[name, file.size, file.modified.timestamp()] for name, file in sorted(self.files.items())]
-        return sha256_bytes(canonical_json([self.folder, listing]).encode())
+        return json_digest([self.folder, listing])
 
     @property
     def modified(self) -> datetime:

@@ -17,7 +17,7 @@ from uuid import uuid4
 from pydantic import TypeAdapter, ValidationError
 
 from deme_core.checkpoint_watch.inspection import Verdict
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.errors import DemeError
 from deme_core.store import ObjectStore, StoredObject, store_time
 
@@ -78,7 +78,7 @@ class Ledger:
 
     def __init__(self, store: ObjectStore, *, prefix: str, recipe: str) -> None:
         self.store = store
-        self._root = f"watch/{sha256_bytes(canonical_json([prefix, recipe]).encode())[:16]}"
+        self._root = f"watch/{json_digest([prefix, recipe])[:16]}"
 
     @property
     def uri(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes, sha256_file
+from deme_core.digests import json_digest, sha256_bytes, sha256_file
 from deme_core.downloads import download_once
 from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError, StoreUnavailableError
 from deme_core.local_files import user_path
@@ -214,7 +214,7 @@ def chunk_size(resolution: int, device: torch.device) -> int:
 
 def digest(name: str, path: Path, **preprocessing: Any) -> str:
     """Hexadecimal SHA-256 over an extractor's name, its file of weights and its preprocessing."""
-    return sha256_bytes(canonical_json({"name": name, "weights": sha256_file(path), **preprocessing}).encode())
+    return json_digest({"name": name, "weights": sha256_file(path), **preprocessing})
 
 
 def unavailable(cause: str, mend: str) -> ExtractorUnavailableError:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from deme_core.digests import canonical_json, sha256_bytes, sha256_file
+from deme_core.digests import json_digest, sha256_file
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import InputError, StoreUnavailableError
 from deme_core.extractor_names import FIXED_SIDES
@@ -158,7 +158,7 @@ def _score_digest(source: Path, config: Any) -> str:
         _image_digest(source, config.vision_config.image_size),
         *(sha256_file(source / name) for name in _TOKENIZER),
     ]
-    return sha256_bytes(canonical_json(parts).encode())
+    return json_digest(parts)
 
 
 def _image_digest(source: Path, resolution: int) -> str:

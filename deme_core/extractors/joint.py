@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.extractors.base import FeatureArray, FeatureExtractor
 
 
 def joint_digest(digests: Sequence[str]) -> str:
     """Returns the digest of extractors that see the same images, from theirs."""
-    return sha256_bytes(canonical_json(list(digests)).encode())
+    return json_digest(list(digests))
 
 
 class JointExtractor:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.extractors.base import FeatureArray
 
 NAME = "pixels_4x4"
@@ -21,7 +21,7 @@ class PixelExtractor:
     """
 
     name = NAME
-    digest = sha256_bytes(canonical_json({"name": NAME, "version": 1}).encode())
+    digest = json_digest({"name": NAME, "version": 1})
     num_features = 3 * _SIDE**2
 
     def __call__(self, images: torch.Tensor) -> FeatureArray:

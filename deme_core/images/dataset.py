@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.errors import DatasetError
 from deme_core.images.conditioning import Conditioning, read_conditioning
 from deme_core.images.inspection import Inspection, inspect
@@ -128,7 +128,7 @@ class SquareImages:
         if self.stream is not None:  # It decides the order.
             counts = self.stream.shards.bincount().tolist()
             augmentation["stream"] = {"window": self._spec.stream_window, "images_per_shard": counts}
-        return sha256_bytes(canonical_json([self.example_fingerprint, augmentation]).encode())
+        return json_digest([self.example_fingerprint, augmentation])
 
     @cached_property
     def example_fingerprint(self) -> str:
@@ -137,13 +137,13 @@ class SquareImages:
         given = {name: list(values) for name, values in conditioning.items() if values is not None}
         if not given:
             return self.reference_fingerprint
-        return sha256_bytes(canonical_json([self.reference_fingerprint, given]).encode())
+        return json_digest([self.reference_fingerprint, given])
 
     @cached_property
     def reference_fingerprint(self) -> str:
         """Identity of what ``image`` returns. Names of files are no part of it, so a copy or a zip has the same."""
         pixels = {"version": PIXELS_VERSION, "resolution": self.resolution, "channels": self.channels}
-        return sha256_bytes(canonical_json([pixels, self._inspection.content]).encode())
+        return json_digest([pixels, self._inspection.content])
 
     def image(self, index: int) -> torch.Tensor:
         """One image, centre-cropped: uint8 (C, resolution, resolution)."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm"})
 SETTLED_AFTER_SEC = 2.0
@@ -93,4 +93,4 @@ def stat_listing(files: Iterable[tuple[str, os.stat_result]], *extra: str) -> st
     newest_ns = max((max(row[2:]) for row in rows), default=0)
     if time.time_ns() - newest_ns < SETTLED_AFTER_SEC * 1e9:
         return None
-    return sha256_bytes(canonical_json([rows, extra]).encode())
+    return json_digest([rows, extra])

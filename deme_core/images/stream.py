@@ -16,7 +16,7 @@ from typing import BinaryIO
 import PIL
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest, sha256_bytes
 from deme_core.errors import ArtifactNotFoundError, DatasetError
 from deme_core.images.draws import ShardWindows
 from deme_core.images.inspection import BROKEN, verdict
@@ -123,7 +123,7 @@ class StreamedTars(TarSource):
     def _index_key(self, tar: StoredObject) -> str:
         # A tar that is written anew is another tar; which images can be decoded depends on the version of Pillow.
         version = [_VERSION, self._store.uri, tar.key, tar.size, tar.modified.isoformat(), PIL.__version__]
-        name = sha256_bytes(canonical_json([version, self._channels, self._image_column]).encode())
+        name = json_digest([version, self._channels, self._image_column])
         return f"stream-index/{name}.json"
 
     def _index(self, number: int) -> bytes:

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.errors import DatasetError
 from deme_core.images.dataset import ImageDataset, ResizedImage
 from deme_core.images.stream import Stream
@@ -38,17 +38,17 @@ class ImageSubset:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the examples and of their augmentation."""
-        return sha256_bytes(canonical_json([self.dataset.fingerprint, self._indices]).encode())
+        return json_digest([self.dataset.fingerprint, self._indices])
 
     @cached_property
     def example_fingerprint(self) -> str:
         """Identity of images, captions and labels."""
-        return sha256_bytes(canonical_json([self.dataset.example_fingerprint, self._indices]).encode())
+        return json_digest([self.dataset.example_fingerprint, self._indices])
 
     @cached_property
     def reference_fingerprint(self) -> str:
         """Identity of what ``image`` returns."""
-        return sha256_bytes(canonical_json([self.dataset.reference_fingerprint, self._indices]).encode())
+        return json_digest([self.dataset.reference_fingerprint, self._indices])
 
     def image(self, index: int) -> torch.Tensor:
         """One image, centre-cropped: uint8 (C, resolution, resolution)."""

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.encodings import distinct_captions, write_embeddings
 from deme_core.precision import DTYPES
 from tasks.jobs import EmbeddingsJob
@@ -19,7 +19,7 @@ def identity(job: EmbeddingsJob, context: JobContext) -> Identity:
     texts = distinct[job.low : job.high]
     settings = {
         **({"num_in_all": len(distinct)} if job.low == 0 else {}),
-        "texts": sha256_bytes(canonical_json(texts).encode()),
+        "texts": json_digest(texts),
         **encoder_settings(job, context, "text_encoder", "tokenizer"),
     }
     return Identity(settings=settings)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.encodings import Embeddings, Latents, distinct_captions
 from deme_core.families import check_conditioned
 from tasks.jobs import DistillJob, EmbeddingsJob, FinetuneJob, LatentsJob
@@ -55,5 +55,5 @@ def encoder_settings(job: LatentsJob | EmbeddingsJob, context: JobContext, *part
     named = [adapter.pipeline, adapter.latent_shape, files]
     if "text_encoder" in parts and adapter.prompt_settings:  # Digests made without any stay.
         named.append(adapter.prompt_settings)
-    encoder = sha256_bytes(canonical_json(named).encode())
+    encoder = json_digest(named)
     return {"encoder": encoder, "precision": job.dataset.cache_precision}

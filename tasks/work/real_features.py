@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.evaluation import num_searched, split_reference
 from deme_core.extractors import FeatureExtractor, extractors_digest, load_extractors
 from deme_core.feature_file import save_features
@@ -47,7 +47,7 @@ def run(job: RealFeaturesJob, context: JobContext, out: Path, digest: str) -> Wo
 
 def indices_digest(indices: list[int]) -> str:
     """Returns the digest of which images of a data set are meant."""
-    return sha256_bytes(canonical_json(indices).encode())
+    return json_digest(indices)
 
 
 def real_indices(job: RealFeaturesJob | ReferenceJob, context: JobContext) -> list[int]:
