@@ -1,4 +1,4 @@
-"""The flow ``deme``: decouple, merge, and compare the four rows."""
+"""The flow ``deme``: decouple, merge, and compare the rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from deme_core.rows import ROWS
 from deme_core.segments import recipe_segments
 from flows.confinement import confined_copies
 from flows.encodings import encode_dataset
-from flows.evaluation import first_real_features, submit_reference, submit_row
+from flows.evaluation import first_real_features, submit_reference, submit_row, try_sampling
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
@@ -48,7 +48,7 @@ def deme(recipe: RecipeName = "digits", overrides: Overrides = ()) -> dict[str, 
 
 
 def _compare_rows(recipe: Recipe) -> dict[str, Any]:
-    """The picture of DESIGN.md: decouple, judge, search, merge, evaluate, report."""
+    """Decouple, judge, search, merge, evaluate, report."""
     obtaining = obtain_pretrained.submit()
     # Beside it: on one GPU what is wrong with them, or with the prompts, would else be told after all trainings.
     for_report = first_real_features(recipe, "report")
@@ -57,6 +57,8 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     pretrained = _first_result(obtaining, beside=looked_at)
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
     recipe.check_search(pretrained.metrics.get("num_blocks", 1))  # Old artifacts do not say.
+    # First, also where one GPU does one thing after another: what is wrong would else be told after all trainings.
+    looked_at.append(try_sampling(recipe, "pretrained", pretrained.ref))
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 

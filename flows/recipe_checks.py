@@ -1,7 +1,6 @@
 """What a recipe needs, looked for piece by piece: the second half of ``deme doctor RECIPE``."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -121,12 +120,9 @@ class RecipeChecks:
             )
 
     def _check_sampling(self, adapter: Adapter) -> None:
-        sampling = Sampling.of(self.recipe.evaluate)
         recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
-        search = self.recipe.merge.search
-        few_steps = [search.few_steps] if search and search.few_steps else []
-        for num_steps in (sampling.num_inference_steps, *few_steps):
-            replace(sampling, num_inference_steps=num_steps).build_scheduler(adapter)
+        for evaluate in self.recipe.samplings:
+            Sampling.of(evaluate).build_scheduler(adapter)
         if self.recipe.dataset.cache_latents and not isinstance(adapter, LatentAdapter):
             raise InputError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
 

@@ -143,6 +143,13 @@ class Recipe(Spec):
         """Where the real images of reference and search come from."""
         return self.evaluate.reference_dataset or self.dataset
 
+    @property
+    def samplings(self) -> tuple[EvaluateSpec, ...]:
+        """How images are made: the report's, and the search's where that samples in few steps first."""
+        search = self.merge.search
+        few = {"num_inference_steps": search.few_steps} if search and search.few_steps else None
+        return (self.evaluate, *([self.evaluate.model_copy(update=few)] if few else []))
+
     def evaluate_for(self, part: Literal["search", "report"]) -> EvaluateSpec:
         """How images of the search or of the report are scored: a search needs what decides or guards, and no more.
 

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from deme_core.manifest import ArtifactRef
-from deme_core.recipe import DatasetSpec, DistillSpec, FinetuneSpec, Recipe, TrainingSpec
+from deme_core.recipe import DatasetSpec, DistillSpec, EvaluateSpec, FinetuneSpec, Recipe, TrainingSpec
 from tasks.jobs.base import Job
 
 PRETRAINED_STAGE = "pretrained"
@@ -22,6 +22,7 @@ class PretrainJob(Job):
 
     Attributes:
         text_encoder: T5 config of a model that takes text; None for one that takes none.
+        samplings: how images of it will be made, which is looked at before it is trained; no part of the result.
     """
 
     stage: ClassVar[str] = PRETRAINED_STAGE
@@ -33,6 +34,7 @@ class PretrainJob(Job):
     noise_scheduler: dict[str, Any]
     training: TrainingSpec
     text_encoder: dict[str, Any] | None = None
+    samplings: tuple[EvaluateSpec, ...] = ()
 
     @property
     def num_processes(self) -> int:
@@ -62,6 +64,7 @@ def pretrained_job(recipe: Recipe) -> PretrainJob | ImportJob:
         noise_scheduler=source.noise_scheduler,
         training=source.training,
         text_encoder=source.text_encoder,
+        samplings=recipe.samplings,
     )
 
 

@@ -54,6 +54,11 @@ def pretrain(context: JobContext, dataset: DatasetSpec, *, num_steps: int = 3, *
     return execute(job.model_copy(update=changed), context, lambda _: None)
 
 
+def test_steps_that_do_not_fit_are_told_before_anything_is_trained(context: JobContext, dataset: DatasetSpec) -> None:
+    with pytest.raises(InputError, match="600 leading steps"):
+        pretrain(context, dataset, num_steps=10**9, samplings=(EvaluateSpec(num_images=2, num_inference_steps=600),))
+
+
 def test_what_was_learned_from_captions_is_a_stock_pipeline_that_takes_text(
     context: JobContext, dataset: DatasetSpec
 ) -> None:

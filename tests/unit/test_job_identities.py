@@ -111,7 +111,7 @@ TABLE: list[tuple[Job, Changes, Changes]] = [
             "text_encoder": {"d_model": 8},
             **within("training", TRAINING),
         },
-        within("training", SPEED),
+        within("training", SPEED) | {"samplings": (EVALUATE,)},
     ),
     (
         FinetuneJob(
@@ -286,7 +286,11 @@ TABLE: list[tuple[Job, Changes, Changes]] = [
             high=4,
         ),
         IMAGES | {"low": 0, "high": 3, **within("evaluate", SAMPLING | {"extractor": "efficientnet_lite0"})},
-        {"label": "other", **within("evaluate", REPORT_ONLY | {"metrics": ("fid",), "kid_subset_size": 7})},
+        {
+            "label": "other",
+            "is_trial": True,
+            **within("evaluate", REPORT_ONLY | {"metrics": ("fid",), "kid_subset_size": 7}),
+        },
     ),
     (
         EvaluateJob(
