@@ -89,7 +89,7 @@ class Laboratory:
             label=f"[{low}, {high})",
             pretrained=self.pretrained.ref,
             dataset=self.recipe.dataset,
-            finetune=finetune or self.recipe.finetune,
+            finetune=finetune or self.recipe.finetune.for_copies(),
             low=low,
             high=high,
             num_steps=num_steps,

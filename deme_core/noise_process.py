@@ -6,14 +6,14 @@ timestep the denoiser is told, and, the other way round, which t a timestep of t
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from deme_core.errors import ModelFolderError, first_line
-from deme_core.objectives import PREDICTION_TYPES, NoiseScheduler, training_target
+from deme_core.errors import InputError, ModelFolderError, first_line
+from deme_core.objectives import PREDICTION_TYPES, NoiseScheduler, min_snr_weights, training_target
 
 # Classes of diffusers whose config is that of `Diffusion`, a schedule of betas: any of them may have come with a model.
 BETA_SCHEDULERS = (
@@ -41,6 +41,8 @@ BETA_SCHEDULERS = (
 _CONFIG = "The model's scheduler_config.json"
 # Of a scheduler's config, what adding noise does not take, but sampling does.
 _SAMPLING_NUMBERS = ("clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset")
+# The schedules that go from beta_start to beta_end; others take neither.
+_BETWEEN_BETAS = ("linear", "scaled_linear", "sigmoid")
 _SPACINGS = ("leading", "trailing", "linspace")
 # More than float32 loses of a timestep below 10,000.
 _TIMESTEP_ERROR = 1e-2
@@ -70,6 +72,13 @@ class NoiseProcess(Protocol):
 
     def model_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Returns what the denoiser is told for t, int64 (B,)."""
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Returns Min-SNR's weight of the loss of each sample, float32 (B,), for t, int64 (B,).
+
+        Raises:
+            InputError: there is none for such a process.
+        """
 
     def training_timestep(self, model_timestep: float) -> int:
         """Returns the t in [0, T) whose segment a timestep of the sampler belongs to."""
@@ -116,6 +125,10 @@ class Diffusion:
         """Returns t: the denoiser is told what was drawn."""
         return timesteps
 
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Returns those of the scheduler's ``prediction_type``."""
+        return min_snr_weights(self.scheduler, timesteps, gamma)
+
     def training_timestep(self, model_timestep: float) -> int:
         """Returns t itself."""
         return int(model_timestep)
@@ -133,12 +146,26 @@ def _check_betas(config: Mapping[str, Any]) -> None:
                 f"{_CONFIG} gives no {name}, and {config['_class_name']} has its own, {own[name].default!r}; write it "
                 "there."
             )
+    for name, value in _given_betas(config):
+        if isinstance(value, int | float) and not 0 <= value < 1:
+            raise ModelFolderError(f"{_CONFIG} gives {name} as {value!r}; a beta is at least 0 and less than 1.")
+
+
+def _given_betas(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields, with their names, the settings between which all betas lie, if the schedule takes any."""
+    trained = config.get("trained_betas")
+    if isinstance(trained, list | tuple):
+        yield from ((f"trained_betas[{index}]", value) for index, value in enumerate(trained))
+    elif trained is None and config.get("beta_schedule", "linear") in _BETWEEN_BETAS:
+        yield from ((name, config[name]) for name in ("beta_start", "beta_end") if name in config)
 
 
 def _check_diffusion(scheduler: Any) -> None:
     """Raises a ModelFolderError if a DDPMScheduler that could be built cannot add noise, or could not be sampled."""
-    config, signal = scheduler.config, scheduler.alphas_cumprod
-    if len(signal) != config.num_train_timesteps or not bool(((signal >= 0) & (signal <= 1)).all()):
+    config, betas = scheduler.config, scheduler.betas
+    if config.rescale_betas_zero_snr:
+        betas = betas[:-1]  # The last one is 1: nothing of the image is left.
+    if len(scheduler.betas) != config.num_train_timesteps or not bool(((betas >= 0) & (betas < 1)).all()):
         raise ModelFolderError(
             f"{_CONFIG} gives no beta between 0 and 1 for each of {config.num_train_timesteps} timesteps."
         )
@@ -175,6 +202,10 @@ class FlowMatching:
     def model_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """Returns sigma T, float32 (B,)."""
         return (timesteps + 1).to(torch.float32)
+
+    def min_snr_weights(self, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+        """Raises an InputError: Min-SNR is stated for diffusion."""
+        raise InputError("Min-SNR weighs the loss of diffusion models, not of flow matching; leave min_snr_gamma out.")
 
     def training_timestep(self, model_timestep: float) -> int:
         """Returns the t whose interval (t, t + 1] holds sigma T, which samplers compute in float32."""

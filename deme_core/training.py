@@ -46,7 +46,7 @@ class TrainingProgress:
         num_steps: optimizer steps in all.
         loss: diffusion_weight * diffusion loss + consistency_weight * consistency loss.
         diffusion_loss: mean squared error against the training target, which is the teacher's prediction where a plan
-            replays it.
+            replays it; weighted where a plan says so.
         consistency_loss: mean squared error against the teacher's prediction; 0 without one.
         learning_rate: of the last step.
         grad_norm: L2 norm before clipping, of the steps at which it was finite: fp16's gradient scaler skips all
@@ -253,7 +253,10 @@ class Training:
         if taught is not None and self.plan.replay_from_teacher:
             inside = self.plan.sampler.segment.holds(timesteps).view(-1, *[1] * (target.ndim - 1))
             target = torch.where(inside, target, taught.to(target.dtype))
-        diffusion = diffusion_loss(prediction, target)
+        gamma = self.plan.min_snr_gamma
+        diffusion = diffusion_loss(
+            prediction, target, None if gamma is None else process.min_snr_weights(timesteps, gamma)
+        )
         consistency = torch.zeros_like(diffusion) if taught is None else consistency_loss(prediction, taught)
         return diffusion, consistency
 

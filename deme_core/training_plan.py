@@ -20,6 +20,7 @@ class TrainingPlan:
         seed: seeds noise, timesteps and dropout. Copies need different ones: noise they share adds up in the merge.
         diffusion_weight: of the diffusion loss; 0 for a distillation, which learns from its teacher alone.
         replay_from_teacher: outside of the sampler's segment the target is the teacher's prediction, not the data's.
+        min_snr_gamma: of Min-SNR's weights of the diffusion loss; None weighs all timesteps alike.
     """
 
     label: str
@@ -29,6 +30,7 @@ class TrainingPlan:
     seed: int = 0
     diffusion_weight: float = 1.0
     replay_from_teacher: bool = False
+    min_snr_gamma: float | None = None
 
     @property
     def has_teacher(self) -> bool:

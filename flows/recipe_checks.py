@@ -12,7 +12,7 @@ from deme_core.extractors.clip import clip_score_digest
 from deme_core.families import Adapter, check_conditioned
 from deme_core.families.latent_adapter import LatentAdapter
 from deme_core.images import num_heldout_of
-from deme_core.images.preview import preview_images
+from deme_core.images.preview import Preview, preview_images
 from deme_core.merge_methods.block_weights import block_names
 from deme_core.metrics import needs_prompts
 from deme_core.model_folder import ModelFolder, check_copy, load_infos, open_model_folder
@@ -28,6 +28,7 @@ from flows.untrained_adapter import untrained_adapter
 from tasks.ray_cluster import cluster_address
 
 Check = tuple[str, Callable[[], str]]
+_MAX_TEXT = 60
 
 
 class RecipeChecks:
@@ -42,7 +43,7 @@ class RecipeChecks:
         self.recipe, self.settings, self.cache = recipe, settings, settings.cache_folder
         self._adapter: Adapter | None = None
         self._frozen_bytes = 0
-        self._num_images: int | None = None
+        self._images: Preview | None = None
         self._has_images = False
         self._num_features: int | None = None
 
@@ -66,7 +67,7 @@ class RecipeChecks:
                 self.recipe,
                 self.settings,
                 self._adapter,
-                num_images=self._num_images or 0,
+                num_images=self._images.num_images or 0 if self._images else 0,
                 num_features=self._num_features,
                 frozen_bytes=self._frozen_bytes,
             )
@@ -123,18 +124,23 @@ class RecipeChecks:
         recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
         for evaluate in self.recipe.samplings:
             Sampling.of(evaluate).build_scheduler(adapter)
+        for finetune in (self.recipe.finetune, self.recipe.finetune.for_control(1)):
+            if finetune.min_snr_gamma is not None:
+                adapter.noise_process.min_snr_weights(torch.zeros(1, dtype=torch.int64), finetune.min_snr_gamma)
         if self.recipe.dataset.cache_latents and not isinstance(adapter, LatentAdapter):
             raise InputError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
 
     def _dataset(self) -> str:
-        self._num_images = preview_images(self.recipe.dataset, self.cache)
+        self._images = preview_images(self.recipe.dataset, self.cache)
+        num_images, is_streamed = self._images.num_images, self.recipe.dataset.stream
         # What is streamed is not encoded, and nothing else in the estimate depends on the number of images.
-        self._has_images = bool(self._num_images) or self.recipe.dataset.stream
-        if self._num_images is not None:
-            num_heldout_of(self._num_images, self.recipe.dataset.num_heldout_images)
+        self._has_images = bool(num_images) or is_streamed
+        if num_images is not None:
+            num_heldout_of(num_images, self.recipe.dataset.num_heldout_images)
             if self.recipe.evaluate.reference_dataset is None:
-                self._check_reference(self._num_images)
-        return _described(self.recipe.dataset, self._num_images)
+                self._check_reference(num_images)
+        described = _described(self.recipe.dataset, self._images)
+        return described if self._has_images else f"{described}; without their number there is no estimate"
 
     def _check_reference(self, num_images: int) -> None:
         search = self.recipe.merge.search
@@ -143,18 +149,26 @@ class RecipeChecks:
 
     def _reference(self) -> str:
         dataset = self.recipe.reference_dataset
-        num_images = preview_images(dataset, self.cache)
-        if num_images is not None:
-            self._check_reference(num_images)
-        return _described(dataset, num_images)
+        images = preview_images(dataset, self.cache)
+        if images.num_images is not None:
+            self._check_reference(images.num_images)
+        return _described(dataset, images)
 
     def _prompts(self) -> str:
         prompts = load_prompts(str(self.recipe.evaluate.prompts), self.cache)
-        return f"'{prompts.texts[0]}' and so on, {self._shares(len(prompts.texts), 'prompts')}"
+        return f"'{_short(prompts.texts[0])}' and so on, {self._shares(len(prompts.texts), 'prompts')}"
 
     def _classes(self) -> str:
         assert self._adapter is not None
-        return self._shares(self._adapter.num_classes, "classes")
+        found = self._shares(self._adapter.num_classes, "classes")
+        if self._images is None or self._images.labels is None:
+            return found
+        self._adapter.check_labels(self._images.labels)
+        found += f"; the data set has {len(self._images.labels):,} of them"
+        if names := self._images.class_names:
+            told = ", ".join(f"{name} {number}" for number, name in enumerate(names[:3]))
+            found += f", numbered in the order of their names ({_short(told)}): see that the model numbers them so"
+        return found
 
     def _shares(self, number: int, kind: str) -> str:
         """Returns how many images each prompt or class has: image i has the one that is i modulo their number."""
@@ -185,7 +199,13 @@ class RecipeChecks:
         return f"{weights or 'ViT-B/32 from the hub'}, digest {digest[:12]}"
 
 
-def _described(dataset: DatasetSpec, num_images: int | None) -> str:
-    return (
-        f"{dataset.path or dataset.source}, {'unknown number of' if num_images is None else f'{num_images:,}'} images"
-    )
+def _described(dataset: DatasetSpec, images: Preview) -> str:
+    number = "unknown number of" if images.num_images is None else f"{images.num_images:,}"
+    found = f"{dataset.path or dataset.source}, {number} images"
+    if images.caption is not None:
+        found += f", the first '{_short(images.caption)}'"
+    return found if images.is_looked_at else f"{found}, none of which was looked at before the run fetches them"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _MAX_TEXT else f"{text[: _MAX_TEXT - 1]}…"

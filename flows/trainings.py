@@ -37,7 +37,7 @@ class Trainings:
 
     def copies(self) -> list[PrefectFuture[JobResult]]:
         """Submits one copy per segment."""
-        finetune = self.recipe.finetune
+        finetune = self.recipe.finetune.for_copies()
         return [
             self._finetune(finetune, segment, finetune.num_steps, f"segment {i} {segment}", f"finetune/segment-{i}")
             for i, segment in enumerate(self.segments)

@@ -58,12 +58,17 @@ class DatasetSpec(Spec):
         description="webdataset below an object-store prefix: keep no copy of it, but read the tars through a bounded "
         "cache, for data sets larger than a disk. Images then train in another order.",
     )
-    stream_window: int = Field(8, ge=1, description="stream: so many tars, drawn at random, are mixed at a time.")
+    stream_window: int = Field(
+        8, ge=1, description="stream: number of tars, drawn at random, whose images are mixed at a time."
+    )
     cache_gb: float = Field(
         50.0, gt=0, description="stream: bound of the cache on each machine, 10^9 bytes; each training needs a window."
     )
     num_images: int | None = Field(
-        None, ge=1, description="Use only the first so many, by path: of folders by class those of the first classes."
+        None,
+        ge=1,
+        description="Use only the first so many: by path in folders and zips (of folders by class those of the first "
+        "classes), by tar and member in tars, by row in data sets of the hub.",
     )
     num_heldout_images: int | None = Field(
         None, ge=2, description="Images that no training sees, for the held-out loss; default a tenth, at most 500."

@@ -17,7 +17,7 @@ class EvaluateSpec(Spec):
 
     num_images: int = Field(ge=2, description="Images generated per row and seed.")
     seeds: tuple[int, ...] = Field(
-        (1, 2, 3), min_length=3, description="Sampling seeds; at least three for an interval."
+        (1, 2, 3), min_length=3, description="Sampling seeds, all different; at least three for an interval."
     )
     sampler: Sampler = Field(
         "ddim", description="Sampler of the reverse process; flow_match_euler for flow-matching models, and only those."
@@ -54,8 +54,8 @@ class EvaluateSpec(Spec):
     more_extractors: tuple[ExtractorName, ...] = Field(
         (),
         exclude_if=lambda names: not names,
-        description="Extractors beside it, with their libraries' own weights: every metric is reported of their "
-        "features, too, and may guard a search (merge.search.guards).",
+        description="More extractors, with their libraries' own weights: every metric is reported of their features, "
+        "too, and may guard a search (merge.search.guards).",
     )
     # Left out of a dump where it is the default: digests made before there were modes stay.
     extractor_mode: ExtractorMode = Field(
@@ -64,7 +64,9 @@ class EvaluateSpec(Spec):
         description="inception: network and resizing as clean-fid's mode of that name, to compare with older numbers.",
     )
     extractor_weights: str | None = Field(
-        None, description="Path or object-store URI of the extractor's weights; default the library's own."
+        None,
+        description="Path or object-store URI of the extractor's weights: a file, for clip_vit_b_32 a folder as "
+        "transformers saves it; default the library's own.",
     )
     extractor_resolution: int | None = Field(
         None,
@@ -94,12 +96,12 @@ class EvaluateSpec(Spec):
     reference_dataset: DatasetSpec | None = Field(
         None,
         exclude_if=lambda dataset: dataset is None,
-        description="Real images of the reference, and of the search's, where they are not those of the training.",
+        description="Real images for the report's reference and the search's, where they are not those of dataset.",
     )
     num_bootstrap: int = Field(
         100,
         ge=0,
-        description="Resamples of generated and real images for the verdict's second interval, at least 2; 0 for none.",
+        description="Number of bootstrap resamples for the verdict's second interval: 0 (none), or 2 and more.",
     )
 
     @model_validator(mode="after")

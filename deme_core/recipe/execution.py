@@ -47,12 +47,14 @@ class ExecutionSpec(Spec):
     num_workers: int | None = Field(
         None,
         ge=1,
-        description="local: worker processes; default one per GPU, or one on CPU. prefect: jobs that are sent at once; "
-        "default all that can be, and workers take as many as their --limit.",
+        description="local: worker processes. Default: one per GPU, or one on CPU; on GPUs a smaller number leaves "
+        "some unused, and a larger one adds nothing. prefect: jobs that are sent at once; default all that can be, "
+        "and workers take as many as their --limit.",
     )
     images_per_task: int = Field(
         5000,
         ge=1,
-        description="Images that one task generates, turns into features or encodes, in whole batches; or captions.",
+        description="Number of images that one task generates, turns into features or encodes, in whole batches; of "
+        "captions, where it embeds them.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes CUDA where there is one.")

@@ -18,9 +18,9 @@ class SearchSpec(Spec):
 
     strategy: Literal["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"] = Field(
         "coordinate",
-        description="Every combination of values; one weight at a time around the best so far; a quadratic fit of the "
-        "held-out loss and a few scores along the line to its minimum; Optuna's TPE, CMA-ES or Gaussian process of the "
-        "scores, started from that fit.",
+        description="How candidates are proposed. grid: every combination of values. coordinate: one weight at a time "
+        "around the best so far. quadratic: a quadratic fit of the held-out loss, and a few scores along the line to "
+        "its minimum. tpe, cma_es, gp: Optuna's TPE, CMA-ES or Gaussian process of the scores, started from that fit.",
     )
     values: tuple[float, ...] = Field(
         (0.0, 0.25, 0.5), min_length=1, description="grid: the candidate values of each weight."
@@ -28,8 +28,8 @@ class SearchSpec(Spec):
     initial_weight: float | None = Field(
         None,
         gt=0,
-        description="Where every weight starts, and the step of the fit; default 1/N; 1 with regmean and ties, and for "
-        "the control's scale whatever is said here.",
+        description="Where every weight starts, and the step of the fit; default 1/N, and 1 with regmean and ties. The "
+        "control's scale always starts at 1, whatever this says.",
     )
     max_weight: float = Field(
         2.0,
@@ -39,38 +39,48 @@ class SearchSpec(Spec):
     min_weight: float = Field(
         0.0,
         le=0,
-        description="tpe, cma_es, gp: lower bound of each weight, for the control 0. A weight below 0 subtracts what a "
-        "copy learnt.",
+        description="tpe, cma_es, gp: lower bound of each weight; the control's scale always has the lower bound 0. A "
+        "weight below 0 subtracts what a copy learnt.",
     )
     few_steps: int | None = Field(
-        None, ge=1, description="Score all candidates with so few sampling steps, and only the best in full."
+        None,
+        ge=1,
+        description="Score all candidates with so few sampling steps, and only the best in full; must be less than "
+        "evaluate.num_inference_steps.",
     )
     survivors: float = Field(0.25, gt=0, le=1, description="few_steps: share of the candidates scored in full.")
     step_size: float = Field(0.25, gt=0, description="coordinate: first step, halved when no step helps.")
-    max_candidates: int = Field(24, ge=2, description="Score at most so many candidates (of each search).")
+    max_candidates: int = Field(
+        24,
+        ge=2,
+        description="Each search scores at most so many candidates, the pretrained model included; must be more than "
+        "the number of weights, or with known weights at least their number plus 2. grid ignores it. With few_steps "
+        "the full scores of the survivors come on top.",
+    )
     num_images: int = Field(500, ge=2, description="Images generated per candidate and seed.")
     seeds: tuple[int, ...] = Field(
-        (1001,), min_length=1, description="Sampling seeds; none may be a seed of the report."
+        (1001,), min_length=1, description="Sampling seeds, all different; none may be a seed of the report."
     )
     # Left out of a dump where there are none: digests made before there were guards stay.
     guards: tuple[str, ...] = Field(
         (),
         exclude_if=lambda guards: not guards,
-        description="Scores, by the names that they are reported under, that shall not become worse than the "
-        "pretrained model's, such as fd_pixels_4x4. One that is 5 % worse makes the candidate's score count as worse "
-        "by 5 % of the pretrained model's score; several add up.",
+        description="Names of scores that shall not become worse than the pretrained model's, as the report names "
+        "them, such as fd_pixels_4x4. If one is 5 % worse, the candidate's score counts as worse by 5 % of the "
+        "pretrained model's score; several add up.",
     )
     known_weights: tuple[tuple[float, ...], ...] = Field(
         (),
         exclude_if=lambda known: not known,
-        description="coordinate, tpe, cma_es, gp: weights that earlier searches found, lowest timesteps first, scored "
-        "before all else. They count as candidates; coordinate goes on from the best, cma_es around the first.",
+        description="coordinate, tpe, cma_es, gp: weights that earlier searches found, lowest timesteps first. They "
+        "are scored in the first batch and count as candidates; coordinate goes on from the best, cma_es around the "
+        "first.",
     )
     known_scales: tuple[float, ...] = Field(
         (),
         exclude_if=lambda known: not known,
-        description="The same for the control's scale: who gives the one must give the other, or the control would "
-        "start behind.",
+        description="The same for the control's scale. known_weights and known_scales must be given together, or the "
+        "control would start behind.",
     )
     num_reference_images: int | None = Field(
         None, ge=2, description="Real images set aside for the search alone; default half of the data set."
@@ -147,13 +157,17 @@ class MethodSpec(Spec):
 
     method: Literal["task_arithmetic", "block_weights", "ties", "dare", "average", "regmean"] = Field(
         "task_arithmetic",
-        description="theta_0 + sum of w_i tau_i; with a weight per segment and UNet level; with task vectors that act "
-        "on the inputs of their own segments alone (RegMean, whose natural weights are 1); trimmed and with elected "
-        "signs (TIES); with random entries dropped (DARE); or the plain mean of the copies.",
+        description="How task vectors are combined. task_arithmetic: theta_0 + sum of w_i tau_i. block_weights: the "
+        "same with a weight per segment and block; blocks are the levels of a UNet and its middle, or quarters of a "
+        "transformer's depth, and what lies outside of them. regmean: task vectors confined to the inputs of their own "
+        "segments (natural weights 1). ties: trimmed, with elected signs. dare: with random entries dropped. average: "
+        "the plain mean of the copies.",
     )
     regmean: RegMeanSpec = Field(RegMeanSpec(), description="regmean: how inputs are measured.")
-    density: float = Field(0.2, gt=0, le=1, description="ties: share of each task vector's entries that is kept.")
-    drop_rate: float = Field(0.5, ge=0, lt=1, description="dare: share of each task vector's entries that is dropped.")
+    density: float = Field(
+        0.2, gt=0, le=1, description="ties: share of the entries that is kept in each tensor of a task vector."
+    )
+    drop_rate: float = Field(0.5, ge=0, lt=1, description="dare: chance of each entry of a task vector to be dropped.")
     seed: int = Field(0, ge=0, description="dare: decides which entries are dropped.")
 
     def settings(self) -> dict[str, Any]:

@@ -52,7 +52,10 @@ class TrainingSpec(Spec):
     )
     lr_scheduler: LrScheduler = Field("constant", description="Learning rate over the steps, by diffusers' names.")
     lr_warmup_steps: int = Field(
-        0, ge=0, description="Optimizer steps of linear warm-up, of each copy and of the control alike."
+        0,
+        ge=0,
+        description="Optimizer steps of linear warm-up, of each copy and of the control alike; more than 0 is refused "
+        "with lr_scheduler constant.",
     )
     adam_betas: tuple[float, float] = Field((0.95, 0.999), description="Betas of AdamW, below 1.")
     weight_decay: float = Field(1e-6, ge=0, description="Weight decay of AdamW.")
@@ -121,6 +124,20 @@ class FinetuneSpec(TrainingSpec):
         "to predict what the pretrained model predicts (Li and Hoiem 2016, arXiv 1606.09282).",
     )
     consistency_weight: float = Field(1.0, ge=0, description="Weight of the consistency loss (lambda).")
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        exclude_if=lambda gamma: gamma is None,
+        description="Weigh the diffusion loss of copies and control by Min-SNR (Hang et al. 2023, arXiv 2303.09556) with "
+        "this gamma, 5 in that paper; default all timesteps alike. Not for flow matching.",
+    )
+    control_min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        exclude_if=lambda gamma: gamma is None,
+        description="The same for the control alone, in the place of min_snr_gamma: a reweighted control, as the paper "
+        "compares with.",
+    )
     channel_projection: bool = Field(
         True, description="Train channel-wise projections and fold them after merging; false with lora."
     )
@@ -136,7 +153,13 @@ class FinetuneSpec(TrainingSpec):
         A LoRA has the summed rank of the copies', as their merge has.
         """
         lora = None if self.lora is None else self.lora.times(num_segments)
-        return self.model_copy(update={"lora": lora, "replay": "data"})
+        gamma = self.control_min_snr_gamma or self.min_snr_gamma
+        changed = {"lora": lora, "replay": "data", "min_snr_gamma": gamma, "control_min_snr_gamma": None}
+        return self.model_copy(update=changed)
+
+    def for_copies(self) -> "FinetuneSpec":
+        """Returns how the copies are finetuned: the same without what is said of the control."""
+        return self.model_copy(update={"control_min_snr_gamma": None})
 
     @property
     def has_teacher(self) -> bool:

@@ -49,6 +49,7 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         num_steps=job.num_steps,
         consistency_weight=job.finetune.consistency_weight,
         replay_from_teacher=job.finetune.replay == "pretrained",
+        min_snr_gamma=job.finetune.min_snr_gamma,
         seed=derive_seed("segment", job.finetune.seed, job.low, job.high),
     )
     if lora is not None:

@@ -13,11 +13,11 @@ GRAMS = "grams.safetensors"
 
 
 def identity(job: GramsJob, context: JobContext) -> Identity:
-    """Model, images and timesteps."""
+    """Model, images with the conditions that the model sees beside them, and timesteps."""
     return Identity(
         settings={"segment": [job.low, job.high], **job.spec.model_dump(mode="json", exclude={"shrinkage"})},
         inputs={"expert": job.expert.digest},
-        dataset=context.training_images(job.dataset).reference_fingerprint,
+        dataset=context.training_images(job.dataset).example_fingerprint,
     )
 
 

@@ -56,6 +56,21 @@ def test_a_run_finetunes_its_control_so(monkeypatch: pytest.MonkeyPatch) -> None
     assert trainings.copies() == [recipe.finetune] * len(segments)
 
 
+def test_a_reweighted_control_changes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainings, "_finetune", lambda _self, spec, *_: spec)
+    artifact: Any = None
+
+    def asked(*overrides: str) -> Trainings:
+        recipe = load_recipe("digits", overrides)
+        return Trainings(recipe, artifact, artifact, recipe_segments(recipe.segments, 1000))
+
+    plain, reweighted = asked(), asked("finetune.control_min_snr_gamma=5")
+    assert reweighted.copies() == plain.copies()
+    gamma: Any = [plain.control(), reweighted.control(), asked("finetune.min_snr_gamma=3").control()]
+    assert [spec.min_snr_gamma for spec in gamma] == [None, 5, 3]
+    assert not {"min_snr_gamma", "control_min_snr_gamma"} & {*plain.control().model_dump()}, "digests stay"
+
+
 def test_replay_without_a_chance_is_refused() -> None:
     with pytest.raises(ValidationError, match="has no effect with global_sampling_probability 0"):
         FinetuneSpec(num_steps=1, replay="pretrained", global_sampling_probability=0.0)

@@ -5,6 +5,7 @@ What is imported, or encoded by a model, is named by the content of files: tests
 
 from collections.abc import Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,7 @@ from tasks.jobs import (
     SearchJob,
 )
 from tasks.work.base import JobContext
+from tests.family_method import two_classes
 
 Changes = Mapping[str, Any]
 
@@ -136,6 +138,7 @@ TABLE: list[tuple[Job, Changes, Changes]] = [
             "finetune.timestep_sampling": "per_batch_mirrored",
             "finetune.global_sampling_probability": 0.1,
             "finetune.replay": "pretrained",
+            "finetune.min_snr_gamma": 5.0,
             "finetune.channel_projection": False,
             "finetune.lora": LoraSpec(rank=2),
         },
@@ -375,3 +378,14 @@ def test_messages_call_a_job_by_its_label_or_else_by_its_stage() -> None:
         label = job.model_dump().get("label", job.stage)
         assert job.display_name == label and label, job.work
     assert any("label" in type(job).model_fields for job, _, _ in TABLE)
+
+
+def test_a_model_that_is_told_of_its_images_has_other_inputs_for_other_captions(
+    tmp_path: Path, context: JobContext
+) -> None:
+    cats, dogs = (
+        two_classes(tmp_path),
+        two_classes(tmp_path).model_copy(update={"caption_template": "a {label} of mine"}),
+    )
+    grams = GramsJob(expert=ref("copy"), dataset=cats, low=100, high=500, spec=RegMeanSpec())
+    assert digest(grams, context) != digest(grams.model_copy(update={"dataset": dogs}), context)

@@ -50,8 +50,16 @@ def test_flow_matching_goes_straight_from_images_to_noise() -> None:
         ({"beta_schedule": "evil"}, "describes no noise schedule"),
         ({"trained_betas": ["a"]}, "describes no noise schedule"),
         ({"trained_betas": [0.1]}, "no beta between 0 and 1 for each of 1000 timesteps"),
-        ({"beta_end": float("nan")}, "no beta between 0 and 1"),
-        ({"beta_start": -1}, "no beta between 0 and 1"),
+        ({"beta_end": 1.5}, r"beta_end as 1\.5; a beta is at least 0 and less than 1"),
+        ({"beta_end": 1}, "beta_end as 1;"),
+        ({"beta_end": float("nan")}, "beta_end as nan;"),
+        ({"beta_end": float("inf"), "beta_schedule": "sigmoid"}, "beta_end as inf;"),
+        ({"beta_start": -1}, "beta_start as -1;"),
+        ({"beta_start": -1, "beta_schedule": "scaled_linear"}, "beta_start as -1;"),
+        ({"trained_betas": [0.1] * 999 + [1.5]}, r"trained_betas\[999\] as 1\.5;"),
+        ({"trained_betas": [-0.1] + [0.1] * 999}, r"trained_betas\[0\] as -0\.1;"),
+        ({"trained_betas": [0.1, float("nan")]}, r"trained_betas\[1\] as nan;"),
+        ({"beta_end": 1 - 1e-12}, "no beta between 0 and 1 for each of 1000 timesteps"),
         ({"prediction_type": "zz"}, "prediction_type as 'zz', not as one of epsilon, sample, v_prediction"),
         ({"timestep_spacing": "zz"}, "timestep_spacing as 'zz', not as one of leading, trailing, linspace"),
         ({"clip_sample_range": "a"}, "clip_sample_range as 'a', not as a number"),
@@ -67,6 +75,20 @@ def test_flow_matching_goes_straight_from_images_to_noise() -> None:
 def test_a_config_that_describes_no_noise_is_refused(config: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ModelFolderError, match=rf"scheduler_config\.json .*{sentence}"):
         Diffusion.from_config(SCHEDULER_CONFIG | config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"beta_start": 0, "beta_end": 0.9},
+        {"beta_schedule": "squaredcos_cap_v2", "beta_end": 1.5},
+        {"trained_betas": [0.01] * 1000, "beta_end": 1.5},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+    ids=str,
+)
+def test_betas_that_can_be_are_taken(config: dict[str, Any]) -> None:
+    assert Diffusion.from_config(SCHEDULER_CONFIG | config).num_train_timesteps == 1000
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

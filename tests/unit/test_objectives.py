@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from deme_core.errors import InputError
-from deme_core.objectives import consistency_loss, diffusion_loss, training_target
+from deme_core.noise_process import FlowMatching
+from deme_core.objectives import consistency_loss, diffusion_loss, min_snr_weights, training_target
 from tests.tiny_models import tiny_scheduler
 
 TIMESTEPS = torch.tensor([0, 10, 500, 999])
@@ -77,3 +78,41 @@ def test_losses_are_computed_in_float32(loss) -> None:
     value = loss(prediction, other)
     assert value.dtype == torch.float32
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
+def test_min_snr_weighs_an_error_of_the_clean_image_by_the_snr_up_to_gamma(prediction_type: str) -> None:
+    """Whatever is predicted: an error of it is turned into the error of x_0 that it makes."""
+    scheduler = tiny_scheduler(prediction_type=prediction_type, clip_sample=False)
+    clean_images, noise, error = draw(0).double(), draw(1).double(), 0.01 * draw(2).double()
+    target = training_target(scheduler, clean_images, noise, TIMESTEPS)
+    noisy = scheduler.add_noise(clean_images, noise, TIMESTEPS)
+    alphas = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)[TIMESTEPS]
+    for index, (timestep, snr) in enumerate(zip(TIMESTEPS.tolist(), (alphas / (1 - alphas)).tolist(), strict=True)):
+        one = slice(index, index + 1)
+        of_images = (
+            scheduler.step(target[one] + error[one], timestep, noisy[one]).pred_original_sample
+            - scheduler.step(target[one], timestep, noisy[one]).pred_original_sample
+        )
+        weighted = diffusion_loss(
+            target[one] + error[one], target[one], min_snr_weights(scheduler, TIMESTEPS[one], gamma=5.0)
+        )
+        assert weighted.item() == pytest.approx(min(snr, 5.0) * of_images.square().mean().item(), rel=2e-3)
+
+
+def test_noise_without_any_signal_weighs_as_its_limit() -> None:
+    timesteps, weights = torch.tensor([999]), {}
+    for prediction_type in ("epsilon", "sample", "v_prediction"):
+        scheduler = tiny_scheduler(prediction_type=prediction_type, rescale_betas_zero_snr=True)
+        scheduler.alphas_cumprod[-1] = 0.0  # diffusers leaves 2^-24 there.
+        weights[prediction_type] = min_snr_weights(scheduler, timesteps, gamma=5.0).item()
+    assert weights == {"epsilon": 1, "sample": 0, "v_prediction": 0}
+
+
+def test_an_unweighted_loss_is_that_of_weights_of_one() -> None:
+    torch.testing.assert_close(diffusion_loss(draw(0), draw(1), torch.ones(4)), diffusion_loss(draw(0), draw(1)))
+
+
+def test_flow_matching_has_no_min_snr() -> None:
+    with pytest.raises(InputError, match="not of flow matching"):
+        FlowMatching(1000).min_snr_weights(TIMESTEPS, 5.0)

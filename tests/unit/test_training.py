@@ -42,6 +42,7 @@ def build(
     sampler: TimestepSampler = SAMPLER,
     consistency_weight: float = 0.0,
     replay_from_teacher: bool = False,
+    min_snr_gamma: float | None = None,
     pretrained: nn.Module | None = None,
     seed: int = 0,
     record_every: int = 10,
@@ -62,6 +63,7 @@ def build(
             consistency_weight,
             seed,
             replay_from_teacher=replay_from_teacher,
+            min_snr_gamma=min_snr_gamma,
         ),
         teacher=Teacher([pretrained]) if pretrained is not None else None,
         device=device,
@@ -554,6 +556,19 @@ def test_replay_from_the_teacher_learns_the_data_inside_of_the_segment_and_the_t
         for each in (None, one_level_unet())
     ]
     assert losses[0] == losses[1]
+
+
+def test_the_loss_of_each_image_is_weighted_by_min_snr() -> None:
+    model = randomize(one_level_unet(), seed=1, scale=0.02)
+    rng, images = generator("training", 0, 0), tiny_images(BATCH_SIZE, seed=0)
+    noise, everywhere = torch.randn(images.shape, generator=rng), TimestepSampler(TimestepSegment(0, 1000), 1000)
+    t, scheduler = everywhere(BATCH_SIZE, rng), tiny_scheduler()
+    with torch.no_grad():
+        errors = (model(scheduler.add_noise(images, noise, t), t).sample - noise).square().mean(dim=(1, 2, 3))
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+    expected = float((torch.minimum(snr, torch.tensor(0.5)) / snr * errors).mean())
+    (progress,) = run(build(model, num_steps=1, sampler=everywhere, min_snr_gamma=0.5))
+    assert progress.loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("weight", "replays"), [(0.0, False), (1.0, False), (0.0, True)])
