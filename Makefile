@@ -1,4 +1,4 @@
-# make install | demo | down | test | test-faults | test-recipes | test-compose | test-cluster | lint | types | docs | lock | audit
+# make install | demo | down | test | test-faults | test-recipes | test-compose | test-cluster | test-lowest | lint | types | check | docs | lock | audit | clean
 PYTHON ?= python3
 UV_VERSION := 0.13.9
 VENV := .venv
@@ -8,7 +8,7 @@ UV := $(or $(shell command -v uv 2>/dev/null),.uv/bin/uv)
 
 export UV_NO_PROGRESS ?= 1
 
-.PHONY: install demo down test test-faults test-recipes test-compose test-cluster lint types check docs lock audit clean
+.PHONY: install demo down test test-faults test-recipes test-compose test-cluster test-lowest lint types check docs lock audit clean
 
 install: $(VENV)/.installed
 
@@ -55,6 +55,12 @@ test-recipes: install
 # docker-compose.yml on a real engine (needs root, and debootstrap where no registry can be reached); some ten minutes.
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
+
+# The unit tests with the oldest versions that pyproject.toml allows, in an environment of their own; some ten minutes.
+test-lowest: | $(UV)
+	$(UV) venv --quiet --clear --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv-lowest
+	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[stack,server,ray,dev]"
+	.venv-lowest/bin/python -m pytest tests/unit -m "not long" -n 2
 
 # Two Ray nodes on loopback, one of which is killed, and a worker of a work pool; several minutes on two cores.
 test-cluster: TESTS = tests/cluster

@@ -233,7 +233,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks.merge", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model and one round: shows that it runs")
     parser.add_argument(
-        "--shape", choices=SHAPES, default="lsun", help="113.7 M parameters in fp32, or 2,567 M in bf16 (31 GB of disk)"
+        "--shape", choices=SHAPES, default="lsun", help="113.7 M parameters in fp32, or 2,567 M in bf16 (34 GB of disk)"
     )
     parser.add_argument("--rounds", type=int, help="merges of each kind (default 7, sdxl 3, quick 1)")
     parser.add_argument("--folder", type=Path, help="where the models are written (default the temporary folder)")

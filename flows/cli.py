@@ -198,7 +198,8 @@ def merge(
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"],
         typer.Option(
-            help="What the weights are stored in; the merge is computed in float32, and half of it rounds away."
+            help="Type of the stored weights. The merge is computed in float32; half precision rounds most of a "
+            "finetuning away."
         ),
     ] = "float32",
 ) -> None:
@@ -215,7 +216,7 @@ def generate(
     model: ModelArgument,
     out: OutOption,
     num_images: Annotated[int, typer.Option(min=1, help="How many images.")] = 16,
-    seed: Annotated[int, typer.Option(min=0, help="Names the set of images.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the initial noise.")] = 0,
     sampler: Annotated[
         str | None, typer.Option(help="ddim or ddpm; flow_match_euler for flow-matching models.", show_default="ddim")
     ] = None,

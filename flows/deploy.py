@@ -1,7 +1,8 @@
 """Registers work pools, deployments and automations with a Prefect server.
 
-Again and again, it changes nothing, and what was set on the server since stays: whatever of a deployment is not code
-(parameters, schedules, a pause, job variables and so on), job templates of pools, and whether an automation is on.
+Again and again, it changes nothing. What was set on the server since stays: values of parameters, schedules, a pause,
+job variables and so on of deployments, job templates of pools, and whether an automation is on. What a deployment has
+of the code is brought up to date, and the tag and parameters of prefect.yaml that the server lacks are added.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
+from uuid import UUID
 
 import httpx
 import yaml
@@ -60,7 +62,8 @@ def deploy(pool_type: PoolType = "process", say: Callable[[str], None] = lambda 
         The deployments, as ``flow/deployment``.
 
     Raises:
-        DemeError: the server refuses.
+        DemeError: a pool is of another type, parameters on the server do not fit a flow, or `prefect deploy` fails.
+        PrefectHTTPStatusError: the server refuses something else, as whoever does not log in.
     """
     with get_client(sync_client=True) as client:
         for name, description in POOLS.items():
@@ -74,6 +77,9 @@ def deploy(pool_type: PoolType = "process", say: Callable[[str], None] = lambda 
             _register({**content, "deployments": new})
         for name, found in there.items():
             _update(client, name, found, names[name])
+        for deployment in content["deployments"]:
+            for trigger in deployment.get("triggers", ()):
+                _delete_orphans(client, trigger["name"])
         for automation in _read("automations.yaml")["automations"]:
             _make_automation(
                 client, AutomationCore.model_validate(automation), client.read_automations_by_name(automation["name"])
@@ -145,7 +151,7 @@ def _digest(template: Mapping[str, Any]) -> str:
 def _update(
     client: SyncPrefectClient, full_name: str, found: DeploymentResponse, deployment: Mapping[str, Any]
 ) -> None:
-    """Tells the server what has changed in the code of a deployment that is there, and nothing else.
+    """Tells the server what has changed in the code of a deployment that is there, and which tag or parameter it lacks.
 
     `prefect deploy` would end a pause, replace schedules and job variables, and show what is secret in the latter.
     """
@@ -179,6 +185,22 @@ def _update_triggers(
         trigger = TypeAdapter[DeploymentTriggerTypes](DeploymentTriggerTypes).validate_python(content)
         trigger.set_deployment_id(found.id)
         _make_automation(client, trigger.as_automation(), of_it)
+
+
+def _delete_orphans(client: SyncPrefectClient, name: str) -> None:
+    """Deletes automations of this name that start nothing but deployments that are gone: Prefect leaves them there."""
+    for automation in client.read_automations_by_name(name):
+        started = [getattr(action, "deployment_id", None) for action in automation.actions]
+        if started and not any(each is None or _exists(client, each) for each in started):
+            client.delete_automation(automation.id)
+
+
+def _exists(client: SyncPrefectClient, deployment: UUID) -> bool:
+    try:
+        client.read_deployment(deployment)
+    except ObjectNotFound:
+        return False
+    return True
 
 
 def _register(content: Mapping[str, Any]) -> None:

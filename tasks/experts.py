@@ -106,7 +106,7 @@ def relative_heldout_losses(
 
     Args:
         runtime: to fetch them.
-        rows: the losses of pretrained, finetuned and merged.
+        rows: the losses of pretrained, finetuned and merged, and of distilled where the recipe distills.
         copies: the losses of the copies, which make those of the ensemble.
         experts: the copies' segments.
     """

@@ -15,7 +15,7 @@ def check_api_address(api_url: str) -> None:
         raise InputError("PREFECT_API_URL must hold no password; use PREFECT_API_AUTH_STRING.")
 
 
-def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
+def check_health(variable: str, address: str, *, patience: float = 0.0) -> str:
     """Returns once the server at ``address`` is healthy.
 
     So is one that wants a log-in, which is not given here, or knows no such page, as hosted ones.
@@ -25,6 +25,9 @@ def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
         address: its URL.
         patience: seconds to wait for a server that is starting.
 
+    Returns:
+        What its page of health says; nothing if it wants a log-in or has no such page.
+
     Raises:
         InputError: it is not healthy, said within ten seconds and ``patience``.
     """
@@ -33,9 +36,9 @@ def check_health(variable: str, address: str, *, patience: float = 0.0) -> None:
         while True:
             try:
                 answer = client.get(f"{address.rstrip('/')}/health")
-                if not answer.is_client_error:
-                    answer.raise_for_status()
-                return
+                if answer.is_client_error:
+                    return ""
+                return answer.raise_for_status().text
             except httpx.HTTPError as error:
                 if time.monotonic() >= deadline:
                     raise InputError(

@@ -2,10 +2,12 @@
 
 import logging
 import re
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
 from deme_core.errors import InputError
 from deme_core.settings import HTTP, Settings
+from tasks.health import check_health
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -61,6 +63,52 @@ def _is_readable(uri: str) -> bool:
     except (ArgumentError, ValueError):
         return False
     return True
+
+
+def check_server(settings: Settings) -> None:
+    """Raises InputError, within some ten seconds, if no MLflow answers at the address of a tracking server."""
+    address = settings.tracking_uri
+    # A hosted server may have no page of health, and another kind of server may have one: both are asked as MLflow is.
+    if check_health("MLFLOW_TRACKING_URI", address) == "OK":
+        return
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    path, question = "/api/2.0/mlflow/experiments/search", {"max_results": 1}
+    try:
+        answer = http_request(
+            get_default_host_creds(address),
+            path,
+            "POST",
+            json=question,
+            timeout=10,
+            max_retries=0,
+            raise_on_status=False,
+        )
+    except MlflowException as error:
+        raise InputError(f"MLFLOW_TRACKING_URI {address} does not answer as an MLflow server ({error}).") from error
+    if _is_of_mlflow(answer):
+        return
+    if answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI {address} wants a log-in (status {answer.status_code}): MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    server = answer.headers.get("Server", "unnamed")
+    raise InputError(
+        f"MLFLOW_TRACKING_URI {address} is not the address of an MLflow server: for {path} the server there ({server}) "
+        f"answers with status {answer.status_code}; correct it, or unset the variable."
+    )
+
+
+def _is_of_mlflow(answer: Any) -> bool:
+    """Whether a response is MLflow's: an object, of an error with MLflow's code for it."""
+    try:
+        content = answer.json()
+    except ValueError:
+        return False
+    return isinstance(content, dict) and (bool(answer.ok) or "error_code" in content)
 
 
 def mlflow_client(settings: Settings) -> "MlflowClient":

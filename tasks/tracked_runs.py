@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from deme_core.errors import InputError
 from deme_core.settings import Settings
-from tasks.health import check_health
-from tasks.mlflow_client import check_address, mlflow_client
+from tasks.mlflow_client import check_address, check_server, mlflow_client
 from tasks.tracking import FLOW_RUN_TAG
 
 if TYPE_CHECKING:
@@ -24,8 +23,9 @@ def find_tag(settings: Settings, tag: str, run: str | None) -> str:
     """Returns a tag of the run whose id begins with ``run``; by default of the newest run that has the tag.
 
     Raises:
-        InputError: there is no such run, more than one, or it lacks the tag.
+        InputError: there is no such run, more than one, or it lacks the tag; or MLflow does not answer.
     """
+    check_tracking(settings)
     return str(_find_run(settings, _has(tag), run).data.tags[tag])
 
 
@@ -114,7 +114,7 @@ def _shortcoming(run: "Run") -> str:
 
 
 def check_tracking(settings: Settings) -> None:
-    """Raises InputError, in seconds, if a tracking server does not answer; a database is asked nothing."""
+    """Raises InputError, in seconds, if no MLflow answers at a server's address; a database is asked nothing."""
     check_address(settings)
     if settings.has_tracking_server:
-        check_health("MLFLOW_TRACKING_URI", settings.tracking_uri)
+        check_server(settings)

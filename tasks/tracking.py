@@ -88,7 +88,7 @@ class Tracker:
         self.log_steps(run_id, {0: metrics})
 
     def log_steps(self, run_id: str, metrics: Mapping[int, Mapping[str, float]]) -> None:
-        """Logs numbers by step, all in one call."""
+        """Logs numbers by step, a thousand in a call."""
         now = int(time.time() * 1000)
         points = [(name, float(value), step, now) for step, at in metrics.items() for name, value in at.items()]
         self._log(run_id, points)

@@ -128,8 +128,8 @@ class FinetuneSpec(TrainingSpec):
         None,
         gt=0,
         exclude_if=lambda gamma: gamma is None,
-        description="Weigh the diffusion loss of copies and control by Min-SNR (Hang et al. 2023, arXiv 2303.09556) with "
-        "this gamma, 5 in that paper; default all timesteps alike. Not for flow matching.",
+        description="Weigh the diffusion loss of copies and control by Min-SNR (Hang et al. 2023, arXiv 2303.09556) "
+        "with this gamma, 5 in that paper; default all timesteps alike. Not for flow matching.",
     )
     control_min_snr_gamma: float | None = Field(
         None,

@@ -14,7 +14,10 @@ from deme_core.settings import Settings
 
 app = typer.Typer()
 
-PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port; default the usual one, or a free one.")]
+PortOption = Annotated[
+    int | None,
+    typer.Option(min=1, max=65535, help="Port; default that of the last start, else the usual one, else a free one."),
+]
 
 
 @app.command(epilog="Example: deme up")
@@ -95,9 +98,10 @@ def worker(
     pool: Annotated[str, typer.Argument(help="The work pool to serve: deme-cpu or deme-gpu.")],
     name: Annotated[str | None, typer.Option(help="What Prefect shows; default a name of its own.")] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Flow runs at a time; for deme-gpu the number of GPUs.")
+        int | None,
+        typer.Option(min=1, help="Flow runs at a time; default no limit; give the number of GPUs for deme-gpu."),
     ] = None,
-    healthcheck: Annotated[bool, typer.Option("--healthcheck", help="Answer on port 8080 whether it works.")] = False,
+    healthcheck: Annotated[bool, typer.Option("--healthcheck", help="Serve /health on port 8080.")] = False,
 ) -> None:
     """Do flow runs of a work pool on this machine, as Prefect's worker does; when it is stopped, they checkpoint."""
     _prefect_address()

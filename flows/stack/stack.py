@@ -189,7 +189,7 @@ class Stack:
             raise InputError(f"{path} is gone, and the S3 server runs with its keys; `deme down`, then `deme up`.")
 
     def status(self) -> list[ServiceStatus]:
-        """Returns how each service fares, in the order in which they start."""
+        """Returns how each service fares, the servers first."""
         state = self._read()
         names = dict.fromkeys(["s3", "prefect", "mlflow", "worker", *state["services"]])
         checks = self._checks(state) if state["ports"] else {}

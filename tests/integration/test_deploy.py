@@ -117,3 +117,17 @@ def test_parameters_that_the_flow_does_not_take_any_more_are_named(client: SyncP
     change(client, WATCH, parameters={"recipe": 3}, parameter_openapi_schema={"type": "object", "properties": {}})
     with pytest.raises(DemeError, match=rf"Deployment {WATCH} has parameters on the server .* correct them there"):
         deploy()
+
+
+def test_the_automation_of_a_deployment_that_was_deleted_goes_with_the_next_one(client: SyncPrefectClient) -> None:
+    [left] = client.read_automations_by_name(EVENT)
+    other = left.model_dump(exclude={"id", "owner_resource", "actions"}) | {"actions": [{"type": "do-nothing"}]}
+    ours = client.create_automation(AutomationCore.model_validate(other))
+    client.delete_deployment(client.read_deployment_by_name(WATCH).id)
+    assert left in client.read_automations_by_name(EVENT), "Prefect deletes it by itself now"
+    deploy()
+    found = {each.id: each for each in client.read_automations_by_name(EVENT)}
+    client.delete_automation(ours)
+    assert left.id not in found and ours in found and len(found) == 2
+    [new] = [each for each in found.values() if each.id != ours]
+    assert [action.deployment_id for action in new.actions] == [client.read_deployment_by_name(WATCH).id]

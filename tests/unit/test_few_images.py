@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from deme_core.errors import InputError
+from deme_core.extractor_names import ExtractorName
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import EvaluateSpec
 from deme_core.recipe_file import load_recipe
@@ -34,6 +35,27 @@ def test_few_generated_images_are_warned_of_too() -> None:
     many_real = {**SMALL, "num_images": 5000}
     assert "600 generated images are fewer" in str(few_images_warning(FID, many_real, num_images=600))
     assert "500 real and 600 generated images" in str(few_images_warning(FID, SMALL, num_images=600))
+
+
+@pytest.mark.parametrize(
+    ("extractor", "more", "told"),
+    [
+        ("inception", ("pixels_4x4",), "the 2,048 features of inception:"),
+        ("pixels_4x4", ("inception",), "the 2,048 features of inception:"),
+        ("inception", ("dinov2_vitl14",), "the up to 2,048 features of inception and dinov2_vitl14:"),
+    ],
+)
+def test_only_networks_are_said_to_have_so_many_features(
+    extractor: ExtractorName, more: tuple[ExtractorName, ...], told: str
+) -> None:
+    evaluate = EvaluateSpec(num_images=600, extractor=extractor, more_extractors=more)
+    assert told in str(few_images_warning(evaluate, SMALL, num_images=600))
+
+
+def test_pixels_alone_are_named_with_their_own_features() -> None:
+    evaluate = EvaluateSpec(num_images=40, extractor="pixels_4x4")
+    warning = few_images_warning(evaluate, {"num_images": 40, "num_features": 48}, num_images=40)
+    assert "the 48 features of pixels_4x4:" in str(warning)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,10 @@ from tasks import training_log
 from tasks.databases import start_from_copy
 from tasks.mlflow_client import check_address, is_database, mlflow_client
 from tasks.patient_client import OrderlyClient, PatientClient, patient_client
+from tasks.tracked_runs import check_tracking, find_tag
 from tasks.tracking import _TRAINING_METRICS, Tracker
 from tasks.training_log import TrainingLog
+from tests.http_server import serving, url_of
 
 
 class Recorder(Tracker):
@@ -284,3 +287,58 @@ def test_every_number_of_a_training_is_logged_at_its_own_step() -> None:
     names = _TRAINING_METRICS.values()
     assert sorted(told) == sorted((name, step, step / 2, step + 7) for step in range(400) for name in names)
     assert max(map(len, sent)) <= 1000, "MLflow takes no more at once"
+
+
+class _Answering(BaseHTTPRequestHandler):
+    """Another server than MLflow's, or MLflow's behind something."""
+
+    health, status, content = 404, 404, b"<html>Not Found</html>"
+
+    def do_GET(self) -> None:
+        self._answer(self.health, b"")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(self.status, self.content)
+
+    def _answer(self, status: int, content: bytes) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+OTHERS = {
+    "web server": (
+        {},
+        r"is not the address of an MLflow server: .* \(BaseHTTP.*\) answers with status 404; correct it",
+    ),
+    "web pages": ({"health": 200, "status": 200, "content": b"<html>"}, r"is not the address .* status 200"),
+    "another API": ({"status": 404, "content": b'{"detail": "Not Found"}'}, r"is not the address .* status 404"),
+    "no log-in": ({"health": 401, "status": 401}, r"wants a log-in \(status 401\): MLFLOW_TRACKING_USERNAME"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_server_that_is_not_mlflow_is_said_at_once(kind: str) -> None:
+    settings, sentence = OTHERS[kind]
+    with serving(type("Other", (_Answering,), settings)) as server:
+        began = time.monotonic()
+        with pytest.raises(InputError, match=f"^MLFLOW_TRACKING_URI {url_of(server)} {sentence}") as caught:
+            check_tracking(Settings.model_validate({"MLFLOW_TRACKING_URI": url_of(server)}))
+        assert time.monotonic() - began < 10
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "answers", [{"status": 200, "content": b"{}"}, {"status": 403, "content": b'{"error_code": "PERMISSION_DENIED"}'}]
+)
+def test_an_mlflow_without_a_page_of_health_is_taken(answers: dict[str, Any]) -> None:
+    with serving(type("Hosted", (_Answering,), answers)) as server:
+        check_tracking(Settings.model_validate({"MLFLOW_TRACKING_URI": url_of(server)}))
+
+
+def test_the_tag_of_a_run_is_looked_for_only_where_mlflow_is() -> None:
+    with serving(_Answering) as server, pytest.raises(InputError, match="is not the address of an MLflow server"):
+        find_tag(Settings.model_validate({"MLFLOW_TRACKING_URI": url_of(server)}), "deme.merged.uri", None)
