@@ -17,8 +17,7 @@ NUM_DOWNLOADS = 8
 
 def listing_version(uri: str, objects: Sequence[StoredObject]) -> str:
     """Returns a digest that changes when anything under ``uri`` does."""
-    rows = sorted((o.key, o.size, o.modified.isoformat()) for o in objects)
-    return json_digest([uri, rows])
+    return json_digest([uri, sorted(o.identity for o in objects)])
 
 
 def download_once(store: ObjectStore, objects: Sequence[StoredObject], folder: Path) -> Path:

@@ -81,7 +81,10 @@ class FileStore:
                 with self._errors(), suppress(FileNotFoundError):
                     status = path.stat()
                     if S_ISREG(status.st_mode):
-                        yield StoredObject(key, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
+                        modified = datetime.fromtimestamp(status.st_mtime, UTC)
+                        # As stat_listing has it. No inode number: some network file systems give new ones when mounted.
+                        version = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+                        yield StoredObject(key, status.st_size, modified, version)
 
     def delete(self, key: str) -> None:
         """Remove a file; its folder stays, for another writer may be about to use it."""

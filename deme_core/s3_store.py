@@ -230,7 +230,8 @@ class S3Store:
                     key = entry["Key"].removeprefix(self._root)
                     # Some tools mark folders by empty objects whose key ends in a slash.
                     if is_key(key):
-                        yield StoredObject(key, entry["Size"], entry["LastModified"])
+                        # The time is in whole seconds, so the ETag alone tells two of one second apart.
+                        yield StoredObject(key, entry["Size"], entry["LastModified"], entry.get("ETag", ""))
 
     def delete(self, key: str) -> None:
         """Delete; S3 does not mind a missing object."""

@@ -43,11 +43,18 @@ class StoredObject:
         key: its name, relative to the store.
         size: bytes.
         modified: when it was written, by the store's clock (aware).
+        version: another one whenever the object may hold other bytes, opaque; empty where a server tells none.
     """
 
     key: str
     size: int
     modified: datetime
+    version: str
+
+    @property
+    def identity(self) -> tuple[str, int, str, str]:
+        """All of it, for JSON: names copies and indices of these bytes, and no result, which may come from others."""
+        return self.key, self.size, self.modified.isoformat(), self.version
 
 
 class Digest(Protocol):

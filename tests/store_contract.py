@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -133,6 +134,15 @@ class StoreContract:
         (found,) = store.list("")
         assert found.size == 5
         assert abs(found.modified - datetime.now(UTC)) < timedelta(minutes=1)
+
+    def test_an_object_has_a_version_until_it_is_replaced(self, store: ObjectStore) -> None:
+        store.put_bytes("a", b"12345")
+        listed = [found for _ in range(2) for found in store.list("")]
+        assert listed[0] == listed[1] and listed[0].version
+        time.sleep(0.02)  # The clock of file systems ticks every few milliseconds; that of S3 every second.
+        store.put_bytes("a", b"54321")
+        (after,) = store.list("")
+        assert after.version != listed[0].version
 
     @pytest.mark.parametrize(
         "key", ["", "/a", "a/", "a//b", "..", "a/../b", "./a", "a\\b", "a\0", ".tmp-a", "a/.tmp-b/c"]

@@ -49,9 +49,8 @@ class Candidate:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the listing: folder, names, sizes and modified times."""
-        listing = [[name, file.size, file.modified.timestamp()] for name, file in sorted(self.files.items())]
-        return json_digest([self.folder, listing])
+        """Digest of the listing: folder, and names, sizes, times and versions of files."""
+        return json_digest([self.folder, sorted(file.identity for file in self.files.values())])
 
     @property
     def modified(self) -> datetime:

@@ -63,7 +63,7 @@ def load_extractor(
     Args:
         name: one of EXTRACTORS.
         weights: path or object-store URI of the weights; default the library's own. What a URI names is
-            fetched once per cache. A folder for clip_vit_b_32, one file for the others.
+            fetched once for each version of it. A folder for clip_vit_b_32, one file for the others.
         resolution: side images are resized to, for the EfficientNets; default 224, or 260 for the larger.
             The other networks take their own alone; pixels_4x4 ignores it.
         cache: folder for weights that have to be fetched; may be deleted at any time.

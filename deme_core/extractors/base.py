@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from deme_core.digests import json_digest, sha256_bytes, sha256_file
-from deme_core.downloads import download_once
+from deme_core.digests import json_digest, sha256_file
+from deme_core.downloads import download_once, listing_version
 from deme_core.errors import ArtifactNotFoundError, ExtractorUnavailableError, InputError, StoreUnavailableError
 from deme_core.local_files import user_path
-from deme_core.store import ObjectStore, folder_and_key, not_found, open_store
+from deme_core.store import ObjectStore, folder_and_key, open_store
 from deme_core.tf32 import without_tf32
 
 # A CPU is fastest where activations fit its cache (64 images at 64 pixels); a GPU wants more at once.
@@ -159,24 +159,35 @@ def local_file(weights: str, folder: Path, mend: str) -> Path:
             raise unavailable(f"The extractor's weights {weights} do not exist", mend)
         return path
     parent, key = folder_and_key(weights)
-    path = folder / sha256_bytes(weights.encode())[:16] / key
-    if path.is_file():
-        return path
-    store = store_of_weights(parent, mend)
-    try:
-        if not (found := [item for item in store.list(key) if item.key == key]):
-            raise not_found(weights)
-        download_once(store, found, path.parent)
-    except StoreUnavailableError:  # It may pass, and is tried again.
-        raise
-    except (ArtifactNotFoundError, InputError) as error:
-        raise unavailable(
-            f"The extractor's weights {weights} cannot be had ({str(error).rstrip('.')})", mend
-        ) from error
+    path = fetched(parent, [key], folder, mend) / key
+    if not path.is_file():
+        raise unavailable(f"The extractor's weights {weights} cannot be had (there is no such object)", mend)
     return path
 
 
-def store_of_weights(uri: str, mend: str) -> ObjectStore:
+def fetched(uri: str, keys: Sequence[str], folder: Path, mend: str) -> Path:
+    """Those objects that there are of these below a URI, in a folder of their version, looked at once per process.
+
+    So what is loaded is what the digest was computed of, whatever is put behind the URI between the two.
+    """
+    asked = uri, tuple(keys), folder
+    if asked in _FETCHED and all((_FETCHED[asked] / key).is_file() for key in keys):
+        return _FETCHED[asked]
+    store = _store_of_weights(uri, mend)
+    try:
+        objects = [item for item in store.list(keys[0] if len(keys) == 1 else "") if item.key in keys]
+        _FETCHED[asked] = download_once(store, objects, folder / listing_version(uri, objects))
+    except StoreUnavailableError:  # It may pass, and is tried again.
+        raise
+    except (ArtifactNotFoundError, InputError) as error:
+        raise unavailable(f"The extractor's weights {uri} cannot be had ({str(error).rstrip('.')})", mend) from error
+    return _FETCHED[asked]
+
+
+_FETCHED: dict[tuple[str, tuple[str, ...], Path], Path] = {}
+
+
+def _store_of_weights(uri: str, mend: str) -> ObjectStore:
     """The object store that a URI of weights names, which is not repeated: it may be another's, with a password."""
     try:
         return open_store(uri)

@@ -15,19 +15,18 @@ import torch
 from torch.nn.functional import interpolate
 
 from deme_core.digests import json_digest, sha256_file
-from deme_core.downloads import download_once, listing_version
-from deme_core.errors import InputError, StoreUnavailableError
+from deme_core.errors import InputError
 from deme_core.extractor_names import FIXED_SIDES
 from deme_core.extractors.base import (
     FeatureArray,
     NetworkExtractor,
     chunk_size,
     digest,
+    fetched,
     fixed_resolution,
     per_channel,
     read_safetensors,
     standardize,
-    store_of_weights,
     unavailable,
 )
 from deme_core.extractors.hub import hub_folder
@@ -123,7 +122,7 @@ def load_clip_score(*, weights: str | None = None, cache: Path, device: torch.de
     Args:
         weights: path or object-store URI of a folder as transformers saves a CLIPModel and its CLIPTokenizer;
             default openai/clip-vit-base-patch32 from the hub.
-        cache: what a URI names is fetched into this folder, once.
+        cache: what a URI names is fetched into this folder, once for each version of it.
         device: where the networks run.
 
     Returns:
@@ -245,18 +244,7 @@ def _source_folder(weights: str | None, folder: Path, names: Sequence[str], mend
     """A folder as it is, what an object-store prefix names, or the hub's; it holds all these files."""
     if weights is None:
         return hub_folder(_HUB_ID, names, mend, _HUB_REVISIONS)
-    source = _fetched(weights, folder, names, mend) if "://" in weights else user_path(weights)
+    source = fetched(weights, names, folder, mend) if "://" in weights else user_path(weights)
     if missing := [name for name in names if not (source / name).is_file()]:
         raise unavailable(f"There is no {' and no '.join(missing)} in {weights}; pickles are not read", mend)
     return source
-
-
-def _fetched(uri: str, folder: Path, names: Sequence[str], mend: str) -> Path:
-    store = store_of_weights(uri, mend)
-    try:
-        objects = [item for item in store.list("") if item.key in names]
-        return download_once(store, objects, folder / listing_version(uri, objects))
-    except StoreUnavailableError:  # It may pass, and is tried again.
-        raise
-    except InputError as error:
-        raise unavailable(f"The extractor's weights {uri} cannot be had ({str(error).rstrip('.')})", mend) from error

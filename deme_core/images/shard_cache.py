@@ -34,7 +34,7 @@ class ShardCache:
 
     def path(self, shard: StoredObject) -> Path:
         """Where the copy of this version of an object is, if there is one."""
-        version = canonical_json([self._store.uri, shard.key, shard.size, shard.modified.isoformat()])
+        version = canonical_json([self._store.uri, *shard.identity])
         return self._folder / f"{sha256_bytes(version.encode())}{_SHARD}"
 
     def fetch(self, shards: Sequence[StoredObject]) -> None:

@@ -122,7 +122,7 @@ class StreamedTars(TarSource):
 
     def _index_key(self, tar: StoredObject) -> str:
         # A tar that is written anew is another tar; which images can be decoded depends on the version of Pillow.
-        version = [_VERSION, self._store.uri, tar.key, tar.size, tar.modified.isoformat(), PIL.__version__]
+        version = [_VERSION, self._store.uri, *tar.identity, PIL.__version__]
         name = json_digest([version, self._channels, self._image_column])
         return f"stream-index/{name}.json"
 

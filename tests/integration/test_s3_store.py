@@ -9,6 +9,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -16,8 +17,8 @@ import pytest
 
 from deme_core import store as store_module
 from deme_core.errors import NoAnswerError, StoreUnavailableError
-from deme_core.s3_store import connect
-from deme_core.store import ObjectStore, check_access, open_store
+from deme_core.s3_store import S3Store, connect
+from deme_core.store import ObjectStore, StoredObject, check_access, open_store
 from tests.http_server import serving, url_of
 from tests.integration.conftest import S3Server
 from tests.own_process import succeeds
@@ -68,6 +69,14 @@ def test_a_bucket_without_a_prefix_is_a_store(s3_server: S3Server) -> None:
     store.put_bytes("a/b", b"1")
     assert keys(store) == ["a/b"]
     assert store.uri == "s3://whole"
+
+
+def test_a_server_that_lists_no_etags_is_listed() -> None:
+    now = datetime.now(UTC)
+    pages = [{"Contents": [{"Key": "a", "Size": 1, "LastModified": now}]}]
+    listing = SimpleNamespace(paginate=lambda **_: pages)
+    client: Any = SimpleNamespace(meta=SimpleNamespace(endpoint_url=""), get_paginator=lambda _: listing)
+    assert list(S3Store("bucket", "", lambda: client).list("")) == [StoredObject("a", 1, now, "")]
 
 
 def test_a_wrong_secret_is_said(s3_server: S3Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -417,10 +417,11 @@ def test_each_recipe_starts_a_run_of_its_own_for_the_same_weights(watched: Watch
         assert ledger.start_once(finding.look, lambda: "run", claimed_by="test")[1] is expected
 
 
-def test_a_file_that_grew_and_kept_its_time_is_read_again(watched: Watched) -> None:
+@pytest.mark.parametrize("change", [lambda text: text + "\n", str.swapcase], ids=["grew", "same size"])
+def test_a_file_that_changed_and_kept_its_time_is_read_again(watched: Watched, change: Callable[[str], str]) -> None:
     index = watched.add("a") / "model_index.json"
     [before], time_ns = watched.look().values(), index.stat().st_mtime_ns
-    index.write_text(index.read_text() + "\n")
+    index.write_text(change(index.read_text()))
     os.utime(index, ns=(time_ns, time_ns))
     [after] = watched.look().values()
     assert after.look.fingerprint != before.look.fingerprint
