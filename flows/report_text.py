@@ -22,7 +22,7 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     _print_verdicts("merged", report, report["metric"], console)
     if "distilled" in report:
         _print_verdicts("distilled", report["distilled"], report["metric"], console)
-    weights = ", ".join(f"{weight:g}" for weight in report["merged"]["weights"])
+    weights = ", ".join(f"{weight + 0.0:g}" for weight in report["merged"]["weights"])  # No -0.
     if not any(report["merged"]["weights"]):
         say(console, "merged is the pretrained model: all merge weights are 0")
     lines = [
@@ -72,10 +72,13 @@ def print_model(report: dict[str, Any], console: Console) -> None:
 def print_comparison(rows: dict[str, dict[str, str]], console: Console) -> None:
     """Prints runs side by side."""
     columns = list(next(iter(rows.values())))
+    # That of `tasks.comparison.comparison_table`: all others stand between these.
+    deciding = next((name for name in columns if name not in ("recipe", "model", "verdict")), None)
+    decides = f"; {deciding} decides" if deciding else ""
     table = Table(
         "run",
         *map(printable, columns),
-        title=_title(f"mean and 95 % interval over sampling seeds, {direction(columns)}"),
+        title=_title(f"mean and 95 % interval over sampling seeds, {direction(columns)}{decides}"),
         title_justify="left",
     )
     for run, row in rows.items():

@@ -1,6 +1,6 @@
 """Several runs side by side: only what was evaluated alike."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deme_core.errors import InputError
@@ -19,7 +19,7 @@ def comparable_reports(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
         runs: ids of MLflow runs, or their beginnings; the first is the baseline.
 
     Returns:
-        The reports, by what was given.
+        The reports, by what was given, of the metrics that all have, the one that decides first.
 
     Raises:
         InputError: there are fewer than two runs, one is unknown or named twice, or one was evaluated under other
@@ -37,14 +37,16 @@ def comparable_reports(runs: Sequence[str]) -> dict[str, dict[str, Any]]:
         if different := differing_conditions(baseline["conditions"], report["conditions"]):
             raise InputError(f"Runs {runs[0]} and {run} cannot be compared: they differ in {', '.join(different)}.")
     shared = set[str].intersection(*(set(report["rows"][scored_row(report)]) for report in reports.values()))
-    return {run: _of_metrics(report, shared) for run, report in reports.items()}
+    # JSON that came through MLflow is sorted by name; what decides comes first.
+    metrics = sorted(shared, key=lambda metric: (metric != baseline["metric"], metric))
+    return {run: _of_metrics(report, metrics) for run, report in reports.items()}
 
 
-def _of_metrics(report: Mapping[str, Any], shared: Set[str]) -> dict[str, Any]:
-    """Returns a report of those metrics alone."""
+def _of_metrics(report: Mapping[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
+    """Returns a report of those metrics alone, in that order."""
 
     def kept(by_row: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        return {row: {m: value for m, value in values.items() if m in shared} for row, values in by_row.items()}
+        return {row: {m: values[m] for m in metrics if m in values} for row, values in by_row.items()}
 
     return {**report, "rows": kept(report["rows"]), "scores": kept(report["scores"])}
 
@@ -74,5 +76,5 @@ def deciding_scores_of(report: Mapping[str, Any], metric: str) -> RowScores:
 
 
 def scored_row(report: Mapping[str, Any]) -> str:
-    """Returns the row that speaks for a run: a run of the whole method has four."""
+    """Returns the row that speaks for a run: a run of the whole method has four, or five."""
     return "merged" if "merged" in report["rows"] else "model"

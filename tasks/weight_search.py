@@ -93,13 +93,15 @@ def find_weights(job: SearchJob, num_weights: int, do: Do) -> Generator[Record, 
             "rough": candidate.rough,
             "best_score": measured.told(min(c.score for c in candidates if c.rough == candidate.rough)),
         }
-    best, cost = best_candidate(candidates), measured.cost()
+    best = best_candidate(candidates)
+    correlations = _rank_correlations(candidates, measured if measured.cost()["num_losses"] else None)
     return {
         "weights": list(best.weights),
         "score": measured.told(best.score),
         "candidates": [asdict(c) | {"score": measured.told(c.score)} | measured.made_of(c) for c in candidates],
-        **cost,
-        "rank_correlation": _rank_correlations(candidates, measured if cost["num_losses"] else None),
+        # With the losses that only tell how well they rank the candidates.
+        **measured.cost(),
+        "rank_correlation": correlations,
     }
 
 
@@ -126,12 +128,19 @@ class _Measurements:
         return (self._score(batch.kind, found) for found in self._values(batch.kind, batch.weights))
 
     def _score(self, kind: Kind, found: Mapping[str, Any]) -> float:
-        """Returns the score of a candidate, worse where guards are worse than the pretrained model's."""
+        """Returns the score of a candidate, worse where guards are worse than the pretrained model's.
+
+        By shares of the pretrained model's score; where there is no share, worse than that score at least.
+        """
         if found["value"] is None:
             return math.inf
         before = self._known[kind, self._zero]
         worse = sum(self._worsening(found["scores"][name], before["scores"][name], name) for name in self._guards)
-        return self.sign * float(found["value"]) + abs(before["value"]) * worse
+        score = self.sign * float(found["value"]) + abs(before["value"]) * worse
+        if worse and min(found["value"], before["value"]) <= 0:
+            # Kernel distances about 0, whose sign is chance: a share of one is nothing that a guard could cost.
+            return max(score, math.nextafter(self.sign * before["value"], math.inf))
+        return score
 
     @staticmethod
     def _worsening(score: float, before: float, name: str) -> float:
@@ -158,9 +167,13 @@ class _Measurements:
         )
 
     def cost(self) -> dict[str, int]:
-        """Returns how many images and losses were needed, those that the store had included."""
+        """Returns how many images the scores and how many losses were needed, those that the store had included.
+
+        A candidate without a score ended at its first images that were not finite; how many there were nobody knows.
+        """
         each, kinds = self._job.search.num_images * len(self._job.search.seeds), [kind for kind, _ in self._known]
-        return {"num_images": each * (len(kinds) - kinds.count("loss")), "num_losses": kinds.count("loss")}
+        num_scores = sum(kind != "loss" and found["value"] is not None for (kind, _), found in self._known.items())
+        return {"num_images": each * num_scores, "num_losses": kinds.count("loss")}
 
     def _values(self, kind: Kind, weights: Sequence[Weights]) -> Iterator[Any]:
         new = [key for w in dict.fromkeys(weights) if (key := (kind, w)) not in self._known]
@@ -191,11 +204,12 @@ class _Measurements:
 
 
 def _rank_correlations(candidates: Sequence[Candidate], measured: _Measurements | None) -> dict[str, float]:
-    """Returns Spearman's rank correlation of each proxy that was used with the full scores, if three are there.
+    """Returns Spearman's rank correlation of each proxy that was used with the full scores.
 
     With few steps it is over the survivors, which are few and were chosen by the proxy: it is lower than over all.
+    What has no score has no rank, and fewer than three have no correlation.
     """
-    full = {c.weights: c.score for c in candidates if not c.rough}
+    full = {c.weights: c.score for c in candidates if not c.rough and math.isfinite(c.score)}
     rough = {c.weights: c.score for c in candidates if c.rough}
     if len(full) < 3:
         return {}
@@ -209,9 +223,10 @@ def _rank_correlations(candidates: Sequence[Candidate], measured: _Measurements 
 
 
 def _spearman(left: list[float], right: list[float]) -> float | None:
-    """Returns the rank correlation; None where all values of one side are equal, which have no ranks."""
+    """Returns the rank correlation of finite pairs; None of fewer than three, or where all of one side are equal."""
     from scipy.stats import spearmanr
 
-    if len(set(left)) == 1 or len(set(right)) == 1:
+    finite = [pair for pair in zip(left, right, strict=True) if all(map(math.isfinite, pair))]
+    if len(finite) < 3 or any(len(set(side)) == 1 for side in zip(*finite, strict=True)):
         return None
-    return round(float(spearmanr(left, right).statistic), 4)
+    return round(float(spearmanr(*zip(*finite, strict=True)).statistic), 4)

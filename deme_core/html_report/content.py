@@ -110,7 +110,7 @@ class SearchLog:
         candidates: in the order in which they were proposed.
         rank_correlation: Spearman's, of each proxy with the full scores.
         num_images: images that the scores needed.
-        num_losses: held-out losses that the fit needed.
+        num_losses: held-out losses that the fit and the rank correlation needed.
         higher_is_better: whether scores grow as images get better.
         guards: names of the scores that made a candidate's worse where they were worse than the pretrained model's.
     """
@@ -125,9 +125,14 @@ class SearchLog:
     guards: tuple[str, ...] = ()
 
     @property
+    def num_scores(self) -> int:
+        """Scores that were measured, rough ones included; what was asked for twice was measured once."""
+        return len({(tried.weights, tried.rough) for tried in self.candidates if tried.score is not None})
+
+    @property
     def num_failed(self) -> int:
         """Candidates whose images were not finite."""
-        return sum(candidate.score is None for candidate in self.candidates)
+        return len({tried.weights for tried in self.candidates if tried.score is None})
 
 
 @dataclass(frozen=True)

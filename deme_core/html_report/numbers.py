@@ -31,12 +31,17 @@ def signed(value: float, places: int) -> str:
 def _fixed(value: float, places: int, sign: str) -> str:
     # A difference shown as -0.0 would be neither below zero nor zero.
     digits = ".1g" if value and round(value, places) == 0 else f",.{places}f"
-    return f"{value:{sign}{digits}}".replace("-", _MINUS)
+    return _printed(value, f"{sign}{digits}")
+
+
+def _printed(value: float, how: str) -> str:
+    # 0 is added, since -0 prints as no other 0 does.
+    return f"{value + 0.0:{how}}".replace("-", _MINUS)
 
 
 def weight(value: float) -> str:
     """Returns a merge weight."""
-    return f"{value:.3g}".replace("-", _MINUS)
+    return _printed(value, ".3g")
 
 
 def percent(value: float) -> str:
@@ -46,7 +51,7 @@ def percent(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """Returns seconds as a person says them."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

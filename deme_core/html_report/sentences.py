@@ -9,7 +9,8 @@ _ORDER: tuple[Verdict, ...] = ("better", "worse", "too close to call")
 # What a sentence calls the rows.
 _NAMES = {
     "pretrained": "the pretrained model",
-    "finetuned": "the control of equal steps",
+    # Not of equal steps: a distillation, which it makes up for, may have another batch.
+    "finetuned": "the control that saw as many images",
     "merged": "The merged model",
     "distilled": "The distilled model",
 }
@@ -18,8 +19,8 @@ _NAMES = {
 def verdict_sentence(differences: Sequence[Difference]) -> str:
     """Returns what the differences of one row to its baselines say.
 
-    For example: The merged model is better than the pretrained model; against the control of equal steps it is too
-    close to call.
+    For example: The merged model is better than the pretrained model; against the control that saw as many images it
+    is too close to call.
 
     Args:
         differences: those that carry a verdict, of the same row; at least one.

@@ -32,13 +32,16 @@ def coordinate_search(
     """
     scored: dict[Weights, float] = {}
     start = tuple(min(weight, highest) for weight in start)
+    # What has more places than a move leaves, and may be come back to.
+    given = {tuple(round(weight, 6) for weight in weights): weights for weights in (start, *others)}
 
     def moved_from(weights: Weights, direction: Weights, step: float) -> Weights:
         # Rounded, so that a point reached along two ways is one candidate.
-        return tuple(
+        moved = tuple(
             round(min(max(w + step * d, lowest), highest) if d else w, 6)
             for w, d in zip(weights, direction, strict=True)
         )
+        return given.get(moved, moved)
 
     def score(*wanted: Weights) -> Strategy:
         new = [weights for weights in dict.fromkeys(wanted) if weights not in scored][: max_candidates - len(scored)]

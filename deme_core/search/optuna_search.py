@@ -6,9 +6,11 @@ scores lead to the same proposals, whoever measured them and when.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from deme_core.search.candidates import Strategy, Weights
 
@@ -22,6 +24,8 @@ _TPE_BATCH_SIZE = 4
 _GP_BATCH_SIZE = 2
 # Share of the pretrained model's score by which a candidate may be worse before that counts for less.
 _COMPRESSED_BEYOND = 0.1
+# Points among which the replacement of a repeat is chosen.
+_SAMPLE_SIZE = 1024
 
 
 def optuna_search(
@@ -34,6 +38,8 @@ def optuna_search(
     min_weight: float = 0.0,
 ) -> Strategy:
     """Yields the pretrained model, the ``starts``, and then what the sampler proposes in [min_weight, max_weight]^N.
+
+    None is yielded twice: a proposal that repeats a candidate gives way to a point that is far from all of them.
 
     Args:
         sampler: gp, tpe, or cma_es, which needs two weights: a single one is left to tpe.
@@ -64,22 +70,57 @@ def optuna_search(
         _name(i): optuna.distributions.FloatDistribution(min_weight, max_weight) for i in range(num_weights)
     }
     clipped = (tuple(min(max(weight, min_weight), max_weight) for weight in start) for start in starts)
-    first = list(dict.fromkeys([(0.0,) * num_weights, *clipped]))[:max_candidates]
-    # Added, not asked for: CMA-ES would count them as members of its first generation, which it did not draw.
+    rounded = partial(_rounded, low=min_weight, high=max_weight)
+    distinct: dict[Weights, Weights] = {}
+    for weights in [(0.0,) * num_weights, *clipped]:
+        distinct.setdefault(rounded(weights), weights)
+    first = list(distinct.values())[:max_candidates]
     scores = yield first
     # A process that had to explain how bad the worst are would see no difference between the good ones.
     told = partial(_compressed, of_pretrained=scores[0]) if sampler == "gp" else float
-    for weights, score in zip(first, scores, strict=True):
-        params = dict(zip(space, weights, strict=True))
-        study.add_trial(optuna.create_trial(params=params, distributions=space, value=told(score)))
+
+    def add(candidates: Iterable[Weights]) -> None:
+        # Added, not asked for: CMA-ES would count them as members of a generation, which it did not draw.
+        for weights in candidates:
+            params, score = dict(zip(space, weights, strict=True)), known[rounded(weights)]
+            study.add_trial(optuna.create_trial(params=params, distributions=space, value=told(score)))
+
+    known = dict(zip(map(rounded, first), scores, strict=True))
+    add(first)
     for begin in range(len(first), max_candidates, batch_size):
         with warnings.catch_warnings():
             # A process takes what could not be measured for as bad as the worst that could, as a search means it.
             warnings.filterwarnings("ignore", "Clip non-finite values", UserWarning)
             trials = [study.ask(space) for _ in range(min(batch_size, max_candidates - begin))]
-        scores = yield [tuple(round(trial.params[name], 4) for name in space) for trial in trials]
-        for trial, score in zip(trials, scores, strict=True):
-            study.tell(trial, told(score))
+        asked = [rounded(trial.params[name] for name in space) for trial in trials]
+        batch: list[Weights] = []
+        for weights in asked:
+            taken = [*known, *batch]
+            batch.append(_farthest(taken, low=min_weight, high=max_weight) if weights in taken else weights)
+        scores = yield batch
+        known |= zip(batch, scores, strict=True)
+        for trial, weights in zip(trials, asked, strict=True):
+            study.tell(trial, told(known[weights]))
+        add(weights for weights in batch if weights not in asked)
+
+
+def _rounded(weights: Iterable[float], *, low: float, high: float) -> Weights:
+    """Returns weights as candidates have them: to four places, not beyond a bound by that, and without -0."""
+    return tuple(min(max(round(weight, 4) + 0.0, low), high) for weight in weights)
+
+
+def _farthest(candidates: Sequence[Weights], *, low: float, high: float) -> Weights:
+    """Returns a point that is far from all candidates: the farthest of a sample, seeded by their number.
+
+    It stands in for a repeat, by which a sampler says that it expects nothing better anywhere. Where that may be wrong
+    is where nothing was measured.
+    """
+    from scipy.spatial.distance import cdist
+
+    shape = _SAMPLE_SIZE, len(candidates[0])
+    points = np.random.default_rng([_SEED, len(candidates)]).uniform(low, high, shape)
+    farthest = cdist(points, np.array(candidates)).min(axis=1).argmax()
+    return _rounded(points[farthest].tolist(), low=low, high=high)
 
 
 def _cma_es(start: Weights, sigma: float, *, population: int) -> "optuna.samplers.BaseSampler":

@@ -49,7 +49,7 @@ class SearchJob(Job):
 
     stage: ClassVar[str] = "problem"
     work: ClassVar[str] = "search"
-    version: ClassVar[int] = 6
+    version: ClassVar[int] = 7
     pretrained: ArtifactRef
     experts: tuple[ArtifactRef, ...]
     method: MethodSpec

@@ -98,7 +98,9 @@ def test_a_killed_search_goes_on_where_it_was(laboratory: Laboratory, tmp_path: 
     laboratory.killed_after = 10**9
     result = laboratory.search(1, 2, strategy="quadratic", max_candidates=5)
     assert len({job.model_dump_json() for job in laboratory.measured}) == len(laboratory.measured)
-    assert (result.cached, result.metrics["num_images"], result.metrics["num_losses"]) == (False, 5 * 4, 6)
+    assert (result.cached, result.metrics["num_images"], result.metrics["num_losses"]) == (False, 5 * 4, 6 + 4), (
+        "the fit's, and those of the candidates that the fit did not have"
+    )
 
     undisturbed = Laboratory(tmp_path / "undisturbed")
     assert undisturbed.search(1, 2, strategy="quadratic", max_candidates=5).metrics == result.metrics

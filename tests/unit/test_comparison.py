@@ -64,6 +64,11 @@ def test_runs_of_one_deciding_metric_are_compared_by_the_metrics_that_all_have(m
         comparison.comparable_reports(["a", "the-same"])
     shared = comparison.comparable_reports(["a", "b"])
     assert [set(each[kind]["merged"]) for each in shared.values() for kind in ("rows", "scores")] == [{METRIC}] * 4
+    for run in runs.values():  # In the order that MLflow gives them.
+        run["rows"]["merged"] = {"clip_score": run["rows"]["merged"][METRIC], **run["rows"]["merged"]}
+        run["scores"]["merged"]["clip_score"] = [1.0, 2.0, 3.0]
+    for row in comparison_table(comparison.comparable_reports(["a", "b"])).values():
+        assert list(row) == ["recipe", "model", METRIC, "clip_score", "verdict"]
     with pytest.raises(InputError, match=r"they differ in deciding_metric \(fid, kid\)"):
         comparison.comparable_reports(["a", "c"])
 

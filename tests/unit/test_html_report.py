@@ -32,7 +32,7 @@ from deme_core.html_report.content import (
     TriedWeights,
 )
 from deme_core.html_report.loss_charts import heldout_chart, thinned, training_chart
-from deme_core.html_report.numbers import decimal_places, duration, number, percent, signed
+from deme_core.html_report.numbers import decimal_places, duration, number, percent, signed, weight
 from deme_core.html_report.pictures import read_picture
 from deme_core.html_report.score_chart import score_chart
 from deme_core.html_report.search_chart import search_chart
@@ -154,22 +154,27 @@ def page() -> Page:
 
 def test_the_verdict_is_a_sentence(page: Page) -> None:
     assert page.text["h1"] == [
-        "The merged model is better than the pretrained model; against the control of equal steps it is too close to "
-        "call."
+        "The merged model is better than the pretrained model; against the control that saw as many images it is "
+        "too close to call."
     ]
 
 
 @pytest.mark.parametrize(
     ("verdicts", "sentence"),
     [
-        (("better", "better"), "The merged model is better than the pretrained model and the control of equal steps."),
+        (
+            ("better", "better"),
+            "The merged model is better than the pretrained model and the control that saw as many images.",
+        ),
         (
             ("better", "worse"),
-            "The merged model is better than the pretrained model; it is worse than the control of equal steps.",
+            "The merged model is better than the pretrained model; it is worse than the control that saw as many "
+            "images.",
         ),
         (
             ("too close to call", "too close to call"),
-            "The merged model against the pretrained model and the control of equal steps is too close to call.",
+            "The merged model against the pretrained model and the control that saw as many images is too close to "
+            "call.",
         ),
     ],
 )
@@ -189,7 +194,7 @@ def test_each_row_with_verdicts_has_a_sentence() -> None:
     nothing = (difference("pretrained", 0.0, "too close to call"), difference("finetuned", 9.0, "worse"))
     assert headline(nothing, without_weight) == (
         "The merged model is the pretrained model: all merge weights are 0. The merged model is worse than the control "
-        "of equal steps."
+        "that saw as many images."
     )
     assert headline(nothing, [replace(without_weight[0], weights=(0.0, 0.1))]) == headline(nothing)
 
@@ -411,7 +416,29 @@ def test_candidates_without_a_score_are_left_out_and_counted() -> None:
     by_weight = next(trace for trace in figure["data"] if trace.get("name") == "segment 1")
     assert list(by_weight["x"]) == [first.weights[1], third.weights[1]]
     assert [text.split(":")[0] for text in by_weight["text"]] == ["1", "3"]
-    assert log.num_failed == 1
+    assert (log.num_scores, log.num_failed) == (2, 1)
+
+
+def test_what_a_search_measured_is_counted_once_and_in_words() -> None:
+    first, second, _ = SEARCH.candidates
+    failed = replace(second, score=None)
+    log = replace(SEARCH, candidates=(first, failed, replace(failed, rough=True), first, failed), num_images=60)
+    (told,) = [text for text in Page(run_page(replace(CONTENT, searches=(log,)))).text["p"] if "60 images" in text]
+    assert told.startswith("1 score, 60 images, 6 held-out losses; ")
+    assert "; 1 candidate made images that are not finite, which are not counted." in told
+
+
+@pytest.mark.parametrize(("total", "is_told"), [(61.0, True), (75.0, False)])
+def test_stages_are_called_side_by_side_only_where_they_were(total: float, is_told: bool) -> None:
+    page = Page(run_page(replace(CONTENT, seconds=CONTENT.seconds | {"total": total})))
+    assert any("Stages run side by side" in text for text in page.text["p"]) == is_told
+
+
+def test_a_control_that_makes_up_for_a_distillation_is_told_by_images() -> None:
+    rows = {**SCORES.rows, "distilled": SCORES.rows["merged"]}
+    page = Page(run_page(replace(CONTENT, scores=replace(SCORES, rows=rows))))
+    control = "with as many images as all other trainings together, the distillation's too"
+    assert any(control in row for row in page.rows())
 
 
 def test_a_search_for_a_metric_that_grows_marks_the_highest() -> None:
@@ -456,9 +483,11 @@ def test_numbers_as_people_write_them() -> None:
     assert (signed(0.0, 1), signed(-0.04, 1), number(0.5, 0)) == ("+0.0", "−0.04", "0.5"), (
         "what is not 0 is not shown so"
     )
-    assert [duration(s) for s in (0.04, 59.94, 61.2, 3599.7, 7260.0)] == [
+    assert (signed(-0.0, 3), number(-0.0, 1), weight(-0.0), weight(-0.5)) == ("+0.000", "0.0", "0", "−0.5")
+    assert [duration(s) for s in (0.04, 59.94, 59.96, 61.2, 3599.7, 7260.0)] == [
         "0.0 s",
         "59.9 s",
+        "1 min 00 s",
         "1 min 01 s",
         "1 h 00 min",
         "2 h 01 min",

@@ -1,5 +1,6 @@
 """The searches that need a proxy, Optuna, or two rounds."""
 
+import itertools
 import math
 from typing import Literal, get_args
 
@@ -9,7 +10,7 @@ from deme_core.recipe import SearchSpec
 from deme_core.search import STRATEGIES, Weights, best_candidate, max_candidates
 from deme_core.search.candidates import Strategy
 from deme_core.search.halving import halve
-from deme_core.search.optuna_search import optuna_search
+from deme_core.search.optuna_search import _farthest, optuna_search
 from deme_core.search.quadratic import fit_minimum
 from tests.counted import Counted, Objective, candidates_of, quadratic, search
 
@@ -117,6 +118,45 @@ def test_optuna_starts_from_the_fit_and_repeats_itself(strategy: str, num_weight
     assert len(weights) == 16
     assert all(0 <= w <= 1.5 for candidate in weights for w in candidate)
     assert run() == weights
+
+
+@pytest.mark.parametrize("strategy", ["grid", "coordinate", "quadratic", "tpe", "cma_es", "gp"])
+@pytest.mark.parametrize("num_weights", [1, 3])
+@pytest.mark.parametrize("few_steps", [None, 5])
+def test_no_candidate_comes_twice_and_optunas_take_the_whole_budget(
+    strategy: str, num_weights: int, few_steps: int | None
+) -> None:
+    # Bounds and the start are no numbers of four places, the fit's minimum is.
+    settings = {"max_candidates": 14, "max_weight": 2 / 3, "min_weight": -1 / 3, "initial_weight": 1 / 3}
+    spec = SearchSpec.model_validate({"strategy": strategy, "few_steps": few_steps, "survivors": 0.5, **settings})
+    objective, proxy = bowl((1 / 3,) * num_weights), bowl((1 / 3,) * num_weights)
+    found = list(
+        search(objective, spec, num_weights=num_weights, num_segments=3, proxy=proxy, rough=bowl((0.3,) * num_weights))
+    )
+    tried = [c.weights for c in found if c.rough == bool(few_steps)]
+    assert len({tuple(round(weight, 4) for weight in weights) for weights in tried}) == len(tried)
+    if strategy in ("tpe", "cma_es", "gp"):
+        assert len(tried) == 14
+        assert few_steps is None or len(found) - 14 in (7, 8), "half of them, and the pretrained model"
+        assert all(-1 / 3 <= weight <= 2 / 3 for weights in tried for weight in weights)
+
+
+def test_a_process_that_has_found_the_controls_scale_goes_on_where_nothing_was_measured() -> None:
+    def score(weights: Weights) -> float:
+        return 250 + 20 * (weights[0] - 0.3) ** 2 + 0.3 * math.sin(37 * weights[0])
+
+    spec = SearchSpec(strategy="gp", max_candidates=24)
+    found = search(score, spec, num_weights=1, num_segments=4, is_control=True, proxy=bowl((1.0,)))
+    tried = sorted(candidate.weights[0] for candidate in found)
+    assert len(set(tried)) == 24
+    assert max(right - left for left, right in itertools.pairwise(tried)) < 0.3
+
+
+def test_the_place_of_a_repeat_is_far_from_all_candidates_and_within_the_bounds() -> None:
+    assert _farthest([(0.0,), (0.8,), (2.0,)], low=0.0, high=2.0) == pytest.approx((1.4,), abs=0.01)
+    place = _farthest([(0.0,), (0.1,)], low=0.0, high=1 / 3)
+    assert place[0] <= 1 / 3
+    assert place == pytest.approx((1 / 3,), abs=0.01)
 
 
 @pytest.mark.parametrize("strategy", ["coordinate", "tpe", "cma_es", "gp"])

@@ -99,7 +99,7 @@ def test_nothing_in_a_report_is_markup() -> None:
 def test_tables_say_what_their_intervals_are_of() -> None:
     rows = {"row": {"model": "merged", "fid": "1 (0.5 to 1.5)"}}
     told = " ".join(printed(lambda console: print_comparison(rows, console)).split())
-    assert told.startswith("mean and 95 % interval over sampling seeds, lower is better")
+    assert told.startswith("mean and 95 % interval over sampling seeds, lower is better; fid decides")
 
 
 def test_rows_come_in_their_order_though_mlflow_sorts_them() -> None:

@@ -88,11 +88,39 @@ def test_nothing_is_measured_twice_and_everything_counts(settings: dict[str, Any
     assert len({job.model_dump_json() for job in workers.done}) == len(workers.done)
     scores = [job for job in workers.done if isinstance(job, ScoreJob)]
     assert result["num_images"] == 10 * 2 * len(scores)
-    # Losses that only tell how well they rank the candidates come on top.
+    # With the losses that only tell how well they rank the candidates.
     num_losses = sum(isinstance(job, LossJob) for job in workers.done)
-    assert result["num_losses"] == (6 if settings["strategy"] in ("quadratic", "tpe", "cma_es") else 0)
-    assert num_losses >= result["num_losses"]
+    assert result["num_losses"] == num_losses
+    assert num_losses > 6 if settings["strategy"] in ("quadratic", "tpe", "cma_es") else num_losses == 0
     assert bool(num_losses) == ("heldout_loss" in result["rank_correlation"])
+
+
+def test_only_what_has_a_score_is_counted_and_ranked() -> None:
+    # Loss and score go opposite ways, and beyond a cliff there is neither.
+    class Cliff(Workers):
+        def _do(self, job: Job) -> JobResult:
+            result, far = super()._do(job), sum(getattr(job, "weights", ()))
+            loss_or_score = [None if far > 0.9 else [1 - far / 9] * 2, None if far > 0.9 else 1 + far]
+            return replace(result, metrics={"value": loss_or_score[isinstance(job, ScoreJob)]})
+
+    result = found({"strategy": "cma_es", "seeds": (8,), "initial_weight": 0.2}, Cliff(2))
+    num_finite = sum(c["score"] is not None for c in result["candidates"])
+    assert 3 <= num_finite < len(result["candidates"]) - 2
+    assert result["num_images"] == 10 * num_finite
+    assert result["rank_correlation"] == {"heldout_loss": -1.0}
+
+
+@pytest.mark.parametrize("num_finite", [2, 3])
+def test_two_candidates_with_scores_have_no_rank_correlation(num_finite: int) -> None:
+    class Few(Workers):
+        def _do(self, job: Job) -> JobResult:
+            found = super()._do(job)
+            self.num_scores = getattr(self, "num_scores", 0) + isinstance(job, ScoreJob)
+            is_beyond = isinstance(job, ScoreJob) and self.num_scores > num_finite
+            return replace(found, metrics={"value": None}) if is_beyond else found
+
+    result = found({"strategy": "tpe", "max_candidates": 8}, Few(1))
+    assert bool(result["rank_correlation"]) == (num_finite == 3)
 
 
 def test_a_rough_score_is_the_full_score_of_fewer_steps() -> None:
@@ -199,3 +227,22 @@ def test_a_guard_costs_something_where_the_pretrained_model_scores_below_zero() 
     result = exhaust(find_weights(search_job(settings, **GUARDED), 2, Below(1)), lambda _: None)
     by_weights = {candidate["weights"]: candidate["score"] for candidate in result["candidates"]}
     assert by_weights[0.0, 0.25] > by_weights[0.0, 0.0] == -1.0
+
+
+@pytest.mark.parametrize(("before", "after"), [(1e-5, -1e-5), (-1e-4, -1.2e-4), (0.0, -1e-6)])
+def test_a_guard_holds_where_a_share_of_the_pretrained_models_score_is_about_nothing(
+    before: float, after: float
+) -> None:
+    class About(Guards):
+        def _do(self, job: Job) -> JobResult:
+            found = super()._do(job)
+            assert isinstance(job, ScoreJob)
+            return replace(found, metrics=found.metrics | {"value": after if any(job.weights) else before})
+
+    # The second weight makes the guard worse, the first does not.
+    settings = {"strategy": "grid", "values": (0.0, 0.25), "guards": ("fd_pixels_4x4",)}
+    result = exhaust(find_weights(search_job(settings, **GUARDED), 2, About(1)), lambda _: None)
+    by_weights = {candidate["weights"]: candidate["score"] for candidate in result["candidates"]}
+    assert by_weights[0.0, 0.25] > before
+    assert by_weights[0.25, 0.25] > before
+    assert (by_weights[0.25, 0.0], tuple(result["weights"])) == (after, (0.25, 0.0))
