@@ -14,7 +14,7 @@ from torch import nn
 
 from deme_core.checkpoint import Checkpoint, TensorInfo, check_same_tensors, tensor_infos
 from deme_core.errors import IncompatibleCheckpointsError, ModelFolderError
-from deme_core.families import Adapter
+from deme_core.families import FAMILIES, Adapter
 from deme_core.lora.expert import LoraExpert
 from deme_core.lora.factors import LORA_NAME, LoraFactors, read_factors
 from deme_core.model_digest import tensors_digest
@@ -22,6 +22,7 @@ from deme_core.model_json import (
     INDEX_NAME,
     PICKLE_NAME,
     PICKLE_SUFFIX,
+    PRECISIONS,
     WEIGHTS_NAME,
     check_part,
     is_pickled,
@@ -29,7 +30,7 @@ from deme_core.model_json import (
     shard_names,
 )
 from deme_core.needed_files import needed_files
-from deme_core.pipeline_index import PipelineIndex, read_index
+from deme_core.pipeline_index import COPY_NAME, PipelineIndex, read_index
 from deme_core.projection import fold_projections, is_projection
 
 # What decides about the noise that a model is trained on; the shift of flow matching is the sampler's alone.
@@ -79,8 +80,9 @@ class ModelFolder:
         """Opens a finetuned copy of ``base``: its weights, or what its LoRA adapter makes of those of ``base``.
 
         Raises:
-            ModelFolderError: the adapter was trained on other pretrained weights.
+            ModelFolderError: it was trained on other noise, or the adapter on other pretrained weights.
         """
+        _check_noise(self, base)
         if self.index.lora_base is None:
             return self.checkpoint()
         if (found := weights_digest(base)) != self.index.lora_base:
@@ -133,12 +135,29 @@ def open_model_folder(path: Path, *, allow_pickle: bool = False) -> ModelFolder:
         ModelFolderError: a file is missing or damaged, weights are pickled and that was not allowed, what would load a
             frozen part would leave its folder, or the model is of a family or class that DeMe does not know.
     """
+    if path.is_file():
+        raise ModelFolderError(
+            f"{path} is a file, and a model is a folder; load it in diffusers (from_single_file; a LoRA into its "
+            "pipeline by load_lora_weights and fuse_lora), call save_pretrained, and give that folder."
+        )
     if not path.is_dir():
         raise ModelFolderError(f"There is no model folder {path}.")
+    lora = next((path / name for name in (LORA_NAME, "adapter_config.json") if (path / name).is_file()), None)
+    if lora and not (path / INDEX_NAME).is_file() and not (path / COPY_NAME).is_file():
+        raise ModelFolderError(
+            f"{lora} is a LoRA, which is not taken; load it into its pipeline in diffusers (load_lora_weights, "
+            "fuse_lora), call save_pretrained, and give that folder."
+        )
     index = read_index(path)
     denoiser, scheduler = _part(path, index.family.denoiser_part), _part(path, "scheduler")
     config = read_json(denoiser / "config.json")
     if (found := config.get("_class_name")) not in (known := index.family.denoiser_classes):
+        parts = [family.denoiser_part for family in FAMILIES.values() if found in family.denoiser_classes]
+        if parts and not (path / INDEX_NAME).is_file():
+            raise ModelFolderError(
+                f"{denoiser} holds a {found}, the denoiser of a pipeline alone; give the folder of a whole pipeline in "
+                f"which it is {parts[0]}/."
+            )
         raise ModelFolderError(f"{denoiser / 'config.json'} describes a {found}; known are {', '.join(known)}.")
     scheduler_config = read_json(scheduler / "scheduler_config.json")
     scheduler_config.pop("_use_default_values", None)  # In folders that were written by DeMe until 2026-11-28.
@@ -164,6 +183,10 @@ def check_copy(copy: ModelFolder, pretrained: ModelFolder) -> None:
         check_same_tensors(str(copy.path), load_infos(copy), load_infos(pretrained), reference="the pretrained model")
     except IncompatibleCheckpointsError as error:
         raise ModelFolderError(str(error)) from error
+    _check_noise(copy, pretrained)
+
+
+def _check_noise(copy: ModelFolder, pretrained: ModelFolder) -> None:
     from diffusers import DDPMScheduler
 
     defaults = inspect.signature(DDPMScheduler).parameters
@@ -181,24 +204,33 @@ def _part(path: Path, name: str) -> Path:
 
 
 def _find_weights(folder: Path, *, allow_pickle: bool) -> tuple[Path, ...]:
-    if (index := folder / f"{WEIGHTS_NAME}.index.json").is_file():
+    if found := _safetensors(folder, WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json"):
+        return found
+    if (folder / PICKLE_NAME).is_file() and allow_pickle:
+        return (folder / PICKLE_NAME,)
+    if (folder / PICKLE_NAME).is_file():
+        raise _pickled(folder / PICKLE_NAME)
+    stem, suffix = WEIGHTS_NAME.rsplit(".", 1)
+    for precision in PRECISIONS:
+        names = f"{stem}.{precision}.{suffix}", f"{WEIGHTS_NAME}.index.{precision}.json"
+        if found := _safetensors(folder, *names):
+            return found
+    raise ModelFolderError(f"{folder / WEIGHTS_NAME} is missing; a model folder needs it.")
+
+
+def _safetensors(folder: Path, weights: str, index_name: str) -> tuple[Path, ...]:
+    if (index := folder / index_name).is_file():
         files = tuple(folder / name for name in shard_names(read_json(index), str(index)))
         if absent := [file.name for file in files if not file.is_file()]:
             raise ModelFolderError(f"{folder} misses {', '.join(absent)}, which {index.name} names.")
         return files
-    if (folder / WEIGHTS_NAME).is_file():
-        return (folder / WEIGHTS_NAME,)
-    if not (folder / PICKLE_NAME).is_file():
-        raise ModelFolderError(f"{folder / WEIGHTS_NAME} is missing; a model folder needs it.")
-    if not allow_pickle:
-        raise _pickled(folder / PICKLE_NAME)
-    return (folder / PICKLE_NAME,)
+    return (folder / weights,) if (folder / weights).is_file() else ()
 
 
 def _pickled(file: Path) -> ModelFolderError:
     return ModelFolderError(
-        f"{file} is pickled, which can run code; convert it to safetensors "
-        "or, in a recipe, set pretrained.allow_pickle: true."
+        f"{file} is pickled, which can run code; convert it to safetensors (load the model in diffusers and call "
+        "save_pretrained) or, in a recipe, set pretrained.allow_pickle: true."
     )
 
 

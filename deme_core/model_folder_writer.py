@@ -16,7 +16,15 @@ from deme_core.checkpoint import save_tensors
 from deme_core.errors import ModelFolderError
 from deme_core.lora.factors import LORA_NAME, LoraFactors, write_factors
 from deme_core.model_folder import ModelFolder, read_pickled_tensors, weights_digest
-from deme_core.model_json import INDEX_NAME, WEIGHTS_NAME, is_pickled, read_json, safetensors_name
+from deme_core.model_json import (
+    INDEX_NAME,
+    WEIGHTS_NAME,
+    is_pickled,
+    plain_name,
+    read_json,
+    safetensors_name,
+    variant_of,
+)
 from deme_core.pipeline_index import COPY_NAME
 
 
@@ -118,15 +126,19 @@ def write_lora_copy(path: Path, model: ModelFolder, factors: dict[str, LoraFacto
 
 
 def _copy_frozen_file(source: Path, destination: Path) -> None:
-    if not is_pickled(source):
+    pickled = is_pickled(source)
+    renamed = safetensors_name if pickled else plain_name
+    if not pickled and not variant_of(source.name):
         _copy_file(source, destination)
         return
     destination.parent.mkdir(parents=True, exist_ok=True)
-    destination = destination.with_name(safetensors_name(source.name))
+    destination = destination.with_name(renamed(source.name))
     if source.suffix == ".json":
         index = read_json(source)
-        names = {name: safetensors_name(shard) for name, shard in index["weight_map"].items()}
+        names = {name: renamed(shard) for name, shard in index["weight_map"].items()}
         _write_json(destination, index | {"weight_map": names})
+    elif not pickled:
+        _copy_file(source, destination)
     else:
         save_tensors(destination, read_pickled_tensors(source))
 

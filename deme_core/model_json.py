@@ -1,9 +1,12 @@
 """The files of model folders by name, and their JSON."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deme_core.digests import sha256_bytes, sha256_file
 from deme_core.errors import ModelFolderError
 
 # The index of a model of some thousand shards takes a megabyte.
@@ -11,6 +14,12 @@ _MAX_BYTES = 16 * 2**20
 INDEX_NAME = "model_index.json"
 WEIGHTS_NAME, PICKLE_NAME = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 PICKLE_SUFFIX = ".bin"
+# What `save_pretrained` writes with a variant; others, as non_ema, are other weights.
+PRECISIONS = ("fp16", "bf16")
+_PRECISION = re.compile(rf"\.({'|'.join(PRECISIONS)})(?=[.-])")
+# Where a model was loaded from, as `save_pretrained` notes it. Versions of libraries stay in digests, which had them
+# of every model from the beginning.
+_BOOKKEEPING = ("_name_or_path", "name_or_path", "_commit_hash", "is_local", "local_files_only")
 # What a model folder is read from; anything else beside it is none of it.
 SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors", ".bin")
 
@@ -45,6 +54,25 @@ def parse_json(text: bytes, path: str) -> dict[str, Any]:
     return content
 
 
+def without_bookkeeping(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a config says of its model, without where that was loaded from."""
+    return {name: value for name, value in config.items() if name not in _BOOKKEEPING}
+
+
+def content_digest(file: Path) -> str:
+    """Returns the sha256 of a file of a model folder; of a config, as it would be `without_bookkeeping`.
+
+    Raises:
+        ModelFolderError: a config is damaged.
+    """
+    if file.name == INDEX_NAME or file.name.endswith("config.json"):
+        config = read_json(file)
+        if len(kept := without_bookkeeping(config)) < len(config):
+            # As the libraries write it: a folder that never held such a key has the same digest.
+            return sha256_bytes(f"{json.dumps(kept, indent=2, sort_keys=True)}\n".encode())
+    return sha256_file(file)
+
+
 def shard_names(index: dict[str, Any], path: str, *, suffix: str = ".safetensors") -> list[str]:
     """Returns the files that the index of sharded weights names, which lie beside it.
 
@@ -67,6 +95,17 @@ def safetensors_name(name: str) -> str:
     return stem.replace(PICKLE_SUFFIX, ".safetensors")
 
 
+def variant_of(name: str) -> str | None:
+    """Returns the precision that the name of a file of weights, or of the index of such, tells; None if none."""
+    found = _PRECISION.search(name)
+    return found and found[1]
+
+
+def plain_name(name: str) -> str:
+    """Returns what a file of weights of some precision is called in a folder without variants."""
+    return _PRECISION.sub("", name)
+
+
 def is_pickled(file: Path) -> bool:
     """Whether a file of those that `needed_files` leaves is pickled weights, or the index of such."""
     if not file.name.endswith(f"{PICKLE_SUFFIX}.index.json"):
@@ -82,7 +121,10 @@ def check_part(folder: Path) -> None:
         ModelFolderError: an index of shards names other files, or a config another model or other weights.
     """
     for suffix in (".safetensors", PICKLE_SUFFIX):
-        for index in folder.rglob(f"*{suffix}.index.json"):
+        for index in folder.rglob(f"*{suffix}.index*.json"):
+            plain = index.with_name(plain_name(index.name))
+            if plain != index and (plain.is_file() or plain.with_suffix("").with_suffix("").is_file()):
+                continue  # Nobody reads it beside plain weights.
             shard_names(read_json(index), str(index), suffix=suffix)
     for name in (INDEX_NAME, "adapter_config.json"):
         if (file := next(folder.rglob(name), None)) is not None:

@@ -14,7 +14,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
-    """Returns a local folder with the model that ``source`` names.
+    """Returns a local folder with the model that ``source`` names; a local file as it is, for its opening to refuse.
 
     Args:
         source: a folder, a ``file://`` or ``s3://`` URI, or a hub id such as ``google/ddpm-cifar10-32``.
@@ -27,7 +27,7 @@ def fetch_source(source: str, *, revision: str | None, cache: Path) -> Path:
     """
     if "://" in source:
         return _fetch_uri(source, cache)
-    if (folder := user_path(source)).is_dir():
+    if (folder := user_path(source)).exists():
         return folder
     if _HUB_ID.fullmatch(source) and not source.startswith("."):
         return _fetch_from_hub(source, revision)

@@ -1,23 +1,29 @@
 """Prompts: the texts that images are generated from or scored against, one for each image in turn."""
 
 import csv
-from collections import Counter
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 from deme_core.digests import json_digest
 from deme_core.downloads import download_once, listing_version
 from deme_core.errors import InputError, PromptsError, StoreUnavailableError
+from deme_core.imagenet_classes import imagenet_names
 from deme_core.local_files import user_path
 from deme_core.store import folder_and_key, open_store
 
 # Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
 _PROMPT_COLUMNS = ("prompt", "caption")
+_LINE_KEYS = ("text", *_PROMPT_COLUMNS)
+_JSON_FORMS = (
+    "a .json file with a list of texts or COCO's captions (annotations with id and caption), or a .jsonl file with one "
+    "object in each line that has either text, caption or prompt"
+)
 _MEND = "set evaluate.prompts to a text file with one prompt per line, or a .tsv or .csv file with a header"
 # Not files: prompts made of the names of classes.
-_BIRD, _MACHINE = 134, 517
 IMAGENET_1K, CIFAR_10 = "imagenet1k", "cifar10"
 _CIFAR_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -45,20 +51,22 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
     """Reads prompts from a text file, one per line, or from the column Prompt or caption of a table with a header.
 
     Args:
-        path_or_uri: path or object-store URI; ``.tsv`` and ``.csv`` files are tables, all others plain text, of which
-            empty lines are left out. A quotation mark in a TSV stands for itself, as PartiPrompts has it. Or
-            ``imagenet1k`` or ``cifar10``, for "a photo of a …" with each of ImageNet's 1,000 classes, or of CIFAR-10's
-            ten, in their usual order.
+        path_or_uri: path or object-store URI. ``.tsv`` and ``.csv`` files are tables; a quotation mark in a TSV stands
+            for itself, as PartiPrompts has it. ``.json`` is a list of texts or COCO's captions, in the order of the
+            annotations' ids; ``.jsonl`` has ``text``, ``caption`` or ``prompt`` in each line. All others are plain
+            text, of which empty lines are left out. Or ``imagenet1k`` or ``cifar10``, for "a photo of a …" with each of
+            ImageNet's 1,000 classes, or of CIFAR-10's ten, in their usual order.
         cache: what a URI names is fetched into this folder, once for each version of it.
 
     Returns:
         The prompts, at least one.
 
     Raises:
-        PromptsError: there is no such file, it is no UTF-8 text, its table is damaged, or it holds no prompts.
+        PromptsError: there is no such file, it is no UTF-8 text, its table or JSON is none of these or damaged, or it
+            holds no prompts.
     """
     if path_or_uri == IMAGENET_1K:
-        return _prompts(_imagenet_prompts(), {})
+        return _prompts(tuple(f"a photo of a {name}" for name in imagenet_names()), {})
     if path_or_uri == CIFAR_10:
         return _prompts(tuple(f"a photo of a {name}" for name in _CIFAR_10), {})
     path = _fetched(path_or_uri, cache) if "://" in path_or_uri else user_path(path_or_uri)
@@ -70,6 +78,8 @@ def load_prompts(path_or_uri: str, cache: Path) -> Prompts:
         raise PromptsError(f"The prompts {path_or_uri} are no UTF-8 text; {_MEND}.") from error
     if path.suffix.lower() in (".tsv", ".csv"):
         texts, columns = _read_table(text, path_or_uri, is_tsv=path.suffix.lower() == ".tsv")
+    elif path.suffix.lower() in (".json", ".jsonl"):
+        texts, columns = _read_json(text, path_or_uri, is_lines=path.suffix.lower() == ".jsonl"), {}
     else:
         texts, columns = tuple(line.strip() for line in text.split("\n") if line.strip()), {}
     if not texts:
@@ -81,16 +91,30 @@ def _prompts(texts: tuple[str, ...], columns: dict[str, tuple[str, ...]]) -> Pro
     return Prompts(texts, columns, json_digest([texts, columns]))
 
 
-def _imagenet_prompts() -> tuple[str, ...]:
-    """Returns a prompt for each class: its first name, or all of them where another class has the same first one."""
-    from timm.data import ImageNetInfo
+def _read_json(text: str, where: str, *, is_lines: bool) -> tuple[str, ...]:
+    """Returns the prompts of a ``.json`` or ``.jsonl`` file, their white space made single spaces."""
+    try:
+        # Not splitlines, which cuts at characters that a text may hold.
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()] if is_lines else json.loads(text)
+        found = [_only_text(row) for row in rows] if is_lines else _listed(rows)
+        prompts = tuple(" ".join(prompt.split()) for prompt in found)
+        "".join(prompts).encode()  # Half a character, which JSON allows and no tokenizer takes, is a ValueError.
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise PromptsError(f"{where} is JSON of a form that holds no prompts; give {_JSON_FORMS}.") from error
+    if not all(prompts):
+        raise PromptsError(f"Prompt {prompts.index('') + 1} of {where} is empty; write or remove it.")
+    return prompts
 
-    descriptions = ImageNetInfo("imagenet-1k").label_descriptions()
-    first_names = [names.split(",")[0] for names in descriptions]
-    count = Counter(first_names)
-    names = [first if count[first] == 1 else every for first, every in zip(first_names, descriptions, strict=True)]
-    names[_BIRD], names[_MACHINE] = "crane bird", "construction crane"  # Both are called crane and nothing else.
-    return tuple(f"a photo of a {name}" for name in names)
+
+def _only_text(row: Any) -> str:
+    (key,) = [key for key in _LINE_KEYS if key in row.keys()]  # noqa: SIM118 (of an object, and no text or list)
+    return row[key]
+
+
+def _listed(content: Any) -> list[str]:
+    if isinstance(content, list):
+        return content
+    return [row["caption"] for row in sorted(content["annotations"], key=lambda row: row["id"])]
 
 
 def _read_table(text: str, where: str, *, is_tsv: bool) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:

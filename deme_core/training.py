@@ -4,6 +4,7 @@ Pretraining, the N copies and the control are all this, with other settings. Eve
 (seed, number of the forward pass), so a resumed run equals an uninterrupted one without saving any RNG.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,6 @@ from typing import Any, TypeVar, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -97,6 +97,15 @@ def _arrange(model: nn.Module, spec: TrainingSpec) -> None:
         model.compile()  # In place: a module that wraps it would rename every parameter.
 
 
+def _drop_variables_of_accelerate() -> None:
+    """Takes out of the environment what accelerate would read as settings of a training, and no digest tells of.
+
+    For good, since it reads some at every step. Worker processes have none (`tasks.worker_process`).
+    """
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
+
+
 @contextmanager
 def matrix_precision(*, allow_tf32: bool) -> Iterator[None]:
     """Lets a GPU multiply float32 matrices in TF32 while the context lasts; a process trains several models in turn."""
@@ -139,10 +148,10 @@ class Training:
         if (teacher is None) == plan.has_teacher:
             raise ValueError("a teacher and what is learnt from it go together")
         AcceleratorState._reset_state(reset_partial_state=True)  # A worker process trains several models in turn.
+        _drop_variables_of_accelerate()
         self.accelerator = Accelerator(
             mixed_precision="no" if spec.mixed_precision == "fp32" else spec.mixed_precision,
-            # Of a plain number accelerate lets a variable of the environment make another.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=spec.gradient_accumulation_steps),
+            gradient_accumulation_steps=spec.gradient_accumulation_steps,
             cpu=torch.device(device).type == "cpu",
         )
         self.spec, self.plan, self.batches, self.record_every = spec, plan, batches, record_every
@@ -295,6 +304,12 @@ class Training:
         return {name: tensor.detach() for name, tensor in model.state_dict().items() if name not in base}
 
     def averaged_tensors(self) -> dict[str, torch.Tensor]:
-        """Returns `tensors`, the EMA in the place of what is trained: what is merged."""
-        averages = dict(zip(self.trained, self.ema.shadow_params, strict=True))
-        return {name: averages.get(name, tensor).detach().clone() for name, tensor in self.tensors().items()}
+        """Returns `tensors`, the EMA in the place of what is trained: what is merged.
+
+        Raises:
+            KeyError: what is trained has other names, as where something wraps the model: no average would be stored.
+        """
+        averages, tensors = dict(zip(self.trained, self.ema.shadow_params, strict=True)), self.tensors()
+        if missing := averages.keys() - tensors.keys():
+            raise KeyError(*sorted(missing))
+        return {name: averages.get(name, tensor).detach().clone() for name, tensor in tensors.items()}

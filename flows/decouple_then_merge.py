@@ -20,7 +20,7 @@ from flows.evaluation import first_real_features, submit_reference, submit_row, 
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
-from flows.trainings import Trainings
+from flows.trainings import Trainings, check_base
 from tasks.experts import judge_experts
 from tasks.jobs import JobResult
 from tasks.report import write_report
@@ -75,6 +75,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
 
     # The control takes as long as all copies together: what needs them alone does not wait for it.
     copy_results = _results(copies, others=[control])
+    check_base(pretrained, copy_results)
     copy_refs = tuple(copy.ref for copy in copy_results)
     copy_losses = [heldout_loss.submit(ref, bins, f"segment {i}") for i, ref in enumerate(copy_refs)]
     rows["ensemble"] = submit_row(recipe, "ensemble", copy_refs, edges, reference)
@@ -87,6 +88,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
         refs = confined_copies(recipe, pretrained.ref, chosen)
     weights = plan.find_weights(refs, experts)
     (control_result,) = _results([control])
+    check_base(pretrained, [control_result])
     scale = plan.find_scale(control_result.ref)
     merged = plan.merge(refs, experts, weights)
     scaled = plan.scale_control(control_result.ref, scale)

@@ -1,9 +1,11 @@
 """The trainings of a run: the control, one copy per segment, and the distillation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefect.futures import PrefectFuture
 
+from deme_core.errors import InputError
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DistillSpec, FinetuneSpec, Recipe
 from deme_core.segments import TimestepSegment
@@ -91,3 +93,21 @@ class Trainings:
             embeddings=self.encoded.embeddings,
         )
         return distill(job)
+
+
+def check_base(pretrained: JobResult, trained: Sequence[JobResult]) -> None:
+    """Refuses copies of weights that theta_0 had before it was lost and made anew.
+
+    Where an artifact is named by how it was made, what it is made of is not in its name; and a training on another kind
+    of processor ends at other weights.
+
+    Raises:
+        InputError: one of ``trained`` was finetuned from others.
+    """
+    for result in trained:
+        base = result.metrics.get("pretrained_weights")  # Copies from elsewhere, and older ones, do not say.
+        if base is not None and base != pretrained.metrics["weights_digest"]:
+            raise InputError(
+                f"{result.ref.uri} was finetuned from other weights of the pretrained model than "
+                f"{pretrained.ref.uri} holds, which was made anew since. Remove the copy and run again."
+            )

@@ -196,9 +196,11 @@ class Adapter:
     def check_labels(self, labels: Sequence[int]) -> None:
         """Raises an InputError if the model does not know a class."""
         if unknown := sorted({label for label in labels if not NO_LABEL <= label < self.num_classes}):
+            found = ", ".join([*map(str, unknown[:5]), *(["…"] if unknown[5:] else [])])
             raise InputError(
                 f"The {self.pipeline} knows the classes 0 to {self.num_classes - 1}, but there are images of class "
-                f"{', '.join(map(str, unknown))}; check dataset.label_column."
+                f"{found}; check dataset.label_column (WordNet ids have the numbers of ImageNet-1k; metadata.jsonl can "
+                "have any numbers)."
             )
 
     def encode_sizes(self, batch_size: int, sizes: CropSizes | None = None) -> ConditioningTensors:

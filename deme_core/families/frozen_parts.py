@@ -11,7 +11,8 @@ import torch
 
 from deme_core.errors import ModelFolderError, first_line
 from deme_core.families.adapter import Adapter
-from deme_core.model_json import INDEX_NAME, check_part, read_json
+from deme_core.model_json import INDEX_NAME, check_part, read_json, variant_of
+from deme_core.needed_files import needed_files
 
 _TEXT = "_text_pipeline"
 # An index may name any module, and whoever imports a module runs it.
@@ -64,6 +65,8 @@ class FrozenPartsAdapter(Adapter):
         absent = [name for name, (library, _) in index.items() if library is None]
         parts: dict[str, Any] = dict.fromkeys((*self.parts_left_out, *absent))
         parts[self.denoiser_part] = self.denoiser_of_text_pipeline()
+        if "safety_checker" in self.parts_left_out:  # Else it is said that somebody disabled it.
+            parts["requires_safety_checker"] = False
         parts |= {name: self._load(name) for name in index if name.startswith("text_encoder") and name not in absent}
         with _loading(self.frozen):
             pipeline = getattr(diffusers, self.pipeline).from_pretrained(
@@ -113,10 +116,12 @@ class FrozenPartsAdapter(Adapter):
             )
         check_part(self.frozen / part)
         with _loading(self.frozen / part):
+            variants = map(variant_of, needed_files(file.name for file in (self.frozen / part).iterdir()))
             model, info = model_class.from_pretrained(
                 self.frozen / part,
                 torch_dtype=torch.float32,
                 local_files_only=True,
+                variant=next(filter(None, variants), None),
                 use_safetensors=True,  # What was pickled became safetensors when the model was imported.
                 output_loading_info=True,
             )

@@ -69,12 +69,14 @@ class ZipSource:
     def _content(self, name: str) -> bytes:
         if self._process != os.getpid():
             self._open()  # Processes that share a file handle move each other's position.
-        if (size := self._zip.getinfo(name).file_size) > _MAX_BYTES:
-            raise BrokenImageError(f"inflates to {size} bytes")
         try:
+            if (size := self._zip.getinfo(name).file_size) > _MAX_BYTES:
+                raise BrokenImageError(f"inflates to {size} bytes")
             return self._zip.read(name)  # Never more than it declares.
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
             raise BrokenImageError("damaged in the zip") from error
+        except KeyError as error:  # Another process had opened another zip of this name.
+            raise BrokenImageError("not in the zip any more") from error
         except NotImplementedError as error:  # Of strong encryption and patches, which have flags of their own.
             raise BrokenImageError("packed in a way that is not read") from error
         except OSError as error:

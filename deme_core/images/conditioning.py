@@ -6,7 +6,8 @@ from string import Formatter
 from typing import Any
 
 from deme_core.errors import DatasetError
-from deme_core.images.source import Column, ImageSource, first_names
+from deme_core.imagenet_classes import are_imagenet_ids, imagenet_names, imagenet_numbers
+from deme_core.images.source import LABEL, Column, ImageSource, first_names
 from deme_core.recipe import DatasetSpec
 
 _LARGEST_LABEL = 2**63 - 1  # Batches have them as int64.
@@ -19,10 +20,12 @@ class Conditioning:
     Attributes:
         captions: a text for each image.
         labels: a class for each image, from 0.
+        class_names: the classes by number, where names were given and sorted to number them.
     """
 
     captions: Sequence[str] | None = None
     labels: Sequence[int] | None = None
+    class_names: Sequence[str] | None = None
 
 
 def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[int]) -> Conditioning:
@@ -38,20 +41,22 @@ def read_conditioning(source: ImageSource, spec: DatasetSpec, indices: Sequence[
     """
     captions = None
     if spec.caption_column is not None:
-        captions = _captions(source, spec.caption_column, indices)
+        captions = _captions(source, spec, indices)
     elif spec.caption_template is not None:
-        captions = _from_template(source, spec.caption_template, indices)
+        captions = _from_template(source, spec, indices)
     _refuse_half_characters(source, indices, captions or ())
     if spec.label_column is None:
         return Conditioning(captions)
-    labels = _labels(_column(source, spec.label_column, "label_column"), source, spec.label_column)
+    column = _column(source, spec.label_column, "label_column", spec)
+    labels, class_names = _labels(column, source, spec.label_column)
     used = [labels[index] for index in indices]
     _refuse_missing(source, indices, used, f"label in column '{spec.label_column}'")
-    return Conditioning(captions, [label for label in used if label is not None])
+    return Conditioning(captions, [label for label in used if label is not None], class_names)
 
 
-def _captions(source: ImageSource, name: str, indices: Sequence[int]) -> list[str]:
-    column = _column(source, name, "caption_column")
+def _captions(source: ImageSource, spec: DatasetSpec, indices: Sequence[int]) -> list[str]:
+    name = str(spec.caption_column)
+    column = _column(source, name, "caption_column", spec)
     values = [_named(column, index) for index in indices]
     for value in values:
         if not isinstance(value, str | None):
@@ -64,10 +69,10 @@ def _captions(source: ImageSource, name: str, indices: Sequence[int]) -> list[st
     return texts
 
 
-def _from_template(source: ImageSource, template: str, indices: Sequence[int]) -> list[str]:
-    pieces = [(text, name) for text, name, _, _ in Formatter().parse(template)]
+def _from_template(source: ImageSource, spec: DatasetSpec, indices: Sequence[int]) -> list[str]:
+    pieces = [(text, name) for text, name, _, _ in Formatter().parse(str(spec.caption_template))]
     names = sorted({name for _, name in pieces if name is not None})
-    columns = {name: _column(source, name, "caption_template") for name in names}
+    columns = {name: _column(source, name, "caption_template", spec) for name in names}
     values = {name: [_named(column, index) for index in indices] for name, column in columns.items()}
     for name in names:
         _refuse_missing(source, indices, values[name], f"value in column '{name}', which dataset.caption_template uses")
@@ -77,12 +82,36 @@ def _from_template(source: ImageSource, template: str, indices: Sequence[int]) -
     ]
 
 
-def _column(source: ImageSource, name: str, key: str) -> Column:
+def _column(source: ImageSource, name: str, key: str, spec: DatasetSpec) -> Column:
     column = source.column(name)
     if column is None:
         has = ", ".join(source.columns) or "none"
-        raise DatasetError(f"Column '{name}' is not in {source.description}, which has {has}; set dataset.{key}.")
-    return column
+        hint = ""
+        if spec.source == "imagefolder" and list(source.columns) == [LABEL]:
+            hint = (
+                ", or write metadata.jsonl into the folder, with file_name and that column in each line (.txt and .csv "
+                "files are not read; metadata.csv is by dataset.source: hub)"
+            )
+        raise DatasetError(f"Column '{name}' is not in {source.description}, which has {has}; set dataset.{key}{hint}.")
+    return _as_imagenet(column)
+
+
+def _as_imagenet(column: Column) -> Column:
+    """Name and number classes as ImageNet-1k does where all of their names are its WordNet ids.
+
+    In the order of a few folders they would have others' numbers, and no text encoder knows n01440764.
+    """
+    if column.class_names is None:
+        if not all(isinstance(value, str | None) for value in column.values):
+            return column
+        ids, values = {value for value in column.values if value is not None}, column.values
+    else:
+        ids, known = set(column.class_names), column.class_names
+        values = [None if value is None or not 0 <= value < len(known) else known[value] for value in column.values]
+    if not are_imagenet_ids(ids):
+        return column
+    numbers = imagenet_numbers()
+    return Column([None if value is None else numbers[value] for value in values], imagenet_names())
 
 
 def _named(column: Column, index: int) -> Any:
@@ -93,8 +122,8 @@ def _named(column: Column, index: int) -> Any:
     return column.class_names[value] if 0 <= value < len(column.class_names) else None
 
 
-def _labels(column: Column, source: ImageSource, name: str) -> list[int | None]:
-    """Return the class of every image of the source, so that a part of it has the same classes."""
+def _labels(column: Column, source: ImageSource, name: str) -> tuple[list[int | None], Sequence[str] | None]:
+    """Return the class of every image of the source, so that a part of it has the same classes, and sorted names."""
     present = [value for value in column.values if value is not None]
     if all(isinstance(value, int) for value in present):
         if (largest := max(present, default=0)) > _LARGEST_LABEL:
@@ -102,10 +131,13 @@ def _labels(column: Column, source: ImageSource, name: str) -> list[int | None]:
                 f"Column '{name}' of {source.description} holds numbers such as {largest!r:.60}, too large for a "
                 "class; set dataset.label_column."
             )
-        return [int(value) if value is not None and value >= 0 else None for value in column.values]
+        numbers = [int(value) if value is not None and value >= 0 else None for value in column.values]
+        names = column.class_names
+        return numbers, names if names and list(names) == sorted(names) else None
     if all(isinstance(value, str) for value in present):
-        numbers = {name: number for number, name in enumerate(sorted(set(present)))}
-        return [None if value is None else numbers[value] for value in column.values]
+        names = sorted(set(present))
+        number_of = {name: number for number, name in enumerate(names)}
+        return [None if value is None else number_of[value] for value in column.values], names
     wrong = next((value for value in present if not isinstance(value, int | str)), None)
     such = f"values such as {wrong!r:.60}, neither classes nor their names"
     held = "both classes and names" if wrong is None else such

@@ -154,11 +154,14 @@ class SquareImages:
         """One image before it is cropped."""
         position = self._inspection.indices[index]
         try:
-            image = decode(self._source.read(position), channels=self.channels)
+            encoded = self._source.read(position)
+            if self.stream is None:  # Which looks itself, and brings anew what is not what it was.
+                self._inspection.check(index, encoded)
+            image = decode(encoded, channels=self.channels)
             return ResizedImage(resize(image, self.resolution), (image.height, image.width))
         except BrokenImageError as error:
             raise DatasetError(
-                f"{self._source.name(position)} in {self._source.description} was sound and now is not ({error}); "
+                f"{self._source.name(position)} in {self._source.description} is not what it was before ({error}); "
                 "leave the images as they are while a run uses them."
             ) from error
 

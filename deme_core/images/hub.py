@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -13,14 +13,17 @@ from deme_core.images.source import Column, first_names, stat_listing
 from deme_core.local_files import user_path
 from deme_core.recipe import DatasetSpec
 
+# Enough to tell what columns hold.
+_NUM_FIRST_ROWS = 8
+
 
 class HubSource:
-    """The images of one column of one split, in the order of its rows."""
+    """The images of one column of one split, in the order of its rows; or of ``table``, some of its rows."""
 
-    def __init__(self, spec: DatasetSpec) -> None:
+    def __init__(self, spec: DatasetSpec, table: Any = None) -> None:
         self.description = f"split '{spec.split}' of the data set {spec.path}"
         self._column = spec.image_column
-        self._table = _load(spec)
+        self._table = _load(spec) if table is None else table
         self._images = _undecoded(self._table, self._column, self.description)
         self._folders = [folder.resolve() for folder in _own_folders(spec)]
         self.listing = _listing(self._images, spec)
@@ -90,6 +93,40 @@ def count_rows(spec: DatasetSpec) -> int | None:
     return num_rows
 
 
+def first_rows(spec: DatasetSpec) -> HubSource | None:
+    """Return the first rows of a local folder, of which the rest is not read; None for a data set of the hub.
+
+    Raises:
+        DatasetError: it cannot be loaded, or has no such split, or no images in such a column.
+    """
+    import datasets
+
+    if not user_path(str(spec.path)).is_dir():
+        return None
+    try:
+        builder = _builder(spec)
+        splits = list(map(str, builder.config.data_files or {}))
+        wanted = splits[:1] if spec.split == "all" else [name.partition("[")[0] for name in spec.split.split("+")]
+        if splits and not set(wanted) <= set(splits):
+            raise _no_split(spec, splits)
+        stream = builder.as_streaming_dataset(wanted[0])
+        stream = stream.decode(False) if stream.features else stream
+        rows = list(stream.take(_NUM_FIRST_ROWS))
+        columns = {name: [row.get(name) for row in rows] for name in stream.features or (rows[0] if rows else ())}
+        table = datasets.Dataset.from_dict(columns, features=stream.features)
+    except DatasetError:
+        raise
+    except Exception as error:  # As below.
+        raise _cannot_load(spec, error) from error
+    return HubSource(spec, table)
+
+
+def _no_split(spec: DatasetSpec, splits: Iterable[str]) -> DatasetError:
+    return DatasetError(
+        f"The data set {spec.path} has the splits {', '.join(splits)}, and no '{spec.split}'; set dataset.split."
+    )
+
+
 def _count(splits: Any, spec: DatasetSpec) -> int:
     """Returns the number of rows of a split, of a slice of one or of a sum of such, as ``datasets`` reads them."""
     import datasets
@@ -100,9 +137,7 @@ def _count(splits: Any, spec: DatasetSpec) -> int:
         asked = datasets.ReadInstruction.from_spec(split)
         return sum(max(part.to - part.from_, 0) for part in asked.to_absolute(lengths))
     except ValueError as error:
-        raise DatasetError(
-            f"The data set {spec.path} has the splits {', '.join(lengths)}, and no '{spec.split}'; set dataset.split."
-        ) from error
+        raise _no_split(spec, lengths) from error
 
 
 def _own_folders(spec: DatasetSpec) -> Iterator[Path]:
@@ -217,6 +252,12 @@ def _cache() -> Path:
 
 def _location(spec: DatasetSpec) -> str:
     folder = user_path(str(spec.path))
+    if folder.is_file():
+        raise DatasetError(f"{folder} is a file, and source hub takes folders; set dataset.path to {folder.parent}.")
+    if (folder / "state.json").is_file():  # As datasets tells them, when it is late.
+        raise DatasetError(
+            f"{folder} was written by save_to_disk; load it by load_from_disk, and write it by to_parquet."
+        )
     return str(folder) if folder.is_dir() else str(spec.path)
 
 

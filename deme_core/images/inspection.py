@@ -1,5 +1,6 @@
 """Inspection: every image is decoded once before work starts, and its content digested."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ CHUNK_SIZE = 1024
 NUM_CHUNKS_PER_MESSAGE = 16
 NUM_THREADS = min(8, os.cpu_count() or 1)
 BROKEN = "broken: "
+SHA256_SIZE = 32
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +31,31 @@ class Inspection:
 
     Attributes:
         indices: their positions in the source, in order.
-        content: sha256 over the sha256 of each one's encoded bytes, in order.
+        digests: sha256 of each one's encoded bytes, in order, 32 bytes for each.
         num_skipped: broken images that were left out.
+        record: file that keeps the verdicts on this listing; None where there is none.
     """
 
     indices: Sequence[int]
-    content: str
+    digests: bytes
     num_skipped: int
+    record: Path | None
+
+    @property
+    def content(self) -> str:
+        """Sha256 over the hexadecimal sha256 of each image, in order."""
+        return sha256_bytes(self.digests.hex("\n", SHA256_SIZE).encode())
+
+    def check(self, index: int, encoded: bytes) -> None:
+        """Raises BrokenImageError unless these are the bytes of image ``index`` that were inspected.
+
+        By content, which no source can get wrong: beside decoding it takes a few percent, and files that were only
+        touched, linked or given other permissions are what they were.
+        """
+        if hashlib.sha256(encoded).digest() != self.digests[index * SHA256_SIZE : (index + 1) * SHA256_SIZE]:
+            if self.record is not None:  # Perhaps the record is wrong: the next run inspects anew.
+                self.record.unlink(missing_ok=True)
+            raise BrokenImageError("another image")
 
 
 def inspect(
@@ -50,7 +70,9 @@ def inspect(
     """
     if not len(source):
         raise DatasetError(f"There is no image in {source.description}; check dataset.path.")
-    verdicts = _verdicts(source, wanted=num_images or len(source), channels=channels, cache=cache)
+    # Which images can be decoded depends on the version of Pillow.
+    record = cache / "inspected" / f"{source.listing}-{channels}-pillow-{PIL.__version__}" if source.listing else None
+    verdicts = _verdicts(source, wanted=num_images or len(source), channels=channels, record=record)
     sound = [index for index, verdict in enumerate(verdicts) if not verdict.startswith(BROKEN)][:num_images]
     if not skip_broken:
         _refuse_broken(source, verdicts[:num_images])
@@ -60,17 +82,15 @@ def inspect(
             if num_images
             else f"None of the {len(verdicts)} images in {source.description} can be decoded; check dataset.path."
         )
-    content = sha256_bytes("\n".join(verdicts[index] for index in sound).encode())
+    digests = bytes.fromhex("".join(verdicts[index] for index in sound))
     num_seen = sound[-1] + 1 if len(sound) == num_images else len(verdicts)
-    return Inspection(sound, content, num_seen - len(sound))
+    return Inspection(sound, digests, num_seen - len(sound), record)
 
 
-def _verdicts(source: ImageSource, *, wanted: int, channels: int, cache: Path) -> list[str]:
+def _verdicts(source: ImageSource, *, wanted: int, channels: int, record: Path | None) -> list[str]:
     """One verdict per image, in order, at least until ``wanted`` are sound: its digest, or why it is broken."""
     if (indexed := getattr(source, "verdicts", None)) is not None:  # Of a data set that is streamed.
         return list(indexed)
-    # Which images can be decoded depends on the version of Pillow.
-    record = cache / "inspected" / f"{source.listing}-{channels}-pillow-{PIL.__version__}" if source.listing else None
     verdicts = record.read_text("utf-8").splitlines() if record and record.exists() else []
     num_known, num_sound = len(verdicts), _num_sound(verdicts)
     with ThreadPoolExecutor(NUM_THREADS) as executor:

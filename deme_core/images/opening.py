@@ -86,7 +86,10 @@ def open_stream(spec: DatasetSpec, cache: Path, index_store: ObjectStore, num_im
 
 def _open_tars(spec: DatasetSpec, path: Path) -> ImageSource:
     if not path.exists():
-        raise DatasetError(f"There is no folder or tar {path.absolute()}; check dataset.path.")
+        raise DatasetError(
+            f"There is no folder or tar {path.absolute()}; check dataset.path, which is a folder of tars or one tar, "
+            "and no pattern of names."
+        )
     tars, root = find_tars(path)
     return TarSource(tars, root, None if spec.image_column == DEFAULT_IMAGE_COLUMN else spec.image_column)
 

@@ -78,8 +78,9 @@ class EvaluateSpec(Spec):
     prompts: str | None = Field(
         None,
         exclude_if=lambda prompts: prompts is None,
-        description="Path or object-store URI of prompts, one per line, or a .tsv or .csv file with a column Prompt or "
-        "caption; or imagenet1k or cifar10, a photo of each class. Image i belongs to prompt i modulo their number.",
+        description="Path or object-store URI of prompts, one per line; or a .tsv or .csv file with a column Prompt or "
+        "caption, a .json list of texts or COCO's captions file, or a .jsonl file with text, caption or prompt; or "
+        "imagenet1k or cifar10, a photo of each class. Image i belongs to prompt i modulo their number.",
     )
     clip_weights: str | None = Field(
         None,

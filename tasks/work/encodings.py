@@ -6,6 +6,7 @@ from typing import Any
 from deme_core.digests import json_digest
 from deme_core.encodings import Embeddings, Latents, distinct_captions
 from deme_core.families import check_conditioned
+from deme_core.model_json import content_digest
 from tasks.jobs import DistillJob, EmbeddingsJob, FinetuneJob, LatentsJob
 from tasks.work.base import JobContext
 
@@ -48,10 +49,15 @@ def encoder_settings(job: LatentsJob | EmbeddingsJob, context: JobContext, *part
     Raises:
         InputError: the data set lacks the captions or labels that the model is conditioned on.
     """
-    images, adapter = context.images(job.dataset), context.open_model(job.pretrained).adapter()
+    images, model = context.images(job.dataset), context.open_model(job.pretrained)
+    adapter = model.adapter()
     check_conditioned(adapter, captions=images.captions, labels=images.labels)
     manifest = context.artifacts.manifest(job.pretrained)
-    files = {file.name: file.sha256 for file in manifest.files if file.name.startswith(parts)}
+    files = {
+        file.name: content_digest(model.path / file.name) if file.name.endswith(".json") else file.sha256
+        for file in manifest.files
+        if file.name.startswith(parts)
+    }
     named = [adapter.pipeline, adapter.latent_shape, files]
     if "text_encoder" in parts and adapter.prompt_settings:  # Digests made without any stay.
         named.append(adapter.prompt_settings)

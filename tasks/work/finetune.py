@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from deme_core.lora import LoraTeacher, attach_lora, trained_factors
+from deme_core.model_digest import tensors_digest
 from deme_core.model_folder import load_denoiser
 from deme_core.model_folder_writer import write_like, write_lora_copy
 from deme_core.projection import attach_projections
@@ -74,4 +75,4 @@ def run(job: FinetuneJob, context: JobContext, out: Path, digest: str) -> Work:
         write_lora_copy(out, folder, trained_factors(tensors, lora), copy_of=job.pretrained.digest)
     else:
         write_like(out, folder, tensors=tensors, copy_of=job.pretrained.digest)
-    return metrics
+    return metrics | {"pretrained_weights": tensors_digest(folder.checkpoint().tensors())}

@@ -165,6 +165,21 @@ def test_encodings_are_shared_by_all_that_they_depend_on_nothing_of(laboratory: 
     assert not {*halved.latents, *halved.embeddings} & {*plain.latents, *plain.embeddings}
 
 
+def test_a_model_that_stock_diffusers_loads_and_saves_stays_the_same(laboratory: Laboratory, tmp_path: Path) -> None:
+    folder, plain = laboratory.home / "model", laboratory.encoded(laboratory.dataset())
+    for number in range(2):  # Each notes where it was loaded from: in its index, its denoiser and its autoencoder.
+        pipeline = DiffusionPipeline.from_pretrained(folder)
+        folder = tmp_path / f"again-{number}"
+        pipeline.save_pretrained(folder)
+        assert "_name_or_path" in json.loads((folder / "vae" / "config.json").read_text())
+        assert laboratory.imported(folder).ref == laboratory.model.ref
+    randomize(pipeline.unet, seed=5)
+    pipeline.save_pretrained(tmp_path / "next")
+    trained_further = laboratory.imported(tmp_path / "next")
+    assert trained_further.ref != laboratory.model.ref
+    assert laboratory.encoded(laboratory.dataset(), model=trained_further) == plain
+
+
 def test_embeddings_are_of_one_way_to_encode_the_empty_caption(laboratory: Laboratory, tmp_path: Path) -> None:
     index = save_pipeline("StableDiffusionXLPipeline", tmp_path / "sdxl") / "model_index.json"
     digests = list[str]()

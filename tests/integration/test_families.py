@@ -16,12 +16,13 @@ from deme_core.families import FAMILIES, Adapter, encode_batch
 from deme_core.families.adapter import NO_LABEL
 from deme_core.generate import SingleModel, generate, initial_noise
 from deme_core.images.training_batch import CropSizes
-from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
+from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder, weights_digest
 from deme_core.projection import attach_projections, fold_projections, is_projection
 from deme_core.prompts import Prompts
-from deme_core.recipe import Sampler
+from deme_core.recipe import MethodSpec, Sampler
 from deme_core.sampling import Sampling
 from deme_core.seeds import generator
+from tasks.work.merge import merge_folders
 from tests.tiny_models import one_level_unet, randomize_projections, tiny_images, write_tiny_folder
 from tests.tiny_pipelines import PIPELINES, flux, save_pipeline
 
@@ -405,6 +406,37 @@ def test_frozen_parts_stored_in_half_precision_compute_in_full(tmp_path: Path) -
     adapter = open_model_folder(tmp_path).adapter()
     parts = [adapter.vae, adapter.text_pipeline.text_encoder]  # type: ignore[attr-defined]
     assert [part.dtype for part in parts] == [torch.float32] * 2
+
+
+@pytest.mark.parametrize("shard", ["10GB", "8KB"], ids=["one file", "sharded"])
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "PixArtAlphaPipeline"])
+def test_a_folder_of_half_precision_alone_is_the_same_model_and_its_merge_a_plain_folder(
+    name: str, shard: str, tmp_path: Path
+) -> None:
+    pipeline = PIPELINES[name]().to(torch.float16)
+    pipeline.save_pretrained(tmp_path / "plain", max_shard_size=shard)
+    pipeline.save_pretrained(tmp_path / "variant", max_shard_size=shard, variant="fp16")
+    plain, variant = (open_model_folder(tmp_path / kind) for kind in ("plain", "variant"))
+    assert all(".fp16" in file.name for file in variant.weights)
+    assert weights_digest(variant) == weights_digest(plain)
+    assert images_of(variant).equal(images_of(plain))
+    for kind in ("plain", "variant"):
+        merge_folders(tmp_path / kind, [tmp_path / kind], MethodSpec(), (0.5,), tmp_path / f"merged-{kind}")
+    merged = [tmp_path / f"merged-{kind}" for kind in ("plain", "variant")]
+    contents = [{file.relative_to(path): file.read_bytes() for file in path.rglob("*.*")} for path in merged]
+    assert contents[0] == contents[1]
+    assert DiffusionPipeline.from_pretrained(merged[1]) is not None
+
+
+def test_nobody_is_told_of_a_safety_checker_that_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion
+
+    warnings: list[str] = []
+    monkeypatch.setattr(pipeline_stable_diffusion.logger, "warning", warnings.append)
+    index = save_pipeline("StableDiffusionPipeline", tmp_path) / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"requires_safety_checker": True}))
+    open_model_folder(tmp_path).adapter().encode_prompts(["a cat"])
+    assert not warnings
 
 
 def test_a_scheduler_config_older_than_its_offset_is_corrected_as_the_pipeline_does(tmp_path: Path) -> None:

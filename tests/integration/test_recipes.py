@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,16 @@ from rich.console import Console
 
 from deme_core.cost_estimate import H100_PEAK, UTILIZATION, estimate_cost
 from deme_core.denoiser_size import measure_denoiser
+from deme_core.errors import InputError
 from deme_core.families import Unconditional
+from deme_core.families.dit import DiT
 from deme_core.families.stable_diffusion import StableDiffusion
+from deme_core.images.preview import Preview
 from deme_core.recipe_file import load_recipe
 from deme_core.settings import Settings
 from flows import evaluation
 from flows.doctor import run_checks
-from flows.recipe_checks import RecipeChecks
+from flows.recipe_checks import RecipeChecks, _described
 from flows.recipe_estimate import RecipeEstimate
 from tests.tiny_clip import write_tiny_clip
 from tests.tiny_models import one_level_unet, write_tiny_folder
@@ -189,6 +193,31 @@ def test_the_doctor_says_how_many_images_each_class_has() -> None:
     recipe = load_recipe("digits", ["evaluate.num_images=600", "merge.search.num_images=25"])
     told = RecipeChecks(recipe, Settings())._shares(10, "classes")
     assert told == ("10 classes; the report's 600 images are 60 of each and the search's 25 images are 2 or 3 of each")
+
+
+def test_the_doctor_shows_the_beginning_of_texts_and_how_classes_are_numbered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "a photo of " + "a cat and " * 10
+    (tmp_path / "prompts.txt").write_text(text)
+    recipe = load_recipe("digits", [f"evaluate.prompts={tmp_path / 'prompts.txt'}"])
+    checks = RecipeChecks(recipe, Settings())
+    assert checks._prompts().startswith(f"'{text[:59]}…' and so on, 1 prompts")
+    checks._adapter = DiT(denoiser_config={"num_embeds_ada_norm": 1000}, scheduler_config={})
+    found = Preview(3, text, [0, 1], ["goldfish", "tench"])
+    checks._images = found
+    assert checks._classes().endswith(
+        "the data set has 2 of them, numbered in the order of their names (goldfish 0, tench 1): see that the model "
+        "numbers them so"
+    )
+    checks._images = replace(found, class_names=None, labels=[0, 1000])
+    with pytest.raises(InputError, match=r"classes 0 to 999, but there are images of class 1000; .* of ImageNet-1k"):
+        checks._classes()
+    assert _described(recipe.dataset, found) == f"digits, 3 images, the first '{text[:59]}…'"
+    unknown = _described(recipe.dataset, Preview(None, is_looked_at=False))
+    assert unknown == "digits, unknown number of images, none of which was looked at before the run fetches them"
+    monkeypatch.setattr("flows.recipe_checks.preview_images", lambda *_: Preview(None))
+    assert checks._dataset() == "digits, unknown number of images; without their number there is no estimate"
 
 
 def test_the_doctor_counts_training_and_images_each_in_its_own_precision(monkeypatch: pytest.MonkeyPatch) -> None:

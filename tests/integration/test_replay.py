@@ -27,6 +27,7 @@ def test_a_copy_that_replays_the_pretrained_model_keeps_to_it_outside_of_its_seg
     def strayed(replay: str) -> float:
         settings = {"consistency_weight": 0.0, "global_sampling_probability": 0.8, "ema_decay": 0.5, **how}
         copy = execute(finetune_job(pretrained, 0, num_steps=30, replay=replay, **settings), context, lambda _: None)
+        assert copy.metrics["pretrained_weights"] == pretrained.metrics["weights_digest"]
         with torch.no_grad():
             before, after = (
                 load_denoiser(context.open_model(model.ref)).eval()(noisy, 900).sample for model in (pretrained, copy)

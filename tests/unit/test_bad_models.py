@@ -97,6 +97,39 @@ def test_a_lora_of_another_base(
     )
 
 
+def test_experts_in_other_forms_are_told_how_to_become_folders(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(expert: str) -> str:
+        merge = ("--expert", expert, "--weights", "0.5", "--out", "out")
+        return refused(monkeypatch, capsys, "merge", "--pretrained", str(model), *merge)
+
+    part = (
+        "holds a UNet2DConditionModel, the denoiser of a pipeline alone; give the folder of a whole pipeline in which"
+    )
+    checkpoint = tmp_path / "checkpoint-5"
+    shutil.copytree(model / "unet", checkpoint / "unet")
+    for expert in ("checkpoint-5", "checkpoint-5/unet"):
+        assert f"checkpoint-5/unet {part} it is unet/." in said(expert)
+    adapter = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    adapter.parent.mkdir()
+    adapter.touch()
+    assert "is a LoRA, which is not taken; load it into its pipeline in diffusers (load_lora_weights, " in said("lora")
+    for path in ("lora/pytorch_lora_weights.safetensors", str(adapter)):
+        assert f"{path} is a file, and a model is a folder; load it in diffusers" in said(path)
+        assert "is a file, and a model is a folder" in refused(monkeypatch, capsys, "generate", path, "--out", "out")
+
+
+def test_an_expert_of_other_noise_is_not_merged(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = shutil.copytree(model, tmp_path / "other") / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    merge = ("--expert", "other", "--weights", "0.5", "--out", "out")
+    said = refused(monkeypatch, capsys, "merge", "--pretrained", str(model), *merge)
+    assert "gives prediction_type as 'v_prediction', that of the pretrained model 'epsilon': it was trained on" in said
+
+
 def test_a_name_that_is_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(monkeypatch, capsys, "generate", "nope", "--out", "out")
     assert said.startswith("The model 'nope' is no folder, object-store URI or hub id; name a folder that holds")
@@ -120,7 +153,7 @@ def test_a_pickled_autoencoder(
     vae.unlink()
     (tmp_path / "prompts.txt").write_text("a cat\n")
     said = refused(monkeypatch, capsys, "generate", "pickled", "--prompts", "prompts.txt", "--out", "out")
-    assert "vae/diffusion_pytorch_model.bin is pickled, which can run code" in said
+    assert "vae/diffusion_pytorch_model.bin is pickled, which can run code; convert it to safetensors (load the" in said
 
 
 def test_prompts_that_are_none(

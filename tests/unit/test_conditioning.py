@@ -10,7 +10,9 @@ from PIL import Image
 from pydantic import ValidationError
 
 from deme_core.errors import DatasetError
+from deme_core.imagenet_classes import imagenet_numbers
 from deme_core.images import ImageDataset, TrainingBatch, TrainingBatches, batches, load_images, split_heldout
+from deme_core.images.preview import Preview, preview_images
 from deme_core.recipe import DatasetSpec
 
 CLASSES = ("cat", "dog", "cat", "frog", "dog")
@@ -65,8 +67,11 @@ def parquet(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def load(path: Path, tmp_path: Path, source: str = "imagefolder", **settings: object) -> ImageDataset:
-    spec = {"source": source, "resolution": 16, "path": str(path), **settings}
-    return load_images(DatasetSpec.model_validate(spec), cache=tmp_path / "cache")
+    return load_images(spec_of(path, source, **settings), cache=tmp_path / "cache")
+
+
+def spec_of(path: Path, source: str = "imagefolder", **settings: object) -> DatasetSpec:
+    return DatasetSpec.model_validate({"source": source, "resolution": 16, "path": str(path), **settings})
 
 
 def first(count: int, dataset: ImageDataset, **settings: Any) -> list[TrainingBatch]:
@@ -104,6 +109,56 @@ def test_subfolders_are_classes(folder: Path, tmp_path: Path) -> None:
     assert part.labels == [0, 0, 1]
 
 
+def rename_classes(folder: Path, *names: str) -> None:
+    for old, new in zip(("cat", "dog", "frog"), names, strict=True):
+        (folder / "train" / old).rename(folder / "train" / new)
+
+
+def test_classes_that_are_wordnet_ids_have_imagenets_numbers_and_names(folder: Path, tmp_path: Path) -> None:
+    rename_classes(folder, "n01440764", "n02102040", "n02979186")
+    asked = {"caption_template": "a photo of a {label}", "label_column": "label"}
+    dataset = load(folder, tmp_path, **asked)
+    assert dataset.labels == [0, 0, 217, 217, 482]
+    names = ("tench", "tench", "English springer", "English springer", "cassette player")
+    assert dataset.captions == [f"a photo of a {name}" for name in names]
+    found = preview_images(spec_of(folder, **asked), tmp_path / "cache")
+    assert (found.caption, found.labels, found.class_names) == ("a photo of a tench", [0, 217, 482], None)
+    # So are ids in metadata.
+    files = sorted(folder.rglob("*.png"))
+    rows = [{"file_name": str(file.relative_to(folder)), "class": file.parent.name} for file in files]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    named = load(folder, tmp_path, caption_template="a photo of a {class}", label_column="class")
+    assert named.example_fingerprint == dataset.example_fingerprint
+
+
+def test_all_of_imagenet_has_the_numbers_that_it_had(folder: Path, tmp_path: Path) -> None:
+    rename_classes(folder, "n01440764", "n01443537", "n01484850")  # The first three of them.
+    fingerprint = load(folder, tmp_path, label_column="label").example_fingerprint
+    for old, new in (("n01440764", "cat"), ("n01443537", "dog"), ("n01484850", "frog")):
+        (folder / "train" / old).rename(folder / "train" / new)
+    assert load(folder, tmp_path, label_column="label").example_fingerprint == fingerprint
+    assert list(imagenet_numbers()) == sorted(imagenet_numbers())
+
+
+def test_other_names_stay_in_the_order_of_the_alphabet(folder: Path, tmp_path: Path) -> None:
+    rename_classes(folder, "n01440764", "n02102040", "n00000001")  # The last is none of ImageNet-1k.
+    asked = {"caption_template": "a {label}", "label_column": "label"}
+    dataset = load(folder, tmp_path, **asked)
+    assert dataset.labels == [0, 1, 1, 2, 2]
+    assert dataset.captions is not None
+    assert dataset.captions[0] == "a n00000001"
+    names = ["n00000001", "n01440764", "n02102040"]
+    assert preview_images(spec_of(folder, **asked), tmp_path / "cache").class_names == names
+
+
+def test_a_folder_without_captions_is_told_where_they_are_read_from(folder: Path, tmp_path: Path) -> None:
+    (folder / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(
+        DatasetError, match=r"set dataset\.caption_column, or write metadata\.jsonl into the folder, with "
+    ):
+        load(folder, tmp_path, caption_column="text")
+
+
 def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
     dataset = load(parquet, tmp_path, "hub", caption_column="text", label_column="kind")
     assert dataset.captions == [f"picture {number}" for number in range(5)]
@@ -118,6 +173,20 @@ def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
     labels = load(parquet, tmp_path, "hub", label_column="flag").labels
     assert labels == [1, 0, 1, 1, 0]
     assert {type(label) for label in labels} == {int}
+
+
+def test_a_preview_of_a_local_folder_reads_its_first_rows_alone(
+    parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deme_core.images.hub._NUM_FIRST_ROWS", 2)
+    spec = spec_of(parquet, "hub", caption_column="text", label_column="kind")
+    found = preview_images(spec, tmp_path / "cache")
+    assert found == Preview(None, "picture 0", labels=None, class_names=None)
+    assert not list((tmp_path / "hf").rglob("*.arrow"))
+    assert preview_images(spec.model_copy(update={"split": "all"}), tmp_path / "cache") == found
+    monkeypatch.setattr("deme_core.images.hub._NUM_FIRST_ROWS", 0)
+    with pytest.raises(DatasetError, match="There are no images in split 'train' of the data set"):
+        preview_images(spec, tmp_path / "cache")
 
 
 def test_nothing_is_read_unless_asked_for(parquet: Path, tmp_path: Path) -> None:
@@ -171,9 +240,14 @@ def test_images_that_are_skipped_take_their_captions_and_labels_along(folder: Pa
 def test_columns_that_cannot_be_used_are_named(
     parquet: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(DatasetError, match=message) as caught:
-        load(parquet, tmp_path, "hub", **settings)
-    assert "\n" not in str(caught.value)
+    uses = (
+        lambda: load(parquet, tmp_path, "hub", **settings),
+        lambda: preview_images(spec_of(parquet, "hub", **settings), tmp_path / "cache"),
+    )
+    for use in uses:
+        with pytest.raises(DatasetError, match=message) as caught:
+            use()
+        assert "\n" not in str(caught.value)
 
 
 def test_images_in_no_subfolder_have_no_label(folder: Path, tmp_path: Path) -> None:

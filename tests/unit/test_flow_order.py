@@ -15,6 +15,7 @@ from flows import confinement, decouple_then_merge, encodings, merge_plan, train
 from flows import evaluate as evaluation
 from flows import evaluation as row_evaluation
 from flows.encodings import EncodedDataset
+from tasks.jobs import JobResult
 
 
 class Future:
@@ -183,6 +184,17 @@ def test_the_control_takes_all_timesteps_and_the_steps_of_all_other_trainings(mo
     given = trainings.Trainings(recipe, ref, EncodedDataset(), segments)
     jobs: list[Any] = [given.control(), *given.copies()]
     assert [(job.low, job.high, job.num_steps) for job in jobs] == [(0, 1000, 19), (0, 300, 7), (300, 1000, 7)]
+
+
+def test_a_copy_of_weights_that_are_no_more_is_refused() -> None:
+    def result(name: str, **metrics: Any) -> JobResult:
+        return JobResult(ArtifactRef(f"file:///store/{name}", name), metrics, cached=True, seconds=0, storage_seconds=0)
+
+    remade = result("pretrained", weights_digest="new")
+    copies = [result("elsewhere"), result("made since", pretrained_weights="new")]
+    trainings.check_base(remade, copies)
+    with pytest.raises(InputError, match="store/stale was finetuned from other weights"):
+        trainings.check_base(remade, [*copies, result("stale", pretrained_weights="lost")])
 
 
 def test_each_image_of_each_seed_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:

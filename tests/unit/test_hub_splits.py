@@ -213,7 +213,7 @@ def test_one_split_is_downloaded_from_the_hub_and_needs_none_afterwards(
     assert downloads(hub) == ["validation"]
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert preview_images(spec_of("some/pets", "validation[:2]"), tmp_path / "cache") == 2
+    assert preview_images(spec_of("some/pets", "validation[:2]"), tmp_path / "cache").num_images == 2
     assert load("some/pets", "validation", tmp_path).fingerprint == online.fingerprint
     with pytest.raises(DatasetError, match="Cannot load split 'test'"):
         load("some/pets", "test", tmp_path)

@@ -496,7 +496,8 @@ def test_a_preview_counts_the_rows_that_a_split_has(described: Path, tmp_path: P
     import datasets
 
     spec = DatasetSpec(source="hub", path=str(described), image_column="picture", resolution=16, split=split)
-    assert preview_images(spec, tmp_path / "cache") == len(datasets.load_dataset(str(described), split=split))
+    found = preview_images(spec, tmp_path / "cache")
+    assert found.num_images == len(datasets.load_dataset(str(described), split=split))
 
 
 @pytest.mark.parametrize("split", ["dev", "dev[:2]", "train+dev", "train + test", "train["])
@@ -599,16 +600,25 @@ def write_readme(parquet: Path, data_files: str) -> None:
     [
         ({"image_column": "image"}, "Column 'image' is not in .* which has picture, label"),
         ({"image_column": "label"}, "Column 'label' .* holds no images"),
-        ({"image_column": "picture", "split": "test"}, "Cannot load split 'test'"),
+        ({"image_column": "picture", "split": "test"}, "Cannot load split 'test'|splits train, and no 'test'"),
         ({"path": "no-such-folder/at/all"}, "Cannot load split 'train'"),
+        ({"file": "train.parquet"}, r"train\.parquet is a file, and source hub takes folders; set dataset\.path to"),
+        ({"file": "state.json"}, "was written by save_to_disk; load it by load_from_disk, and write it by to_parquet"),
     ],
 )
 def test_a_hub_data_set_that_cannot_be_used_is_named(
     parquet: Path, tmp_path: Path, settings: dict[str, str], message: str
 ) -> None:
-    with pytest.raises(DatasetError, match=message) as caught:
-        load(settings.pop("path", parquet), tmp_path, source="hub", **settings)
-    assert "\n" not in str(caught.value)
+    settings = {"path": str(parquet)} | settings
+    if (file := settings.pop("file", "")) == "state.json":
+        (parquet / file).write_text("{}")
+    elif file:
+        settings["path"] = str(next(parquet.glob("*.parquet")))
+    spec = DatasetSpec.model_validate({"source": "hub", "resolution": 16} | settings)
+    for use in (load_images, preview_images):
+        with pytest.raises(DatasetError, match=message) as caught:
+            use(spec, cache=tmp_path / "cache")
+        assert "\n" not in str(caught.value)
 
 
 # What the user can do wrong
@@ -679,9 +689,39 @@ def test_an_image_that_breaks_during_the_run_is_named(folder: Path, tmp_path: Pa
     dataset = load(folder, tmp_path)
     (folder / "a" / "0.png").write_bytes(b"text")
     for num_workers in (0, 2):
-        with pytest.raises(DatasetError, match=r"a/0\.png .* was sound") as caught:
+        with pytest.raises(DatasetError, match=r"a/0\.png .* is not what it was before \(") as caught:
             first(9, dataset, random_crop=True, num_workers=num_workers)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "hub", "zip", "tar"])
+def test_another_sound_image_during_the_run_is_named(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "SETTLED_AFTER_SEC", -1.0)
+
+    def write(*colors: int) -> Path:
+        for number, color in enumerate(colors):
+            (tmp_path / "images").mkdir(exist_ok=True)
+            Image.new("RGB", (8, 8), (color, 0, 0)).save(tmp_path / "images" / f"{number}.bmp")
+        if kind == "zip":
+            return zipped(tmp_path / "images", tmp_path / "images.zip")
+        if kind == "tar":
+            with tarfile.open(tmp_path / "images.tar", "w") as tar:
+                for number in range(len(colors)):
+                    tar.add(tmp_path / "images" / f"{number}.bmp", f"{number}.bmp")
+            return tmp_path / "images.tar"
+        return tmp_path / "images"
+
+    of = {"zip": "imagefolder", "tar": "webdataset"}.get(kind, kind)
+    path = write(1, 2)
+    dataset = load(path, tmp_path, source=of)
+    os.utime(path)
+    assert pixels_of(dataset)[:, 0, 0, 0].tolist() == [1, 2]
+    write(3, 2)
+    with pytest.raises(DatasetError, match=r" is not what it was before \(another image\); leave the images as they"):
+        first(2, dataset, random_crop=True, num_workers=2)
+    assert not any((tmp_path / "cache").rglob("*-pillow-*"))
 
 
 # Batches

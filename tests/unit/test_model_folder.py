@@ -324,16 +324,17 @@ def test_shards_of_a_denoiser_that_are_no_safetensors_are_refused(folder: Path, 
         open_model_folder(folder)
 
 
+@pytest.mark.parametrize("kind", ["index", "index.fp16"])
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
-def test_an_index_of_a_frozen_part_does_not_lead_out_of_its_folder(part: str, tmp_path: Path) -> None:
+def test_an_index_of_a_frozen_part_does_not_lead_out_of_its_folder(part: str, kind: str, tmp_path: Path) -> None:
     path = save_pipeline("StableDiffusionPipeline", tmp_path / "model")
     adapter = open_model_folder(path).adapter()
     (file,) = (path / part).glob("*.safetensors")
     names = list(load_file(file))
     file.rename(tmp_path / "outside.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "../../outside.safetensors")}
-    (path / part / f"{file.name}.index.json").write_text(json.dumps(index))
-    with pytest.raises(ModelFolderError, match=rf"{part}/{file.name}\.index\.json has no weight_map"):
+    (path / part / f"{file.name}.{kind}.json").write_text(json.dumps(index))
+    with pytest.raises(ModelFolderError, match=rf"{part}/{file.name}\.{kind}\.json has no weight_map"):
         open_model_folder(path)
     # As the frozen parts of a copy, which are in another folder than the one that was opened.
     with pytest.raises(ModelFolderError, match="has no weight_map"):

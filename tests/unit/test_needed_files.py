@@ -47,3 +47,24 @@ def test_a_model_in_one_folder_keeps_its_weights_whatever_its_shards_are_called(
         "config.json",
         "diffusion_pytorch_model.bin",
     ]
+
+
+def test_half_precision_stands_for_plain_weights_that_a_part_does_not_have() -> None:
+    needed = [
+        "model_index.json",
+        "text_encoder/model.safetensors",
+        "text_encoder_2/model.fp16-00001-of-00002.safetensors",
+        "text_encoder_2/model.fp16-00002-of-00002.safetensors",
+        "text_encoder_2/model.safetensors.index.fp16.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.bin",
+    ]
+    others = [
+        "text_encoder/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.bf16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.bin",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+        "vae_2/diffusion_pytorch_model.non_ema.safetensors",
+    ]
+    assert needed_files([*others, *needed]) == sorted(needed)

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,41 @@ def test_parti_prompts_are_read_whole(tmp_path: Path) -> None:
     assert len(set(prompts.columns["Challenge"])) == 11
 
 
+def test_json_holds_a_list_or_the_captions_of_coco_by_their_ids(tmp_path: Path) -> None:
+    def texts(name: str, content: str) -> tuple[str, ...]:
+        return load_prompts(write(tmp_path / name, content), tmp_path).texts
+
+    assert texts("p.json", '\ufeff["a cat", " a\\n dog "]') == ("a cat", "a dog")
+    annotations = [{"id": 9, "image_id": 1, "caption": "last"}, {"id": 3, "image_id": 2, "caption": "A cat.\n"}]
+    coco = {"info": {}, "images": [], "annotations": annotations}
+    assert texts("captions_val2014.JSON", json.dumps(coco)) == ("A cat.", "last")
+    for key in ("text", "caption", "prompt"):
+        assert texts("m.jsonl", f'{{"file_name": "0.jpg", "{key}": "a\u2028b"}}\r\n\n{{"{key}": "c"}}') == ("a b", "c")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.json", "a cat"),
+        ("p.json", '"a cat"'),
+        ("p.json", '["a cat", 7]'),
+        ("p.json", "7"),
+        ("p.json", '{"a cat": "Animals"}'),
+        ("p.json", '{"annotations": [{"id": 1, "bbox": []}]}'),
+        ("p.json", '{"annotations": [{"id": 1, "caption": "a"}, {"id": "2", "caption": "b"}]}'),
+        ("p.json", '["half \\ud83d"]'),
+        ("p.json", "[" * 100_000),
+        ("p.jsonl", '{"file_name": "0.jpg"}'),
+        ("p.jsonl", '{"text": "a", "prompt": "b"}'),
+        ("p.jsonl", '{"text": ["a", "b"]}'),
+        ("p.jsonl", '"text"'),
+    ],
+)
+def test_other_json_is_refused_with_what_is_taken(name: str, text: str, tmp_path: Path) -> None:
+    with pytest.raises(PromptsError, match=r"is JSON of a form that holds no prompts; give a \.json file with a list"):
+        load_prompts(write(tmp_path / name, text), tmp_path)
+
+
 def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     def digest(name: str, text: str) -> str:
         return load_prompts(write(tmp_path / name, text), tmp_path).digest
@@ -55,6 +91,7 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
     first = digest("a.txt", "a\nb\n")
     assert digest("b.txt", "a\r\nb") == first
     assert digest("c.csv", "prompt\na\nb\n") == first
+    assert digest("c.json", '["a", "b"]') == first
     others = [
         digest("d.txt", "b\na\n"),
         digest("e.txt", "a\nb\na\n"),
@@ -108,6 +145,8 @@ def test_a_name_that_no_file_can_have_is_one_sentence(tmp_path: Path) -> None:
         ("p.csv", "prompt,X,X\na,b,c\n", "'prompt, X, X'"),
         ("p.tsv", "Prompt\tCategory\na\tX\nb\n", r"Prompt 2 of .*p\.tsv has 1 fields for 2 columns"),
         ("p.tsv", "Prompt\tCategory\n\tX\n", r"Prompt 1 of .*p\.tsv is empty"),
+        ("p.json", "[]", r"There are no prompts in .*p\.json"),
+        ("p.json", '["a", " "]', r"Prompt 2 of .*p\.json is empty"),
         ("p.csv", 'prompt\n"a\nb\n', "no CSV file"),
     ],
 )

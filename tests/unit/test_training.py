@@ -126,9 +126,31 @@ def losses_over_forward_passes(
     return diffusion, ((prediction - pretrained_prediction) ** 2).mean()
 
 
-def test_no_variable_of_the_environment_accumulates_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    assert all(progress.grad_norm > 0 for progress in run(build(num_steps=2, record_every=1)))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "2"),
+        ("DYNAMO_BACKEND", "eager"),
+        ("TORCH_DEVICE", "meta"),
+        ("FP8_BACKEND", "MSAMP"),
+        *((f"USE_{other}", "true") for other in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "SAGEMAKER")),
+    ],
+)
+def test_no_variable_of_accelerate_changes_a_training(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    training = build(num_steps=2, record_every=1)
+    assert all(progress.grad_norm > 0 for progress in run(training))
+    averaged = training.averaged_tensors()
+    assert averaged.keys() == one_level_unet().state_dict().keys()
+    averages = zip(training.trained, training.ema.shadow_params, strict=True)
+    assert all(same_bits(averaged[name], average) for name, average in averages)
+
+
+def test_an_average_that_belongs_to_no_tensor_is_an_error() -> None:
+    training = build(num_steps=1)
+    training.model = nn.ModuleDict({"wrapped": training.model})
+    with pytest.raises(KeyError, match="conv_in"):
+        training.averaged_tensors()
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
