@@ -137,7 +137,10 @@ class Sampling:
             next(filter(fits, range(num_steps, end, sign)), None) for end, sign in ((0, -1), (num_timesteps + 1, 1))
         ]
         able = " or ".join(str(number) for number in nearest if number is not None)
-        mend = f"set evaluate.num_inference_steps, or --num-inference-steps on the command line, to {able}"
+        mend = (
+            "set evaluate.num_inference_steps (merge.search.few_steps of a search, --num-inference-steps on the command "
+            f"line) to {able}"
+        )
         if self.sampler == "ddim" and spacing == "trailing":
             raise InputError(
                 f"The sampler ddim does not stop where {steps} do, since they are not all of one length; {mend}, or "

@@ -16,16 +16,16 @@ from deme_core.rows import ROWS
 from deme_core.segments import recipe_segments
 from flows.confinement import confined_copies
 from flows.encodings import encode_dataset
-from flows.evaluation import first_real_features, submit_reference, submit_row, try_sampling
+from flows.evaluation import first_real_features, submit_reference, submit_row
 from flows.flow_runtime import flow_runtime
 from flows.merge_plan import MergePlan
 from flows.parameters import Overrides, RecipeName, recipe_name
 from flows.trainings import Trainings, check_base
 from tasks.experts import judge_experts
-from tasks.jobs import JobResult
+from tasks.jobs import CheckJob, Demands, JobResult
 from tasks.report import write_report
 from tasks.run_results import RunResults
-from tasks.stages import heldout_loss, obtain_pretrained
+from tasks.stages import check_model, heldout_loss, obtain_pretrained
 
 # Threads only wait for worker processes; how many jobs run at once is the worker pool's to say. The two searches wait
 # for tasks of their own in the same threads: there must always be more threads than tasks that do so.
@@ -57,8 +57,7 @@ def _compare_rows(recipe: Recipe) -> dict[str, Any]:
     pretrained = _first_result(obtaining, beside=looked_at)
     segments = recipe_segments(recipe.segments, pretrained.metrics["num_train_timesteps"])
     recipe.check_search(pretrained.metrics.get("num_blocks", 1))  # Old artifacts do not say.
-    # First, also where one GPU does one thing after another: what is wrong would else be told after all trainings.
-    looked_at.append(try_sampling(recipe, "pretrained", pretrained.ref))
+    check_model(CheckJob(pretrained=pretrained.ref, demands=Demands.of(recipe)))
     edges = (segments[0].low, *(segment.high for segment in segments))
     bins = bin_edges(edges[-1], edges)
 

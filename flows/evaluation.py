@@ -26,32 +26,19 @@ def submit_row(
         edges: 0, inner edges, T of the experts' segments; None for one model.
         reference: the real images.
     """
-    images = [GeneratedImages(models=models, edges=edges, seed=seed) for seed in recipe.evaluate.seeds]
+    spec = recipe.evaluate
+    images = [GeneratedImages(models=models, edges=edges, seed=seed) for seed in spec.seeds]
+    ranges = slices(spec.num_images, batch_size=spec.batch_size, images_per_task=recipe.execution.images_per_task)
     features: list[Any] = [  # Futures, which Prefect replaces by their results.
-        [generated_features.submit(row, job) for job in _generated_slices(recipe, row, image_set)]
+        [
+            generated_features.submit(
+                row, GeneratedFeaturesJob(label=f"Row {row}", images=image_set, evaluate=spec, low=low, high=high)
+            )
+            for low, high in ranges
+        ]
         for image_set in images
     ]
     return evaluate_row.submit(row, images, allow_failure(features), reference)
-
-
-def try_sampling(recipe: Recipe, row: str, model: ArtifactRef) -> PrefectFuture[JobResult]:
-    """Submits the first slice of a row's images before all else, which finds it in the store later.
-
-    What does not fit the model, as steps, sampler, guidance, prompts or batch size, fails here.
-    """
-    images = GeneratedImages(models=(model,), edges=None, seed=recipe.evaluate.seeds[0])
-    return generated_features.submit(
-        row, _generated_slices(recipe, row, images)[0].model_copy(update={"is_trial": True})
-    )
-
-
-def _generated_slices(recipe: Recipe, row: str, images: GeneratedImages) -> list[GeneratedFeaturesJob]:
-    spec = recipe.evaluate
-    ranges = slices(spec.num_images, batch_size=spec.batch_size, images_per_task=recipe.execution.images_per_task)
-    return [
-        GeneratedFeaturesJob(label=f"Row {row}", images=images, evaluate=spec, low=low, high=high)
-        for low, high in ranges
-    ]
 
 
 def first_real_features(recipe: Recipe, part: RealPart) -> PrefectFuture[JobResult]:

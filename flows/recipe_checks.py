@@ -20,12 +20,13 @@ from deme_core.model_source import fetch_source
 from deme_core.optimizer import build_optimizer
 from deme_core.prompts import load_prompts
 from deme_core.recipe import DatasetSpec, Recipe
-from deme_core.sampling import Sampling
 from deme_core.segments import recipe_segments
 from deme_core.settings import Settings
 from flows.recipe_estimate import RecipeEstimate, local_slots
 from flows.untrained_adapter import untrained_adapter
+from tasks.jobs import Demands
 from tasks.ray_cluster import cluster_address
+from tasks.work.check import check
 
 Check = tuple[str, Callable[[], str]]
 _MAX_TEXT = 60
@@ -122,11 +123,7 @@ class RecipeChecks:
 
     def _check_sampling(self, adapter: Adapter) -> None:
         recipe_segments(self.recipe.segments, adapter.noise_process.num_train_timesteps)
-        for evaluate in self.recipe.samplings:
-            Sampling.of(evaluate).build_scheduler(adapter)
-        for finetune in (self.recipe.finetune, self.recipe.finetune.for_control(1)):
-            if finetune.min_snr_gamma is not None:
-                adapter.noise_process.min_snr_weights(torch.zeros(1, dtype=torch.int64), finetune.min_snr_gamma)
+        check(adapter, Demands.of(self.recipe))
         if self.recipe.dataset.cache_latents and not isinstance(adapter, LatentAdapter):
             raise InputError("dataset.cache_latents is for models on latents, and this one is on pixels; leave it out.")
 

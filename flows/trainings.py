@@ -31,7 +31,7 @@ class Trainings:
     segments: tuple[TimestepSegment, ...]
 
     def control(self) -> PrefectFuture[JobResult]:
-        """Submits the control: all timesteps, and as many optimizer steps as all other trainings together."""
+        """Submits the control: all timesteps, and as many images as all other trainings together."""
         control = self.recipe.finetune.for_control(len(self.segments))
         num_steps = self.recipe.num_control_steps(len(self.segments))
         everything = TimestepSegment(self.segments[0].low, self.segments[-1].high)
@@ -108,6 +108,7 @@ def check_base(pretrained: JobResult, trained: Sequence[JobResult]) -> None:
         base = result.metrics.get("pretrained_weights")  # Copies from elsewhere, and older ones, do not say.
         if base is not None and base != pretrained.metrics["weights_digest"]:
             raise InputError(
-                f"{result.ref.uri} was finetuned from other weights of the pretrained model than "
-                f"{pretrained.ref.uri} holds, which was made anew since. Remove the copy and run again."
+                f"{result.ref.uri} was finetuned from other weights of the pretrained model than {pretrained.ref.uri} "
+                "holds, which was lost and made anew. What else the store has of it was made with those, too: change "
+                "pretrained.training.seed, and all is made anew."
             )

@@ -68,7 +68,7 @@ def _is_readable(uri: str) -> bool:
 def check_server(settings: Settings) -> None:
     """Raises InputError, within some ten seconds, if no MLflow answers at the address of a tracking server."""
     address = settings.tracking_uri
-    # A hosted server may have no page of health, and another kind of server may have one: both are asked as MLflow is.
+    # A hosted server may have no page of health: it is asked as MLflow is. So is all that says anything else there.
     if check_health("MLFLOW_TRACKING_URI", address) == "OK":
         return
     from mlflow.exceptions import MlflowException

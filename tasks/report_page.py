@@ -72,6 +72,7 @@ def page_of_run(
             for what, found in results.searches.items()
         ),
         copies=_copies(results.experts, report["merged"]["weights"]),
+        control_min_snr_gamma=runtime.recipe.finetune.for_control(1).min_snr_gamma,
     )
 
 

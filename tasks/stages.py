@@ -11,6 +11,7 @@ from deme_core.errors import StoreUnavailableError, WorkerDiedError
 from deme_core.manifest import ArtifactRef
 from tasks.few_images import few_images_warning
 from tasks.jobs import (
+    CheckJob,
     ConfineJob,
     DistillJob,
     EmbeddingsJob,
@@ -77,6 +78,12 @@ def obtain_pretrained() -> JobResult:
     if isinstance(job, ImportJob):
         return runtime.run(job, task="pretrained model")
     return _train(job, task_name="pretrained model", child_name="pretrain")
+
+
+@task(name="check", task_run_name="what the model can do", **_OPTIONS)
+def check_model(job: CheckJob) -> JobResult:
+    """Ends the run here if the pretrained model cannot do what the recipe asks."""
+    return current_runtime().run(job, task="what the model can do")
 
 
 @task(name="encode", task_run_name="{job.stage} from {job.low} to {job.high}", **_OPTIONS)

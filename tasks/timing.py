@@ -10,6 +10,7 @@ from tasks.jobs import Job, JobResult
 # What people call the stages.
 LABELS = {
     "pretrained": "pretrained model",
+    "checked": "look at what the model can do",
     "latents": "encoded images",
     "embeddings": "encoded captions",
     "finetune": "finetuning",

@@ -131,14 +131,15 @@ class _Measurements:
         """Returns the score of a candidate, worse where guards are worse than the pretrained model's.
 
         By shares of the pretrained model's score; where there is no share, worse than that score at least.
+        So of two with the same guards the better one never counts as the worse.
         """
         if found["value"] is None:
             return math.inf
         before = self._known[kind, self._zero]
         worse = sum(self._worsening(found["scores"][name], before["scores"][name], name) for name in self._guards)
         score = self.sign * float(found["value"]) + abs(before["value"]) * worse
-        if worse and min(found["value"], before["value"]) <= 0:
-            # Kernel distances about 0, whose sign is chance: a share of one is nothing that a guard could cost.
+        if worse and before["value"] <= 0:
+            # A kernel distance about 0, whose sign is chance: a share of it is nothing that a guard could cost.
             return max(score, math.nextafter(self.sign * before["value"], math.inf))
         return score
 

@@ -262,6 +262,7 @@ class RunContent:
         trainings: progress records by training run.
         searches: what was searched.
         copies: what the gate found.
+        control_min_snr_gamma: by which the control's loss was weighed; None for all timesteps alike.
         costs: by stage, in the order in which the stages first ended a job.
         seconds: of the run: ``total``, and of it ``storage`` and ``idle``.
         provenance: how to do it again.
@@ -280,6 +281,7 @@ class RunContent:
     trainings: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
     searches: tuple[SearchLog, ...] = ()
     copies: tuple[Copy, ...] = ()
+    control_min_snr_gamma: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

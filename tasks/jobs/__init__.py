@@ -16,6 +16,8 @@ from tasks.jobs.merging import CandidateJob, ConfineJob, GramsJob, LossJob, Merg
 from tasks.jobs.training import (
     CHECKPOINTS,
     PRETRAINED_STAGE,
+    CheckJob,
+    Demands,
     DistillJob,
     EmbeddingsJob,
     FinetuneJob,
@@ -31,7 +33,9 @@ __all__ = [
     "JOBS",
     "PRETRAINED_STAGE",
     "CandidateJob",
+    "CheckJob",
     "ConfineJob",
+    "Demands",
     "DistillJob",
     "EmbeddingsJob",
     "EvaluateJob",
@@ -55,7 +59,7 @@ __all__ = [
     "pretrained_job",
 ]
 
-_TRAINING = (PretrainJob, ImportJob, LatentsJob, EmbeddingsJob, FinetuneJob, ImportCopyJob, DistillJob)
+_TRAINING = (PretrainJob, ImportJob, CheckJob, LatentsJob, EmbeddingsJob, FinetuneJob, ImportCopyJob, DistillJob)
 _MERGING = (GramsJob, ConfineJob, SearchJob, ScoreJob, LossJob, MergeJob)
 _MEASURING = (RealFeaturesJob, ReferenceJob, HeldoutJob, GeneratedFeaturesJob, EvaluateJob)
 JOBS: dict[str, type[Job]] = {job.__name__: job for job in (*_TRAINING, *_MERGING, *_MEASURING)}

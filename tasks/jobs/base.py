@@ -18,6 +18,7 @@ class Job(BaseModel):
         stage: first part of the artifact's key.
         work: module of `tasks.work` that does the job.
         version: part of the digest; raised when the work starts to give another result.
+        can_wait: whether nothing but the report needs it, so that all other jobs go first.
         memory_mend: what to do where a GPU has too little memory.
         leaves_checkpoints: whether the work can be resumed, and so leaves checkpoints in the store until it is done.
         keeps_live_merge: whether the models of a search's candidates stay in memory meanwhile.
@@ -28,6 +29,7 @@ class Job(BaseModel):
     stage: ClassVar[str]
     work: ClassVar[str]
     version: ClassVar[int] = 1
+    can_wait: ClassVar[bool] = False
     memory_mend: ClassVar[str] = "use one with more"
     leaves_checkpoints: ClassVar[bool] = False
     keeps_live_merge: ClassVar[bool] = False
@@ -36,11 +38,6 @@ class Job(BaseModel):
     def display_name(self) -> str:
         """What messages call it: its label if it has one, else its stage."""
         return str(getattr(self, "label", self.stage))
-
-    @property
-    def can_wait(self) -> bool:
-        """Whether nothing but the report needs it, so that all other jobs go first."""
-        return False
 
     @property
     def num_generated_images(self) -> int:

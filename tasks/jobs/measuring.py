@@ -84,23 +84,17 @@ class GeneratedFeaturesJob(Job):
         images: the set.
         low: first image of the slice.
         high: end of the slice.
-        is_trial: whether it shows, before anything is trained, that images can be made at all; no part of the result.
     """
 
     stage: ClassVar[str] = "features"
     work: ClassVar[str] = "generated_features"
+    can_wait: ClassVar[bool] = True
     memory_mend: ClassVar[str] = IMAGES_MEND
     label: str
     images: GeneratedImages
     evaluate: EvaluateSpec
     low: int
     high: int
-    is_trial: bool = False
-
-    @property
-    def can_wait(self) -> bool:
-        """Unless something else waits for what it shows."""
-        return not self.is_trial
 
     @property
     def num_generated_images(self) -> int:
@@ -118,13 +112,9 @@ class EvaluateJob(Job):
 
     stage: ClassVar[str] = "evaluate"
     work: ClassVar[str] = "evaluate"
+    can_wait: ClassVar[bool] = True
     version: ClassVar[int] = 5
     images: GeneratedImages
     features: tuple[ArtifactRef, ...]
     evaluate: EvaluateSpec
     reference: ArtifactRef
-
-    @property
-    def can_wait(self) -> bool:
-        """Only the report needs scores."""
-        return True

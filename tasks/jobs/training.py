@@ -1,6 +1,8 @@
 """Jobs that bring, encode for, train and distill models."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict
 
 from deme_core.manifest import ArtifactRef
 from deme_core.recipe import DatasetSpec, DistillSpec, EvaluateSpec, FinetuneSpec, Recipe, TrainingSpec
@@ -17,12 +19,41 @@ def _less_memory(section: str) -> str:
     )
 
 
+class Demands(BaseModel):
+    """What a recipe asks of its model, of all that a config tells whether it can be had.
+
+    Attributes:
+        samplings: how images are made.
+        min_snr_gammas: by which trainings weigh their losses.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samplings: tuple[EvaluateSpec, ...]
+    min_snr_gammas: tuple[float, ...]
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """Returns what a recipe asks for."""
+        gammas = (recipe.finetune.for_copies().min_snr_gamma, recipe.finetune.for_control(1).min_snr_gamma)
+        return cls(samplings=recipe.samplings, min_snr_gammas=tuple(gamma for gamma in gammas if gamma is not None))
+
+
+class CheckJob(Job):
+    """See whether a model can do what a recipe asks, before that is found out by failing after days."""
+
+    stage: ClassVar[str] = "checked"
+    work: ClassVar[str] = "check"
+    pretrained: ArtifactRef
+    demands: Demands
+
+
 class PretrainJob(Job):
     """Train theta_0 from scratch on the data set, whose image size and channels it takes.
 
     Attributes:
         text_encoder: T5 config of a model that takes text; None for one that takes none.
-        samplings: how images of it will be made, which is looked at before it is trained; no part of the result.
+        demands: what it will have to do, which is looked at before it is trained; no part of the result.
     """
 
     stage: ClassVar[str] = PRETRAINED_STAGE
@@ -34,7 +65,7 @@ class PretrainJob(Job):
     noise_scheduler: dict[str, Any]
     training: TrainingSpec
     text_encoder: dict[str, Any] | None = None
-    samplings: tuple[EvaluateSpec, ...] = ()
+    demands: Demands | None = None
 
     @property
     def num_processes(self) -> int:
@@ -64,7 +95,7 @@ def pretrained_job(recipe: Recipe) -> PretrainJob | ImportJob:
         noise_scheduler=source.noise_scheduler,
         training=source.training,
         text_encoder=source.text_encoder,
-        samplings=recipe.samplings,
+        demands=Demands.of(recipe),
     )
 
 

@@ -15,6 +15,7 @@ from deme_core.model_folder import ModelFolder, load_denoiser, open_model_folder
 from deme_core.segments import TimestepSegment
 from tasks.jobs import GeneratedFeaturesJob, GeneratedImages
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.check import SAMPLING
 from tasks.work.naming import naming
 from tasks.work.prompted import prompt_settings
 from tasks.work.real_features import extractor_digest
@@ -22,7 +23,6 @@ from tasks.work.scoring import build_source
 
 NUM_SAMPLES_SHOWN = 64
 SAMPLES = "samples.png"
-_SAMPLING = {"sampler", "num_inference_steps", "eta", "timestep_spacing", "guidance_scale", "mixed_precision"}
 
 
 def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
@@ -30,7 +30,7 @@ def identity(job: GeneratedFeaturesJob, context: JobContext) -> Identity:
     return Identity(
         settings={
             **image_settings(job.images),
-            "sampling": job.evaluate.model_dump(mode="json", include=_SAMPLING),
+            "sampling": job.evaluate.model_dump(mode="json", include=SAMPLING),
             "extractor": extractor_digest(job.evaluate, context),
             "slice": [job.low, job.high],
             **prompt_settings(job.evaluate, context),

@@ -11,7 +11,6 @@ from deme_core.families import Unconditional
 from deme_core.images import ImageSubset
 from deme_core.model_folder import ModelFolder, build_denoiser, load_denoiser, open_model_folder
 from deme_core.model_folder_writer import write_like, write_model_folder
-from deme_core.sampling import Sampling
 from deme_core.seeds import derive_seed
 from deme_core.segments import TimestepSegment
 from deme_core.timesteps import TimestepSampler
@@ -20,11 +19,12 @@ from deme_core.untrained_parts import untrained_scheduler, untrained_unet
 from deme_core.untrained_text_model import write_untrained_text_model
 from tasks.jobs import PretrainJob
 from tasks.work.base import Identity, JobContext, Work
+from tasks.work.check import check
 from tasks.work.model_description import describe_model
 
 
 def identity(job: PretrainJob, context: JobContext) -> Identity:
-    """Everything but what changes only the speed, and how images will be made."""
+    """Everything but what changes only the speed, and what it will have to do."""
     text = {} if job.text_encoder is None else {"text_encoder": job.text_encoder}
     return Identity(
         settings={
@@ -46,8 +46,8 @@ def run(job: PretrainJob, context: JobContext, out: Path, digest: str) -> Work:
         # One folder for all processes: transformers writes weights in the first of them only.
         written = _write_untrained(job, images, scratch).path if current_share().rank == 0 else scratch
         folder = open_model_folder(agree(written))
-        for evaluate in job.samplings:  # After days of training it would be late to hear that they do not fit.
-            Sampling.of(evaluate).build_scheduler(folder.adapter())
+        if job.demands is not None:
+            check(folder.adapter(), job.demands)
         everything = TimestepSegment(0, folder.num_train_timesteps)
         plan = TrainingPlan(
             label="pretraining",

@@ -16,7 +16,7 @@ from deme_core.settings import Settings
 from deme_core.untrained_text_model import write_untrained_text_model
 from flows.doctor import run_checks
 from flows.recipe_checks import RecipeChecks
-from tasks.jobs import FinetuneJob, GeneratedFeaturesJob, GeneratedImages, JobResult, MergeJob, PretrainJob
+from tasks.jobs import Demands, FinetuneJob, GeneratedFeaturesJob, GeneratedImages, JobResult, MergeJob, PretrainJob
 from tasks.work.base import JobContext, execute
 from tests.family_method import two_classes
 from tests.tiny_models import same_bits
@@ -56,7 +56,9 @@ def pretrain(context: JobContext, dataset: DatasetSpec, *, num_steps: int = 3, *
 
 def test_steps_that_do_not_fit_are_told_before_anything_is_trained(context: JobContext, dataset: DatasetSpec) -> None:
     with pytest.raises(InputError, match="600 leading steps"):
-        pretrain(context, dataset, num_steps=10**9, samplings=(EvaluateSpec(num_images=2, num_inference_steps=600),))
+        evaluate = EvaluateSpec(num_images=2, num_inference_steps=600)
+        demands = Demands(samplings=(evaluate,), min_snr_gammas=())
+        pretrain(context, dataset, num_steps=10**9, demands=demands)
 
 
 def test_what_was_learned_from_captions_is_a_stock_pipeline_that_takes_text(

@@ -38,7 +38,7 @@ class Obtaining:
 
 @pytest.mark.parametrize(
     ("ends_first", "expected"),
-    [("pretrained", ["report", "search", "images"]), ("real images", [])],
+    [("pretrained", ["check", "report", "search"]), ("real images", [])],
     ids=["trained", "failed"],
 )
 def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(
@@ -57,7 +57,8 @@ def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(
         "Trainings": lambda *_: stand_in_trainings,
         "heldout_loss": SimpleNamespace(submit=lambda *_: Future("loss", asked)),
         "first_real_features": lambda _, part: Future(part, asked, InputError("too few images")),
-        "try_sampling": lambda *_: Future("images", asked),
+        "CheckJob": lambda **_: "check",
+        "check_model": asked.append,
         "import_matplotlib": lambda: None,
         "as_completed": lambda futures: futures if ends_first == "pretrained" else futures[::-1],
     }
@@ -66,6 +67,28 @@ def test_too_few_real_images_end_a_run_before_it_waits_for_trainings(
     with pytest.raises(InputError, match="too few images"):
         decouple_then_merge._compare_rows(load_recipe("digits"))
     assert asked == expected
+
+
+def test_what_the_model_cannot_do_ends_a_run_before_anything_is_encoded_or_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(job: Any) -> None:
+        raise InputError(f"{job.pretrained.digest} has no such sampling as {len(job.demands.samplings)} of these")
+
+    theta_0 = ArtifactRef("file:///store/pretrained/a", "theta_0")
+    obtained = SimpleNamespace(result=lambda: SimpleNamespace(ref=theta_0, metrics={"num_train_timesteps": 1000}))
+    stand_ins = {
+        "obtain_pretrained": SimpleNamespace(submit=lambda: obtained),
+        "first_real_features": lambda _, part: Future(part, []),
+        "as_completed": list,
+        "check_model": refuse,
+        "encode_dataset": None,
+        "Trainings": None,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(decouple_then_merge, name, stand_in)
+    with pytest.raises(InputError, match="theta_0 has no such sampling as 2 of these"):
+        decouple_then_merge._compare_rows(load_recipe("digits", ["merge.search.few_steps=4"]))
 
 
 def test_copies_from_elsewhere_are_there_before_the_control_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +176,8 @@ def test_each_row_loss_and_training_is_of_the_model_that_it_is_called_by(monkeyp
         "first_real_features": lambda _, part: Done(part),
         "submit_reference": lambda _, part, first: Done(f"{part} {first.ref}"),
         "submit_row": submit_row,
-        "try_sampling": lambda _, row, model: Done(f"first images of {row}, {model}"),
+        "CheckJob": lambda **_: None,
+        "check_model": lambda _: None,
         "judge_experts": lambda _, refs, *__: [SimpleNamespace(ref=ref, merged=True) for ref in refs],
         "MergePlan": Plan,
         "import_matplotlib": lambda: None,
@@ -208,20 +232,6 @@ def test_each_image_of_each_seed_is_made_once(monkeypatch: pytest.MonkeyPatch) -
     assert [each.seed for each in images] == [4, 5, 6]
     made = [[(job.images, job.low, job.high) for job in slices] for slices in features]
     assert made == [[(each, 0, 4), (each, 4, 8), (each, 8, 10)] for each in images]
-
-
-def test_the_first_slice_of_a_row_is_tried_before_all_that_can_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_evaluation, "generated_features", SimpleNamespace(submit=lambda _, job: job))
-    monkeypatch.setattr(row_evaluation, "evaluate_row", SimpleNamespace(submit=lambda *given: given))
-    monkeypatch.setattr(row_evaluation, "allow_failure", lambda features: features)
-    recipe = load_recipe("digits", ["evaluate={num_images: 10, batch_size: 4, seeds: [4, 5, 6]}"])
-    ref = ArtifactRef("file:///store/pretrained/a", "a")
-    tried: Any = row_evaluation.try_sampling(recipe, "pretrained", ref)
-    given: Any = row_evaluation.submit_row(recipe, "pretrained", (ref,), None, ref)
-    first, *others = [job for slices in given[2] for job in slices]
-    assert tried.model_copy(update={"is_trial": False}) == first
-    assert not tried.can_wait
-    assert all(job.can_wait for job in (first, *others))
 
 
 def test_all_real_images_are_looked_at_and_none_is_set_aside_without_a_search(

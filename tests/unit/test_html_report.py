@@ -441,6 +441,12 @@ def test_a_control_that_makes_up_for_a_distillation_is_told_by_images() -> None:
     assert any(control in row for row in page.rows())
 
 
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_a_control_whose_loss_is_weighed_says_so(gamma: float | None) -> None:
+    page = Page(run_page(replace(CONTENT, control_min_snr_gamma=gamma)))
+    assert any("its loss weighed by Min-SNR" in row for row in page.rows()) == (gamma is not None)
+
+
 def test_a_search_for_a_metric_that_grows_marks_the_highest() -> None:
     figure = search_chart(replace(SEARCH, higher_is_better=True)).to_dict()
     best_so_far = next(trace for trace in figure["data"] if trace.get("name") == "best so far")

@@ -27,7 +27,9 @@ from deme_core.recipe import (
 from deme_core.settings import Settings
 from tasks.jobs import (
     JOBS,
+    CheckJob,
     ConfineJob,
+    Demands,
     DistillJob,
     EvaluateJob,
     FinetuneJob,
@@ -101,6 +103,8 @@ IMAGES = {"images.models": COPIES[:1], "images.edges": (0, 400, 1000), "images.s
 CANDIDATE = {"pretrained": ref("other"), "experts": OTHER_COPIES, "method": OTHER_TIES, "weights": (0.5, 0.2)}
 REAL = {"dataset.num_images": 39, "evaluate.extractor": "efficientnet_lite0", "part": "report", "num_for_search": 20}
 
+DEMANDS = Demands(samplings=(EVALUATE,), min_snr_gammas=())
+
 # A job, what changes its result, and what does not.
 TABLE: list[tuple[Job, Changes, Changes]] = [
     (
@@ -113,7 +117,16 @@ TABLE: list[tuple[Job, Changes, Changes]] = [
             "text_encoder": {"d_model": 8},
             **within("training", TRAINING),
         },
-        within("training", SPEED) | {"samplings": (EVALUATE,)},
+        within("training", SPEED) | {"demands": DEMANDS},
+    ),
+    (
+        CheckJob(pretrained=ref("pretrained"), demands=DEMANDS),
+        {
+            "pretrained": ref("other"),
+            "demands.samplings": (EVALUATE, EVALUATE),
+            "demands.min_snr_gammas": (5.0,),
+        },
+        {},
     ),
     (
         FinetuneJob(
@@ -289,11 +302,7 @@ TABLE: list[tuple[Job, Changes, Changes]] = [
             high=4,
         ),
         IMAGES | {"low": 0, "high": 3, **within("evaluate", SAMPLING | {"extractor": "efficientnet_lite0"})},
-        {
-            "label": "other",
-            "is_trial": True,
-            **within("evaluate", REPORT_ONLY | {"metrics": ("fid",), "kid_subset_size": 7}),
-        },
+        {"label": "other", **within("evaluate", REPORT_ONLY | {"metrics": ("fid",), "kid_subset_size": 7})},
     ),
     (
         EvaluateJob(

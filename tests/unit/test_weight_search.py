@@ -229,7 +229,23 @@ def test_a_guard_costs_something_where_the_pretrained_model_scores_below_zero() 
     assert by_weights[0.0, 0.25] > by_weights[0.0, 0.0] == -1.0
 
 
-@pytest.mark.parametrize(("before", "after"), [(1e-5, -1e-5), (-1e-4, -1.2e-4), (0.0, -1e-6)])
+def test_of_two_with_the_same_guards_the_better_one_counts_as_the_better() -> None:
+    """Also where one of them is on the other side of 0, as kernel distances may be."""
+
+    class Near(Guards):
+        def _do(self, job: Job) -> JobResult:
+            found = super()._do(job)
+            assert isinstance(job, ScoreJob)
+            values = {(0.0, 0.0): 0.05, (0.0, 0.25): 1e-4, (0.25, 0.25): -1e-4}
+            return replace(found, metrics=found.metrics | {"value": values.get(job.weights, 0.04)})
+
+    settings = {"strategy": "grid", "values": (0.0, 0.25), "guards": ("fd_pixels_4x4",)}
+    result = exhaust(find_weights(search_job(settings, **GUARDED), 2, Near(1)), lambda _: None)
+    by_weights = {candidate["weights"]: candidate["score"] for candidate in result["candidates"]}
+    assert by_weights[0.25, 0.25] < by_weights[0.0, 0.25] < by_weights[0.0, 0.0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(-1e-4, -1.2e-4), (0.0, -1e-6)])
 def test_a_guard_holds_where_a_share_of_the_pretrained_models_score_is_about_nothing(
     before: float, after: float
 ) -> None:
