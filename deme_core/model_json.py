@@ -68,8 +68,11 @@ def content_digest(file: Path) -> str:
     if file.name == INDEX_NAME or file.name.endswith("config.json"):
         config = read_json(file)
         if len(kept := without_bookkeeping(config)) < len(config):
-            # As the libraries write it: a folder that never held such a key has the same digest.
-            return sha256_bytes(f"{json.dumps(kept, indent=2, sort_keys=True)}\n".encode())
+            # As the library wrote it, of which some escape what is not ASCII: a folder that never held such a key has
+            # the same digest.
+            is_ascii = file.read_bytes().isascii()
+            text = json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=is_ascii)
+            return sha256_bytes(f"{text}\n".encode(errors="surrogatepass"))
     return sha256_file(file)
 
 
@@ -121,7 +124,7 @@ def check_part(folder: Path) -> None:
         ModelFolderError: an index of shards names other files, or a config another model or other weights.
     """
     for suffix in (".safetensors", PICKLE_SUFFIX):
-        for index in folder.rglob(f"*{suffix}.index*.json"):
+        for index in folder.rglob(f"*{suffix}.*index*.json"):
             plain = index.with_name(plain_name(index.name))
             if plain != index and (plain.is_file() or plain.with_suffix("").with_suffix("").is_file()):
                 continue  # Nobody reads it beside plain weights.

@@ -7,9 +7,11 @@ from pathlib import PurePosixPath
 from deme_core.model_json import INDEX_NAME, SUFFIXES, variant_of
 
 _WEIGHTS = (".safetensors", ".bin")
-# model.fp16.safetensors, diffusion_pytorch_model.non_ema-00001-of-00002.safetensors
-_VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)\.[^.]+\.(safetensors|bin)")
-_INDEX_OF_VARIANT = re.compile(r".+\.index\.[^.]+\.json")
+_PLAIN = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)")
+# model.fp16.safetensors, diffusion_pytorch_model.non_ema-00001-of-00002.safetensors; or, as diffusers once had shards,
+# diffusion_pytorch_model-00001-of-00002.fp16.safetensors.
+_VARIANT = re.compile(r"(model|pytorch_model|diffusion_pytorch_model)(-\d+-of-\d+)?\.[^.]+\.(safetensors|bin)")
+_INDEX_OF_VARIANT = re.compile(r".+\.index\.[^.]+\.json|.+\.(safetensors|bin)\.[^.]+\.index\.json")
 
 
 def needed_files(names: Iterable[str]) -> list[str]:
@@ -22,7 +24,7 @@ def needed_files(names: Iterable[str]) -> list[str]:
     """
     paths = [PurePosixPath(name) for name in names if name.endswith(SUFFIXES)]
     plain = [path for path in paths if not _VARIANT.fullmatch(path.name) and not _INDEX_OF_VARIANT.fullmatch(path.name)]
-    halves = _halves(set(paths) - set(plain), {path.parent for path in plain if path.suffix in _WEIGHTS})
+    halves = _halves(set(paths) - set(plain), {path.parent for path in plain if _PLAIN.fullmatch(path.name)})
     paths = plain + halves
     has_parts = any(path.suffix in _WEIGHTS and len(path.parts) > 1 for path in paths)
     if has_parts and PurePosixPath(INDEX_NAME) in paths:  # Weights beside the index are the whole model in one file.

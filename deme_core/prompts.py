@@ -15,14 +15,14 @@ from deme_core.imagenet_classes import imagenet_names
 from deme_core.local_files import user_path
 from deme_core.store import folder_and_key, open_store
 
-# Columns that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
+# Columns, or keys, that may hold the prompts, in lower case: PartiPrompts has Prompt, MS-COCO caption.
 _PROMPT_COLUMNS = ("prompt", "caption")
 _LINE_KEYS = ("text", *_PROMPT_COLUMNS)
-_JSON_FORMS = (
-    "a .json file with a list of texts or COCO's captions (annotations with id and caption), or a .jsonl file with one "
-    "object in each line that has either text, caption or prompt"
+_MEND = (
+    "set evaluate.prompts to a text file with one prompt per line, a .tsv or .csv file with a header, a .json file "
+    "with a list of texts or COCO's captions (annotations with id and caption), or a .jsonl file with one object in "
+    "each line that has either text, caption or prompt"
 )
-_MEND = "set evaluate.prompts to a text file with one prompt per line, or a .tsv or .csv file with a header"
 # Not files: prompts made of the names of classes.
 IMAGENET_1K, CIFAR_10 = "imagenet1k", "cifar10"
 _CIFAR_10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -100,15 +100,15 @@ def _read_json(text: str, where: str, *, is_lines: bool) -> tuple[str, ...]:
         prompts = tuple(" ".join(prompt.split()) for prompt in found)
         "".join(prompts).encode()  # Half a character, which JSON allows and no tokenizer takes, is a ValueError.
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        raise PromptsError(f"{where} is JSON of a form that holds no prompts; give {_JSON_FORMS}.") from error
+        raise PromptsError(f"{where} is JSON of a form that holds no prompts; {_MEND}.") from error
     if not all(prompts):
         raise PromptsError(f"Prompt {prompts.index('') + 1} of {where} is empty; write or remove it.")
     return prompts
 
 
 def _only_text(row: Any) -> str:
-    (key,) = [key for key in _LINE_KEYS if key in row.keys()]  # noqa: SIM118 (of an object, and no text or list)
-    return row[key]
+    (text,) = [value for key, value in row.items() if key.strip().lower() in _LINE_KEYS]
+    return text
 
 
 def _listed(content: Any) -> list[str]:

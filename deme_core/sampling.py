@@ -138,8 +138,8 @@ class Sampling:
         ]
         able = " or ".join(str(number) for number in nearest if number is not None)
         mend = (
-            "set evaluate.num_inference_steps (merge.search.few_steps of a search, --num-inference-steps on the command "
-            f"line) to {able}"
+            "set evaluate.num_inference_steps (of a search merge.search.few_steps, on the command line "
+            f"--num-inference-steps) to {able}"
         )
         if self.sampler == "ddim" and spacing == "trailing":
             raise InputError(

@@ -24,9 +24,9 @@ def few_images_warning(evaluate: EvaluateSpec, reference: Mapping[str, Any], *, 
     if "fid" not in evaluate.metrics or not few:
         return None
     networks = [name for name in evaluate.extractor_names if name != _FEWEST_FEATURES] or [_FEWEST_FEATURES]
-    up_to = "up to " if len(networks) > 1 else ""
+    several = f"features of {' and '.join(networks)} (up to {num_features:,})"
+    features = several if len(networks) > 1 else f"{num_features:,} features of {networks[0]}"
     return (
-        f"{' and '.join(few)} images are fewer than the {up_to}{num_features:,} features of "
-        f"{' and '.join(networks)}: a Fréchet distance of so few depends on their number, and is lower "
-        "for images that vary less; kid has no such bias (evaluate.metrics: [kid, fid])."
+        f"{' and '.join(few)} images are fewer than the {features}: a Fréchet distance of so few depends on their "
+        "number, and is lower for images that vary less; kid has no such bias (evaluate.metrics: [kid, fid])."
     )

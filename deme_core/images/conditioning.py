@@ -101,15 +101,17 @@ def _as_imagenet(column: Column) -> Column:
 
     In the order of a few folders they would have others' numbers, and no text encoder knows n01440764.
     """
-    if column.class_names is None:
-        if not all(isinstance(value, str | None) for value in column.values):
-            return column
-        ids, values = {value for value in column.values if value is not None}, column.values
-    else:
-        ids, known = set(column.class_names), column.class_names
-        values = [None if value is None or not 0 <= value < len(known) else known[value] for value in column.values]
-    if not are_imagenet_ids(ids):
+    values, known = column.values, column.class_names
+    names = values if known is None else known
+    first = next((name for name in names if name is not None), None)
+    if not isinstance(first, str) or not are_imagenet_ids([first]):  # As of millions of captions.
         return column
+    if not all(isinstance(name, str | None) for name in names):
+        return column
+    if not are_imagenet_ids({name for name in names if name is not None}):
+        return column
+    if known is not None:
+        values = [None if value is None or not 0 <= value < len(known) else known[value] for value in values]
     numbers = imagenet_numbers()
     return Column([None if value is None else numbers[value] for value in values], imagenet_names())
 

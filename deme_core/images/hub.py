@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any
@@ -12,9 +12,6 @@ from deme_core.images.pixels import BrokenImageError
 from deme_core.images.source import Column, first_names, stat_listing
 from deme_core.local_files import user_path
 from deme_core.recipe import DatasetSpec
-
-# Enough to tell what columns hold.
-_NUM_FIRST_ROWS = 8
 
 
 class HubSource:
@@ -71,75 +68,6 @@ class HubSource:
         return Column(self._table.with_format("arrow")[name][:].to_pylist(), names)
 
 
-def count_rows(spec: DatasetSpec) -> int | None:
-    """Return the number of rows of a split without fetching it; None where its description does not say.
-
-    Raises:
-        DatasetError: the data set cannot be reached, or is known not to have the split or one of the columns.
-    """
-    try:
-        info = _builder(spec).info
-    except DatasetError:
-        raise
-    except Exception as error:  # As below.
-        raise _cannot_load(spec, error) from error
-    num_rows = _count(info.splits, spec) if info.splits else None
-    wanted = [spec.image_column, *filter(None, [spec.caption_column, spec.label_column])]
-    if info.features and (absent := [name for name in wanted if name not in info.features]):
-        raise DatasetError(
-            f"Column '{absent[0]}' is not in the data set {spec.path}, which has {', '.join(info.features)}; check "
-            "dataset.image_column, caption_column and label_column."
-        )
-    return num_rows
-
-
-def first_rows(spec: DatasetSpec) -> HubSource | None:
-    """Return the first rows of a local folder, of which the rest is not read; None for a data set of the hub.
-
-    Raises:
-        DatasetError: it cannot be loaded, or has no such split, or no images in such a column.
-    """
-    import datasets
-
-    if not user_path(str(spec.path)).is_dir():
-        return None
-    try:
-        builder = _builder(spec)
-        splits = list(map(str, builder.config.data_files or {}))
-        wanted = splits[:1] if spec.split == "all" else [name.partition("[")[0] for name in spec.split.split("+")]
-        if splits and not set(wanted) <= set(splits):
-            raise _no_split(spec, splits)
-        stream = builder.as_streaming_dataset(wanted[0])
-        stream = stream.decode(False) if stream.features else stream
-        rows = list(stream.take(_NUM_FIRST_ROWS))
-        columns = {name: [row.get(name) for row in rows] for name in stream.features or (rows[0] if rows else ())}
-        table = datasets.Dataset.from_dict(columns, features=stream.features)
-    except DatasetError:
-        raise
-    except Exception as error:  # As below.
-        raise _cannot_load(spec, error) from error
-    return HubSource(spec, table)
-
-
-def _no_split(spec: DatasetSpec, splits: Iterable[str]) -> DatasetError:
-    return DatasetError(
-        f"The data set {spec.path} has the splits {', '.join(splits)}, and no '{spec.split}'; set dataset.split."
-    )
-
-
-def _count(splits: Any, spec: DatasetSpec) -> int:
-    """Returns the number of rows of a split, of a slice of one or of a sum of such, as ``datasets`` reads them."""
-    import datasets
-
-    lengths = {name: split.num_examples for name, split in splits.items()}
-    try:
-        split = datasets.Split("+".join(lengths) if spec.split == "all" else spec.split)  # Which allows no spaces.
-        asked = datasets.ReadInstruction.from_spec(split)
-        return sum(max(part.to - part.from_, 0) for part in asked.to_absolute(lengths))
-    except ValueError as error:
-        raise _no_split(spec, lengths) from error
-
-
 def _own_folders(spec: DatasetSpec) -> Iterator[Path]:
     """Yield where the files of a data set lie: any other that a row names is of this machine, and no business of its.
 
@@ -158,7 +86,7 @@ def _load(spec: DatasetSpec) -> Any:
     import datasets
 
     try:
-        builder = _builder(spec)
+        builder = open_builder(spec)
         if not _restrict(builder, spec):
             return datasets.load_dataset(_location(spec), name=spec.name, split=spec.split)
         builder.download_and_prepare()
@@ -166,10 +94,10 @@ def _load(spec: DatasetSpec) -> Any:
     except DatasetError:
         raise
     except Exception as error:  # Builders, file systems and HTTP clients each raise their own.
-        raise _cannot_load(spec, error) from error
+        raise cannot_load(spec, error) from error
 
 
-def _builder(spec: DatasetSpec) -> Any:
+def open_builder(spec: DatasetSpec) -> Any:
     """Return what ``datasets`` makes of a data set, in the cache of the wanted split where it can be prepared alone.
 
     Without the hub that is what was cached, of the split or of the whole.
@@ -261,7 +189,8 @@ def _location(spec: DatasetSpec) -> str:
     return str(folder) if folder.is_dir() else str(spec.path)
 
 
-def _cannot_load(spec: DatasetSpec, error: Exception) -> DatasetError:
+def cannot_load(spec: DatasetSpec, error: Exception) -> DatasetError:
+    """Returns the error for what ``datasets`` raised."""
     return DatasetError(
         f"Cannot load split '{spec.split}' of the data set {spec.path} ({first_line(error)}); check dataset.path, "
         "name and split, and the network."

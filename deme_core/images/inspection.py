@@ -31,20 +31,17 @@ class Inspection:
 
     Attributes:
         indices: their positions in the source, in order.
-        digests: sha256 of each one's encoded bytes, in order, 32 bytes for each.
+        content: sha256 over the hexadecimal sha256 of each one's encoded bytes, in order.
+        digests: these sha256, 32 bytes for each; none of a data set that is streamed, which looks itself.
         num_skipped: broken images that were left out.
         record: file that keeps the verdicts on this listing; None where there is none.
     """
 
     indices: Sequence[int]
+    content: str
     digests: bytes
     num_skipped: int
     record: Path | None
-
-    @property
-    def content(self) -> str:
-        """Sha256 over the hexadecimal sha256 of each image, in order."""
-        return sha256_bytes(self.digests.hex("\n", SHA256_SIZE).encode())
 
     def check(self, index: int, encoded: bytes) -> None:
         """Raises BrokenImageError unless these are the bytes of image ``index`` that were inspected.
@@ -82,9 +79,10 @@ def inspect(
             if num_images
             else f"None of the {len(verdicts)} images in {source.description} can be decoded; check dataset.path."
         )
-    digests = bytes.fromhex("".join(verdicts[index] for index in sound))
+    found = [verdicts[index] for index in sound]
+    digests = b"" if hasattr(source, "verdicts") else bytes.fromhex("".join(found))
     num_seen = sound[-1] + 1 if len(sound) == num_images else len(verdicts)
-    return Inspection(sound, digests, num_seen - len(sound), record)
+    return Inspection(sound, sha256_bytes("\n".join(found).encode()), digests, num_seen - len(sound), record)
 
 
 def _verdicts(source: ImageSource, *, wanted: int, channels: int, record: Path | None) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from deme_core.errors import DatasetError
 from deme_core.file_store import FileStore
 from deme_core.images.conditioning import read_conditioning
-from deme_core.images.hub import count_rows, first_rows
+from deme_core.images.hub_preview import count_rows, first_rows
 from deme_core.images.opening import open_source, open_stream
 from deme_core.images.pixels import BrokenImageError, decode
 from deme_core.images.source import ImageSource

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 from uuid import uuid4
 
-from deme_core.digests import canonical_json, sha256_bytes
+from deme_core.digests import json_digest
 from deme_core.downloads import NUM_DOWNLOADS
 from deme_core.errors import DatasetError, ObjectTooLargeError
 from deme_core.local_files import TEMPORARY_PREFIX, check_space, local_errors, temporary_beside
@@ -34,8 +34,7 @@ class ShardCache:
 
     def path(self, shard: StoredObject) -> Path:
         """Where the copy of this version of an object is, if there is one."""
-        version = canonical_json([self._store.uri, *shard.identity])
-        return self._folder / f"{sha256_bytes(version.encode())}{_SHARD}"
+        return self._folder / f"{json_digest([self._store.uri, *shard.identity])}{_SHARD}"
 
     def fetch(self, shards: Sequence[StoredObject]) -> None:
         """Bring objects here, several at once; another process may push them out again at any time.

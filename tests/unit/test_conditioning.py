@@ -1,7 +1,9 @@
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from pydantic import ValidationError
 from deme_core.errors import DatasetError
 from deme_core.imagenet_classes import imagenet_numbers
 from deme_core.images import ImageDataset, TrainingBatch, TrainingBatches, batches, load_images, split_heldout
+from deme_core.images.conditioning import read_conditioning
 from deme_core.images.preview import Preview, preview_images
+from deme_core.images.source import Column
 from deme_core.recipe import DatasetSpec
 
 CLASSES = ("cat", "dog", "cat", "frog", "dog")
@@ -178,15 +182,46 @@ def test_columns_of_a_hub_data_set(parquet: Path, tmp_path: Path) -> None:
 def test_a_preview_of_a_local_folder_reads_its_first_rows_alone(
     parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deme_core.images.hub._NUM_FIRST_ROWS", 2)
+    monkeypatch.setattr("deme_core.images.hub_preview._NUM_FIRST_ROWS", 2)
     spec = spec_of(parquet, "hub", caption_column="text", label_column="kind")
     found = preview_images(spec, tmp_path / "cache")
     assert found == Preview(None, "picture 0", labels=None, class_names=None)
     assert not list((tmp_path / "hf").rglob("*.arrow"))
     assert preview_images(spec.model_copy(update={"split": "all"}), tmp_path / "cache") == found
-    monkeypatch.setattr("deme_core.images.hub._NUM_FIRST_ROWS", 0)
+    monkeypatch.setattr("deme_core.images.hub_preview._NUM_FIRST_ROWS", 0)
     with pytest.raises(DatasetError, match="There are no images in split 'train' of the data set"):
         preview_images(spec, tmp_path / "cache")
+
+
+def test_a_preview_of_a_slice_judges_no_rows_that_are_not_in_it(parquet: Path, tmp_path: Path) -> None:
+    settings = {"caption_column": "text", "label_column": "unknown", "split": "train[2:]"}
+    assert load(parquet, tmp_path, "hub", **settings).labels == [1, 1, 0]
+    spec = spec_of(parquet, "hub", **settings)
+    assert preview_images(spec, tmp_path / "cache") == Preview(None, is_looked_at=False)
+    with pytest.raises(DatasetError, match=r"has the splits train, and no 'dev\[2:\]'; set dataset\.split"):
+        preview_images(spec.model_copy(update={"split": "dev[2:]"}), tmp_path / "cache")
+
+
+def test_captions_are_told_from_imagenets_ids_by_the_first(folder: Path, tmp_path: Path) -> None:
+    class Counted(list[str | None]):
+        num_read = 0
+
+        def __iter__(self) -> Iterator[str | None]:
+            for value in super().__iter__():
+                self.num_read += 1
+                yield value
+
+    spec = spec_of(folder, caption_column="text")
+    for values, captions in (
+        ([None, *(f"picture {number}" for number in range(9))], None),
+        ([None, "n01440764", *["a cat"] * 8], None),
+        (["n01440764"] * 10, ["tench"] * 10),
+    ):
+        column = Column(Counted(values))
+        source = SimpleNamespace(description="here", columns=["text"], column=lambda _, found=column: found, name=str)
+        found = read_conditioning(cast(Any, source), spec, range(1, 10)).captions
+        assert found == (captions or values)[1:]
+        assert (column.values.num_read == 2) == (values[1] == "picture 0")
 
 
 def test_nothing_is_read_unless_asked_for(parquet: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def test_few_generated_images_are_warned_of_too() -> None:
     [
         ("inception", ("pixels_4x4",), "the 2,048 features of inception:"),
         ("pixels_4x4", ("inception",), "the 2,048 features of inception:"),
-        ("inception", ("dinov2_vitl14",), "the up to 2,048 features of inception and dinov2_vitl14:"),
+        ("inception", ("dinov2_vitl14",), "than the features of inception and dinov2_vitl14 (up to 2,048):"),
     ],
 )
 def test_only_networks_are_said_to_have_so_many_features(

@@ -324,7 +324,7 @@ def test_shards_of_a_denoiser_that_are_no_safetensors_are_refused(folder: Path, 
         open_model_folder(folder)
 
 
-@pytest.mark.parametrize("kind", ["index", "index.fp16"])
+@pytest.mark.parametrize("kind", ["index", "index.fp16", "fp16.index"])
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
 def test_an_index_of_a_frozen_part_does_not_lead_out_of_its_folder(part: str, kind: str, tmp_path: Path) -> None:
     path = save_pipeline("StableDiffusionPipeline", tmp_path / "model")

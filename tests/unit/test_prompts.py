@@ -57,7 +57,7 @@ def test_json_holds_a_list_or_the_captions_of_coco_by_their_ids(tmp_path: Path) 
     annotations = [{"id": 9, "image_id": 1, "caption": "last"}, {"id": 3, "image_id": 2, "caption": "A cat.\n"}]
     coco = {"info": {}, "images": [], "annotations": annotations}
     assert texts("captions_val2014.JSON", json.dumps(coco)) == ("A cat.", "last")
-    for key in ("text", "caption", "prompt"):
+    for key in ("text", "caption", "prompt", "Prompt"):  # The last is PartiPrompts'.
         assert texts("m.jsonl", f'{{"file_name": "0.jpg", "{key}": "a\u2028b"}}\r\n\n{{"{key}": "c"}}') == ("a b", "c")
 
 
@@ -75,12 +75,13 @@ def test_json_holds_a_list_or_the_captions_of_coco_by_their_ids(tmp_path: Path) 
         ("p.json", "[" * 100_000),
         ("p.jsonl", '{"file_name": "0.jpg"}'),
         ("p.jsonl", '{"text": "a", "prompt": "b"}'),
+        ("p.jsonl", '{"prompt": "a", "Prompt": "b"}'),
         ("p.jsonl", '{"text": ["a", "b"]}'),
         ("p.jsonl", '"text"'),
     ],
 )
 def test_other_json_is_refused_with_what_is_taken(name: str, text: str, tmp_path: Path) -> None:
-    with pytest.raises(PromptsError, match=r"is JSON of a form that holds no prompts; give a \.json file with a list"):
+    with pytest.raises(PromptsError, match=r"is JSON of a form that holds no prompts; set evaluate\.prompts to"):
         load_prompts(write(tmp_path / name, text), tmp_path)
 
 
@@ -162,8 +163,10 @@ def test_a_file_that_is_missing_or_no_text_is_one_sentence(tmp_path: Path) -> No
     with pytest.raises(PromptsError, match=r"absent\.txt cannot be read \(No such file or directory\)"):
         load_prompts(str(tmp_path / "absent.txt"), tmp_path)
     (tmp_path / "image.txt").write_bytes(b"\xff\xd8\xff\xe0")
-    with pytest.raises(PromptsError, match="no UTF-8 text"):
+    with pytest.raises(PromptsError, match="no UTF-8 text") as error:
         load_prompts(str(tmp_path / "image.txt"), tmp_path)
+    for form in ("a text file", ".tsv", ".csv", ".json file with a list of texts", "COCO's captions", ".jsonl"):
+        assert form in str(error.value)
 
 
 def test_prompts_change_settings_only_where_they_are_given() -> None:

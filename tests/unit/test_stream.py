@@ -26,10 +26,11 @@ from deme_core.errors import ArtifactNotFoundError, DatasetError, StoreUnavailab
 from deme_core.file_store import FileStore
 from deme_core.images import ImageDataset, TrainingBatches, load_images, shard_cache, split_heldout, stream
 from deme_core.images.draws import ShardWindows
-from deme_core.images.inspection import verdict
+from deme_core.images.inspection import inspect, verdict
 from deme_core.images.opening import open_source
 from deme_core.images.preview import preview_images
 from deme_core.images.shard_cache import ShardCache
+from deme_core.images.tars import TarSource
 from deme_core.recipe import DatasetSpec
 from deme_core.store import Digest
 from tests.e2e.waiting import wait_for
@@ -95,6 +96,15 @@ def test_images_captions_and_their_fingerprint_are_those_of_a_copy_on_disk(tars:
     assert streamed.captions == local.captions
     for index in (0, 17, NUM_TARS * PER_TAR - 1):
         assert torch.equal(streamed.image(index), local.image(index))
+
+
+def test_a_stream_which_looks_at_its_images_itself_keeps_no_digests_of_them(tars: Path, tmp_path: Path) -> None:
+    asked = {"num_images": None, "skip_broken": False, "channels": 3, "cache": tmp_path}
+    streamed = _load(tars, tmp_path).stream
+    assert streamed is not None
+    on_disk = inspect(TarSource(sorted(tars.iterdir()), tars), **asked)
+    found = inspect(streamed.source, **asked)
+    assert (found.content, found.digests, len(on_disk.digests)) == (on_disk.content, b"", 32 * len(found.indices))
 
 
 def test_names_that_are_not_utf8_are_streamed(tmp_path: Path) -> None:
