@@ -56,7 +56,7 @@ test-recipes: install
 test-compose: install
 	$(BIN)/python -m pytest tests/compose
 
-# The unit tests with the oldest versions that pyproject.toml allows, in an environment of their own; some ten minutes.
+# The unit tests with the oldest versions that pyproject.toml allows, in an environment of their own; some five minutes.
 test-lowest: | $(UV)
 	$(UV) venv --quiet --clear --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" .venv-lowest
 	$(UV) pip install --quiet --python .venv-lowest/bin/python --resolution lowest-direct --editable ".[stack,server,ray,dev]"
