@@ -40,7 +40,10 @@ class Demands(BaseModel):
 
 
 class CheckJob(Job):
-    """See whether a model can do what a recipe asks, before that is found out by failing after days."""
+    """See whether a model can do what a recipe asks, before that is found out by failing after days.
+
+    The word that all is well stays in the store: whoever has `Sampling.build_scheduler` refuse more raises the version.
+    """
 
     stage: ClassVar[str] = "checked"
     work: ClassVar[str] = "check"
